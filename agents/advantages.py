@@ -1,0 +1,94 @@
+"""Returns and advantages: pure functions. B responses, T tokens; masks are 1 at action tokens, 0 elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-4  # added to a standard deviation before dividing by it, as TRL does
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Reward to go: G_t = r_t + gamma * G_{t+1}, over action tokens only.
+
+    `rewards`, `mask` and the result are (B, T); the result is 0 outside the mask.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[1]
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    last_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438) over action tokens.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lambda * A_{t+1}, where t+1 is the *next action token*:
+    tokens outside the mask, padding or written by the env, are skipped.
+
+    Args:
+        rewards: (B, T), one number per action token.
+        values: (B, T), V of the state before each action.
+        mask: (B, T), 0/1.
+        gamma: discount per action token.
+        gae_lambda: lambda.
+        last_values: (B,), V of the state after the last action; None means 0, the end of an episode.
+
+    Returns:
+        Advantages and returns (advantages + values), both (B, T) and 0 outside the mask.
+    """
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0]) if last_values is None else last_values
+    advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t].bool()
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        advantage = torch.where(here, delta + gamma * gae_lambda * advantage, advantage)
+        following = torch.where(here, values[:, t], following)
+        advantages[:, t] = torch.where(here, advantage, 0.0)
+    return advantages, torch.where(mask.bool(), advantages + values, 0.0)
+
+
+def group_relative(rewards: Tensor, group_size: int, scale: str = "std") -> Tensor:
+    """A_i = (r_i - mean) / (std + 1e-4) over the answers to one prompt (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
+
+    The standard deviation has Bessel's correction. A group of equal rewards gets exactly 0.
+
+    Args:
+        rewards: (B,), groups of `group_size` consecutive responses.
+        group_size: G, at least 2.
+        scale: `"std"` of the group, `"batch"` for the std of all B rewards, `"none"` for no division (Dr. GRPO).
+
+    Returns:
+        (B,) advantages.
+    """
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"group_size={group_size} must be at least 2 and divide the number of rewards, {len(rewards)}")
+    if scale not in ("std", "batch", "none"):
+        raise ValueError(f"scale={scale!r} must be 'std', 'batch' or 'none'")
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    centred = torch.where(equal_groups(rewards, group_size)[:, None], 0.0, centred)
+    if scale == "none":
+        return centred.flatten()
+    std = groups.std(1, keepdim=True) if scale == "std" else rewards.std()
+    return (centred / (std + STD_EPSILON)).flatten()
+
+
+def equal_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """(B / G,) bool: the groups whose rewards are all equal and from which nothing can be learned."""
+    groups = rewards.view(-1, group_size)
+    return groups.amax(1) == groups.amin(1)
+
+
+def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantages (B, T) with mean 0 and standard deviation 1 over all action tokens of the batch; 0 outside the mask.
+
+    With fewer than two action tokens there is no spread to divide by, and only the mean is taken off.
+    """
+    chosen = advantages[mask.bool()]
+    std = chosen.std() if chosen.numel() > 1 else torch.ones_like(chosen.sum())
+    return (advantages - chosen.mean()) / (std + 1e-8) * mask

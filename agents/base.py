@@ -1,0 +1,424 @@
+"""What all agents share: from collecting a rollout to the optimizer step, on SB3's `BaseAlgorithm`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from agents.checkpoint import Checkpointed
+from agents.checks import check_fit, check_groups, check_tokenizers, default_learning_rate
+from agents.generation import Sampler, StepState
+from agents.losses import token_weights
+from agents.policy import Evaluation, LanguagePolicy
+from agents.records import record_rollout, record_time
+from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
+from agents.update import update
+from agents.vec_env import DEFAULT_N_ENVS, TextVecEnv, as_vec_env, rules_of_vec_env
+from llm_env import TextGenerationVectorEnv
+from llm_env.env import rules_of
+from llm_env.episodes import Rules
+from llm_env.prompts import PromptCursor
+
+SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
+LossTerms = dict[str, tuple[float, Tensor]]
+DEFAULT_TIMESTEPS = 100_000
+
+
+class LanguageAgent(Checkpointed):
+    """Trains a causal language model on a text env; the algorithms fill in `compute_advantages` and `loss`.
+
+    One timestep is one action token. A rollout is `n_envs` episodes; `n_epochs` passes over it are cut into minibatches of
+    `batch_size` episodes, one optimizer step each.
+
+    Args:
+        policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`.
+        env: a text env, its id, or an SB3 VecEnv over text envs; may be given to `learn` instead.
+        learning_rate: a number or an SB3 schedule. None takes 3e-4 for a model of a million parameters, 1e-6 for one of a
+            billion, and a power law between them.
+        n_envs: episodes in a rollout; 64, or the rows of a vector env, by default.
+        n_epochs: passes over a rollout.
+        batch_size: episodes in an optimizer step; the whole rollout by default.
+        micro_batch_size: episodes in a forward pass; bounds the memory and changes nothing else. `batch_size` by default.
+        max_grad_norm: the gradient is scaled down to this norm.
+        temperature: divides the logits, in sampling and in training.
+        top_k, top_p: restrict the sampling (off by default); the training is then off-policy, and says so.
+        aggregation: how token losses become one number; see `agents.losses.token_weights`.
+        stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
+        tensorboard_log: folder for TensorBoard.
+        policy_kwargs: `tokenizer` (for a model object), `optimizer_class` and `optimizer_kwargs`.
+        verbose: 0 silent, 1 a table of the logs after every rollout.
+        seed: seeds sampling, minibatches and the order of the prompts.
+        device: "auto" takes CUDA where there is some.
+
+    Raises:
+        ValueError, TypeError: an argument is unusable, or env and model do not fit; the message says what to change.
+    """
+
+    needs_values = False
+    needs_old_logp = True
+    group_size = 1
+
+    def __init__(
+        self,
+        policy: str | PreTrainedModel | LanguagePolicy | type[LanguagePolicy],
+        env: Any = None,
+        learning_rate: float | Schedule | None = None,
+        *,
+        n_envs: int | None = None,
+        n_epochs: int = 1,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        aggregation: str = "token",
+        stats_window_size: int | None = None,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy=LanguagePolicy,
+            env=None,
+            learning_rate=0.0 if learning_rate is None else learning_rate,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size or DEFAULT_N_ENVS,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+        )
+        positive = {"n_envs": n_envs, "n_epochs": n_epochs, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+        for name, value in positive.items():
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
+        Sampler(temperature, top_k, top_p)
+        if n_envs is not None:
+            check_groups(self.group_size, n_envs)
+        self._model = policy
+        self._wanted_n_envs = n_envs
+        self._wanted_learning_rate = learning_rate
+        self.n_envs = n_envs or self._default_n_envs()
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.max_grad_norm = max_grad_norm
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.aggregation = aggregation
+        self._window_is_rollout = stats_window_size is None
+        self._policy_data: dict[str, Any] = {}
+        self._random_states: dict[str, Any] = {}
+        self._tokens_left_over = 0
+        self._has_had_env = False
+        if _init_setup_model:
+            self._setup_model()
+            if env is not None:
+                self._attach(as_vec_env(env, n_envs, self._default_n_envs()))
+
+    def _default_n_envs(self) -> int:
+        return self.group_size * -(-DEFAULT_N_ENVS // self.group_size)
+
+    # --- setting up --------------------------------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        """Build the policy (from what the user gave, or from a saved agent), its optimizer and the random generator."""
+        settings = dict(self.policy_kwargs)
+        optimizer_class = settings.pop("optimizer_class", torch.optim.AdamW)
+        optimizer_kwargs = {"weight_decay": 0.0, **settings.pop("optimizer_kwargs", {})}
+        if self._policy_data:
+            self.policy = LanguagePolicy(**self._policy_data)
+        elif isinstance(self._model, LanguagePolicy):
+            self.policy = self._model
+        else:
+            self.policy = LanguagePolicy(self._model, **settings)
+        if self.needs_values:
+            self.policy.add_value_head()
+        self.policy = self.policy.to(self.device)
+        self.policy.train(False)
+        if self._wanted_learning_rate is None:
+            self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy)
+        self._setup_lr_schedule()
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.policy.optimizer = optimizer_class(trained, lr=self.lr_schedule(1), **optimizer_kwargs)
+        if not hasattr(self, "observation_space"):
+            self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
+        self._generator = torch.Generator(device=self.device)
+        self.np_random = np.random.default_rng(self.seed)
+        if self.seed is None:
+            self._generator.seed()
+        else:
+            self.set_random_seed(self.seed)
+            self._generator.manual_seed(self.seed)
+        if self._random_states:
+            self._generator.set_state(self._random_states["torch"])
+            self.np_random.bit_generator.state = self._random_states["numpy"]
+
+    def _attach(self, env: VecEnv) -> None:
+        """Take an env for training, after checking that it and the model fit."""
+        rules = rules_of_vec_env(env)
+        venv = clock_of(env)
+        n_envs = env.num_envs if venv is not None else self._wanted_n_envs or max(env.num_envs, self.group_size)
+        check_fit(self, rules, n_envs)
+        self.env, self.n_envs = env, n_envs
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        if self._window_is_rollout:
+            self._stats_window_size = n_envs
+        self.policy.vocab_size = rules.vocab_size
+        if self.policy.tokenizer is None:
+            self.policy.tokenizer = rules.tokenizer
+        if rules.reference is not None:
+            rules.reference.temperature = self.temperature
+            rules.reference.model.to(self.device)
+        self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
+        self._last_obs = None
+        if self.seed is not None:
+            env.seed(self.seed)
+        state = self._random_states.get("env")
+        if venv is not None and state is not None and venv.fits(state):
+            env._reset_seeds()
+            venv.load_state_dict(state)
+        self._random_states = {}
+        self._has_had_env = True
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Train on another env from here on; its spaces must be those of the last one (SB3's rule)."""
+        vec_env = as_vec_env(env, self.n_envs, self.n_envs)
+        if self._has_had_env:
+            check_for_correct_spaces(vec_env, self.observation_space, self.action_space)
+        self._attach(vec_env)
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of the training env.
+
+        Raises:
+            ValueError: there is no env yet.
+        """
+        if self.env is None:
+            raise ValueError(f"the agent has no env yet: give one to {type(self).__name__}(...), set_env(env) or learn(env)")
+        return rules_of_vec_env(self.env)
+
+    # --- learning ----------------------------------------------------------------------------------------------------
+
+    def learn(  # type: ignore[override]
+        self: SelfAgent,
+        env_or_timesteps: Any = None,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        *,
+        total_timesteps: int | None = None,
+        env: Any = None,
+    ) -> SelfAgent:
+        """Train for at least `total_timesteps` action tokens, in whole rollouts.
+
+        The callback's `on_step` is called once every `env.num_envs` tokens, as in SB3.
+
+        Args:
+            env_or_timesteps: an env to train on, as in `learn(env)`, or `total_timesteps`, as in SB3.
+            callback: SB3 callbacks.
+            log_interval: rollouts between two dumps of the logs; None for none.
+            tb_log_name: name of the run for TensorBoard; the algorithm's by default.
+            reset_num_timesteps: count from 0 and begin a new TensorBoard run; False goes on.
+            progress_bar: show one (needs rich and tqdm).
+            total_timesteps: number of action tokens; 100,000 by default.
+            env: an env to train on.
+        """
+        if isinstance(env_or_timesteps, (int, float, np.integer)):
+            total_timesteps = int(env_or_timesteps)
+        elif env_or_timesteps is not None:
+            env = env_or_timesteps
+        if env is not None:
+            self._attach(as_vec_env(env, self._wanted_n_envs, self._default_n_envs()))
+        self.rules  # noqa: B018 - raises without an env
+        total_timesteps, callback = self._setup_learn(
+            DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps,
+            callback,
+            reset_num_timesteps,
+            tb_log_name or type(self).__name__,
+            progress_bar,
+        )
+        callback.on_training_start(locals(), globals())
+        iteration = 0
+        try:
+            while self.num_timesteps < total_timesteps:
+                rollout = self.collect(callback)
+                if rollout is None:
+                    break
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                self.train(rollout)
+                iteration += 1
+                if log_interval is not None and iteration % log_interval == 0:
+                    self.dump_logs(iteration)
+        except BaseException:  # Ctrl-C too: what was logged so far is written before it goes on its way
+            self.logger.dump(self.num_timesteps)
+            raise
+        finally:
+            callback.on_training_end()
+        return self
+
+    def collect(self, callback: BaseCallback) -> Rollout | None:
+        """One rollout, with the callbacks called for its tokens; None where a callback asked to stop."""
+        assert self.env is not None
+        callback.on_rollout_start()
+        venv = clock_of(self.env)
+        if venv is not None:
+            rollout = collect(self.policy, venv, self.group_size, self.sampler(), {})
+        else:
+            rollout = collect_by_tokens(self.policy, self.env, self.n_envs, self.group_size, self.sampler(), self._cursor)
+        infos = self._episode_infos(rollout)
+        rewards, dones = rollout.scores.cpu().numpy(), np.ones(len(rollout), dtype=bool)
+        self._update_info_buffer(infos, dones)
+        tokens = self._tokens_left_over + int(rollout.lengths.sum())
+        calls, self._tokens_left_over = divmod(tokens, self.env.num_envs)
+        end = self.num_timesteps + int(rollout.lengths.sum())
+        for call in range(1, calls + 1):
+            last = call == calls
+            self.num_timesteps = end if last else min(end, self.num_timesteps + self.env.num_envs)
+            callback.update_locals(
+                {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
+            )
+            if not callback.on_step():
+                self.num_timesteps = end
+                return None
+        self.num_timesteps = end
+        callback.on_rollout_end()
+        record_rollout(self, rollout)
+        return rollout
+
+    def _episode_infos(self, rollout: Rollout) -> list[dict[str, Any]]:
+        if not isinstance(self.env, TextVecEnv):
+            return rollout.infos
+        returns = rollout.scores.tolist()
+        return [
+            {**info, "episode": self.env.episode_info(returns[i], len(rollout.responses[i]))}
+            for i, info in enumerate(rollout.infos)
+        ]
+
+    def sampler(self, deterministic: bool = False) -> Sampler:
+        """How the agent draws tokens in training."""
+        return Sampler(self.temperature, self.top_k, self.top_p, deterministic, self._generator)
+
+    def train(self, rollout: Rollout) -> None:
+        """The update: see `agents.update`."""
+        self._update_learning_rate(self.policy.optimizer)
+        update(self, rollout)
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write what has been recorded to the logger's outputs."""
+        record_time(self, iteration)
+        self.logger.dump(self.num_timesteps)
+
+    # --- what an algorithm fills in ----------------------------------------------------------------------------------
+
+    def compute_advantages(self, rollout: Rollout) -> None:
+        """Set `rollout.advantages` (and `rollout.returns` where there is a value head)."""
+        raise NotImplementedError
+
+    def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
+        """The loss of one micro-batch.
+
+        Args:
+            batch: some episodes of the rollout.
+            result: what the training path says of them now.
+            weights: (B, T), the tokens' weights in the loss of the whole optimizer step.
+
+        Returns:
+            The terms of the loss by name, each a coefficient and a weighted sum over tokens; and statistics by name, means
+            over the action tokens.
+        """
+        raise NotImplementedError
+
+    def stops_early(self, statistics: dict[str, float]) -> bool:
+        """Whether the policy has moved far enough for this rollout."""
+        return False
+
+    # --- using -------------------------------------------------------------------------------------------------------
+
+    def predict(  # type: ignore[override]
+        self,
+        observation: dict[str, np.ndarray],
+        state: StepState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, StepState | None]:
+        """The next token for an observation or a batch of them, and the state (the KV cache) for the next call.
+
+        See `LanguagePolicy.predict`; tokens are drawn at the agent's temperature.
+        """
+        return self.policy.predict(
+            observation, state, episode_start, deterministic, temperature=self.temperature, generator=self._generator
+        )
+
+    def generate(self, prompts: Sequence[str], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
+        """Answers to prompts, as text.
+
+        Args:
+            prompts: list of str.
+            deterministic: greedy decoding; otherwise drawn at the agent's temperature.
+            max_new_tokens: the env's limit by default, 64 without an env. The env's stop strings apply.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
+        tokenizer = self.policy.tokenizer
+        if tokenizer is None:
+            raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
+        rules = self.rules if self.env is not None else None
+        limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
+        responses, _ = self.policy.sample(
+            tokenizer(list(prompts))["input_ids"],
+            1,
+            limit,
+            self.temperature,
+            deterministic=deterministic,
+            generator=self._generator,
+            completes_stop=rules.completes_stop if rules is not None and rules.stop else None,
+        )
+        return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
+        """Answer every prompt of an env once.
+
+        Args:
+            env: a text env or its id, for instance `gym.make("llm_env/Addition-v0", split="test")`.
+            deterministic: greedy decoding.
+            batch_size: prompts at a time.
+
+        Returns:
+            Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
+            and `reward/<name>` for every component.
+        """
+        rules = rules_of(gym.make(env) if isinstance(env, str) else env)
+        check_tokenizers(self.policy, rules)
+        collected: dict[str, list[float]] = {}
+        for begin in range(0, len(rules.prompts), batch_size):
+            indexes = range(begin, min(begin + batch_size, len(rules.prompts)))
+            venv = TextGenerationVectorEnv.from_rules(rules, len(indexes))
+            rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": list(indexes)})
+            for info, score, length in zip(rollout.infos, rollout.scores.tolist(), rollout.lengths, strict=True):
+                row = {"reward": score, "length": float(length), **{k: info[k] for k in info if k.startswith("reward/")}}
+                if "is_success" in info:
+                    row["success_rate"] = float(info["is_success"])
+                for key, value in row.items():
+                    collected.setdefault(key, []).append(value)
+        return {key: float(np.mean(values)) for key, values in collected.items()}

@@ -1,0 +1,76 @@
+"""What is checked before long work starts: that agent, model and env fit together."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from llm_env.episodes import Rules
+
+if TYPE_CHECKING:
+    from agents.base import LanguageAgent
+    from agents.policy import LanguagePolicy
+
+
+def check_groups(group_size: int, n_envs: int) -> None:
+    """Refuse a rollout that cannot be cut into whole groups."""
+    if n_envs % group_size:
+        raise ValueError(
+            f"group_size={group_size} must divide n_envs={n_envs}; try n_envs={group_size * -(-n_envs // group_size)}"
+        )
+
+
+def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
+    """Refuse an env whose tokens, lengths or KL do not fit the agent's model and arguments.
+
+    Raises:
+        ValueError: the message names the values and the remedy.
+    """
+    check_groups(agent.group_size, n_envs)
+    check_tokenizers(agent.policy, rules)
+    limit = getattr(agent.policy.lm.config, "max_position_embeddings", None)
+    needed = max(map(len, rules.prompts.ids)) + rules.max_new_tokens
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"the longest prompt and max_new_tokens={rules.max_new_tokens} need {needed} positions, the model has "
+            f"{limit}; lower max_new_tokens to {max(1, limit - needed + rules.max_new_tokens)} or shorten the prompts"
+        )
+    kl_coef = getattr(agent, "kl_coef", 0.0)
+    if kl_coef and rules.kl is not None:
+        raise ValueError(
+            f"the KL is penalized twice: by the env's kl_coef={rules.kl.value} in the reward and by the agent's "
+            f"kl_coef={kl_coef} in the loss; drop the env's to keep it in the loss, or the agent's to keep it in the reward"
+        )
+    if kl_coef and rules.reference is None:
+        raise ValueError(
+            f"kl_coef={kl_coef} needs a reference to measure the KL from: make the env with reference=<path or model>"
+        )
+    if agent.top_k or agent.top_p < 1:
+        warnings.warn(
+            f"top_k={agent.top_k}, top_p={agent.top_p}: tokens are drawn from a restricted distribution but trained on as if "
+            "from the whole one, so that training is off-policy; leave them off unless that is what you want",
+            stacklevel=4,
+        )
+
+
+def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
+    """Refuse an env whose token ids mean something else to the model."""
+    policy.check_vocabulary(rules.vocab_size)
+    mine, theirs = policy.tokenizer, rules.tokenizer
+    if mine is None or mine is theirs:
+        return
+    own, other = mine.get_vocab(), theirs.get_vocab()
+    if own == other and mine.eos_token_id == theirs.eos_token_id:
+        return
+    differing = sorted(set(own.items()) ^ set(other.items()))[:3]
+    detail = f"for instance {differing}" if differing else f"their end tokens are {mine.eos_token_id} and {theirs.eos_token_id}"
+    raise ValueError(
+        f"the env's tokenizer ({len(other)} tokens) is not the model's ({len(own)} tokens), {detail}; make the env with "
+        "tokenizer=<the model's path>"
+    )
+
+
+def default_learning_rate(policy: LanguagePolicy) -> float:
+    """3e-4 up to a million parameters, 1e-6 from a billion on, a power law between: the usual choices at both ends."""
+    parameters = sum(p.numel() for p in policy.lm.parameters())
+    return float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826)))

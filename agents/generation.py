@@ -1,0 +1,193 @@
+"""Sampling from a causal language model over transformers' own cache: whole responses, or the next token of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from llm_env.scoring import log_probs_of, model_inputs, pad
+
+StopRule = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How one token is drawn from logits.
+
+    Attributes:
+        temperature: divides the logits, here and in training.
+        top_k, top_p: draw among the k likeliest tokens, among the likeliest of total probability p. Off by default: the
+            log-probs stay those of the whole distribution, so that training with these on is off-policy.
+        deterministic: take the likeliest token.
+        generator: source of the randomness.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    deterministic: bool = False
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be positive; for greedy decoding set deterministic=True")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off) and top_p={self.top_p} in (0, 1] (1 is off)")
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw from logits (B, V): tokens (B,) and their log-probs (B,) under the tempered distribution, in nats."""
+        scaled = logits.float() / self.temperature
+        if self.deterministic:
+            tokens = scaled.argmax(-1)
+        else:
+            tokens = torch.multinomial(self._restrict(scaled).softmax(-1), 1, generator=self.generator)[:, 0]
+        return tokens, log_probs_of(scaled, tokens)
+
+    def _restrict(self, scaled: Tensor) -> Tensor:
+        if 0 < self.top_k < scaled.shape[-1]:
+            kth = scaled.topk(self.top_k, -1).values[:, -1:]
+            scaled = scaled.masked_fill(scaled < kth, -torch.inf)
+        if self.top_p < 1:
+            ordered, order = scaled.sort(-1, descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the likeliest token always stays
+            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
+            scaled = scaled.masked_fill(dropped, -torch.inf)
+        return scaled
+
+
+@torch.no_grad()
+def sample_responses(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
+    *,
+    vocab_size: int,
+    eos_id: int,
+    max_new_tokens: int,
+    group_size: int = 1,
+    completes_stop: StopRule | None = None,
+) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Draw `group_size` responses to every prompt.
+
+    Each prompt is computed once for its group, and rows that have ended leave the batch.
+
+    Args:
+        model: any causal language model of transformers.
+        prompts: N lists of token ids.
+        sampler: draws a token.
+        vocab_size: ids from here on are never drawn.
+        eos_id: the end token; it is part of the response.
+        max_new_tokens: the longest response.
+        group_size: G.
+        completes_stop: whether the last token of a response completes a stop string.
+
+    Returns:
+        N * G responses (lists of ids; those to prompt i at i*G..i*G+G-1) and the log-probs of their tokens in nats (float32).
+    """
+    responses: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
+    logps: list[list[float]] = [[] for _ in responses]
+    alive = torch.arange(len(responses), device=model.device)
+    cache = DynamicCache(config=model.config) if _has_cache(model) else None
+    ids, mask = pad(prompts, "left", model.device)
+    logits = _forward(model, ids, mask, cache).repeat_interleave(group_size, 0)
+    mask = mask.repeat_interleave(group_size, 0)
+    if cache is None:
+        ids = ids.repeat_interleave(group_size, 0)
+    elif group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    for step in range(max_new_tokens):
+        tokens, logp = sampler(logits[:, :vocab_size])
+        for row, token, value in zip(alive.tolist(), tokens.tolist(), logp.tolist(), strict=True):
+            responses[row].append(token)
+            logps[row].append(value)
+        goes_on = tokens != eos_id
+        if completes_stop is not None:
+            stopped = [completes_stop(responses[row]) for row in alive.tolist()]
+            goes_on &= ~torch.tensor(stopped, device=goes_on.device)
+        if step == max_new_tokens - 1 or not goes_on.any():
+            break
+        keep = goes_on.nonzero()[:, 0]
+        if len(keep) < len(alive):
+            alive, tokens, mask = alive[keep], tokens[keep], mask[keep]
+            if cache is None:
+                ids = ids[keep]
+            else:
+                cache.batch_select_indices(keep)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if cache is None:
+            ids = torch.cat([ids, tokens[:, None]], 1)
+        logits = _forward(model, tokens[:, None] if cache is not None else ids, mask, cache)
+    return responses, [np.array(row, dtype=np.float32) for row in logps]
+
+
+def _has_cache(model: PreTrainedModel) -> bool:
+    """Whether the model keeps keys and values that can be selected by row; state-space models do not."""
+    return not getattr(model, "_is_stateful", False)
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
+    """Logits (B, V) after the last of the new tokens `ids` (B, n); `mask` (B, S + n) covers the cache's S slots as well."""
+    inputs = model_inputs(model, ids, mask)
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"][:, -ids.shape[1] :]
+    return model(**inputs, past_key_values=cache, use_cache=cache is not None).logits[:, -1]
+
+
+@dataclass
+class StepState:
+    """What `next_logits` remembers of a batch between two tokens: the recurrent state of `predict`.
+
+    Attributes:
+        cache: keys and values, S slots a row.
+        slots: (B, S) 0/1; slots of an episode that is over, and padding, are 0 and never attended to again.
+        rows: the token ids whose keys and values are in the cache, one list a row.
+        version: of the weights that made it; with other weights the cache is worthless.
+    """
+
+    cache: DynamicCache
+    slots: Tensor
+    rows: list[list[int]]
+    version: int
+
+    def serves(self, batch_size: int, version: int) -> bool:
+        """Whether this state is of the same batch and weights, and its cache has not gone on with a later state."""
+        current = self.cache.get_seq_length() == self.slots.shape[1]
+        return len(self.rows) == batch_size and self.version == version and current
+
+
+def weights_version(model: torch.nn.Module) -> int:
+    """A number that changes whenever a weight is written to."""
+    return sum(parameter._version for parameter in model.parameters())
+
+
+@torch.no_grad()
+def next_logits(model: PreTrainedModel, rows: list[list[int]], state: StepState | None) -> tuple[Tensor, StepState | None]:
+    """Logits (B, V) of the token after each of the B rows, computing only what `state` does not hold already.
+
+    A row that does not go on from what the state holds of it (a new episode) begins anew: its old slots are masked out.
+    """
+    version = weights_version(model)
+    if state is not None and not state.serves(len(rows), version):
+        state = None
+    known = [[] for _ in rows] if state is None else state.rows
+    known = [old if len(row) > len(old) and row[: len(old)] == old else [] for row, old in zip(rows, known, strict=True)]
+    fresh, fresh_mask = pad([row[len(old) :] for row, old in zip(rows, known, strict=True)], "left", model.device)
+    full = 2 * max(map(len, rows))
+    if state is None or not any(known) or state.slots.shape[1] + fresh.shape[1] > full:
+        ids, mask = pad(rows, "left", model.device)
+        cache = DynamicCache(config=model.config) if _has_cache(model) else None
+        logits = _forward(model, ids, mask, cache)
+        # A sliding window counts slots, not positions, so that masked slots within it would shorten it.
+        if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return logits, None
+        return logits, StepState(cache, mask, rows, version)
+    begun = torch.tensor([bool(old) for old in known], device=model.device)
+    slots = torch.cat([state.slots * begun[:, None], fresh_mask], 1)
+    logits = _forward(model, fresh, slots, state.cache)
+    return logits, StepState(state.cache, slots, rows, version)

@@ -1,0 +1,293 @@
+"""A causal language model, with a value head where one is needed, as an SB3 policy."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
+from agents.losses import entropy_of
+from agents.vec_env import rows_of
+from llm_env.episodes import Rules
+from llm_env.scoring import log_probs_of, response_outputs
+
+PretrainedFiles = dict[str, bytes]
+
+
+@dataclass
+class Evaluation:
+    """What the training path says of B responses of up to T tokens; padded on the right.
+
+    Attributes:
+        logp: (B, T) float32, log pi of the action tokens at the training temperature, in nats.
+        mask: (B, T) int64, 1 at action tokens (the end token is one), 0 at padding.
+        entropy: (B, T) float32, of the distribution each token was drawn from, in nats.
+        values: (B, T + 1) float32, V of the state before each token and after the last; None without a value head.
+    """
+
+    logp: Tensor
+    mask: Tensor
+    entropy: Tensor
+    values: Tensor | None
+
+
+class LanguagePolicy(BasePolicy):
+    """pi(token | tokens so far), by any causal language model that transformers loads.
+
+    Weights are held and trained in float32. Dropout is off, while sampling and in training alike.
+
+    Args:
+        model: a path, a hub id, a `PreTrainedModel`, or the config and tokenizer files of one, by name (weights to be loaded).
+        tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's weights. A model object has none.
+        value_head: add V(s), a linear map from the last hidden state, zero at the beginning.
+
+    Attributes:
+        lm: the language model.
+        value_head: `nn.Linear(H, 1)`, or None.
+        tokenizer: the tokenizer, or None.
+        vocab_size: V, how many token ids are actions; the env's once there is one.
+
+    Raises:
+        TypeError: `model` is none of these.
+        ValueError: the model's vocabulary is smaller than the tokenizer's.
+    """
+
+    def __init__(self, model: str | PreTrainedModel | PretrainedFiles, tokenizer: Any = None, value_head: bool = False) -> None:
+        lm, tokenizer = _load(model, tokenizer)
+        size = lm.get_input_embeddings().num_embeddings
+        length = getattr(lm.config, "max_position_embeddings", None) or 1024
+        super().__init__(
+            spaces.Dict(
+                {
+                    "input_ids": spaces.Box(0, size - 1, (length,), np.int64),
+                    "attention_mask": spaces.Box(0, 1, (length,), np.int8),
+                }
+            ),
+            spaces.Discrete(size),
+        )
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.vocab_size = size
+        if tokenizer is not None:
+            self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+            self.check_vocabulary(self.vocab_size)
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            self.add_value_head()
+        self.train(False)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a tokenizer with more ids than the model has embeddings.
+
+        Raises:
+            ValueError: the model's vocabulary is smaller than `vocab_size`.
+        """
+        size = self.lm.get_input_embeddings().num_embeddings
+        if size < vocab_size:
+            raise ValueError(
+                f"the model's vocabulary has {size} tokens, fewer than the tokenizer's {vocab_size}; use the tokenizer that "
+                f"belongs to the model, or call model.resize_token_embeddings({vocab_size}) first"
+            )
+
+    def add_value_head(self) -> None:
+        """Add V(s), zero at the beginning, unless it is there."""
+        if self.value_head is None:
+            self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1, device=self.lm.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def train(self, mode: bool = True) -> LanguagePolicy:
+        """Set the training mode; the language model stays in evaluation mode, for dropout must be off (see the class)."""
+        super().train(mode)
+        self.lm.eval()
+        return self
+
+    # --- the training path -------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> Evaluation:
+        """Log-probs, entropies and values of the responses' tokens, from one forward pass.
+
+        Args:
+            prompts: B lists of token ids.
+            responses: B lists of token ids.
+            temperature: divides the logits, as in sampling.
+        """
+        logits, targets, mask, hidden = response_outputs(
+            self.lm, prompts, responses, self.vocab_size, hidden_states=self.value_head is not None
+        )
+        values = None
+        if self.value_head is not None:
+            assert hidden is not None
+            values = self.value_head(hidden.float())[..., 0]
+        return Evaluation(log_probs_of(logits, targets, temperature), mask, entropy_of(logits, temperature), values)
+
+    def log_probs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Log pi of every response token, by the training path: one float32 tensor of the response's length a row."""
+        result = self.evaluate(prompts, responses, temperature)
+        return [row[keep] for row, keep in zip(result.logp, result.mask.bool(), strict=True)]
+
+    # --- the sampling path -------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int = 1,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        *,
+        eos_id: int | None = None,
+        completes_stop: StopRule | None = None,
+        **sampler: Any,
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Draw `group_size` responses to each prompt.
+
+        Args:
+            prompts: N lists of token ids.
+            group_size: G.
+            max_new_tokens: the longest response, in tokens.
+            temperature: divides the logits.
+            eos_id: the end token; the tokenizer's by default.
+            completes_stop: whether the last token of a response completes a stop string.
+            sampler: `top_k`, `top_p`, `deterministic`, `generator`; see `agents.generation.Sampler`.
+
+        Returns:
+            N * G responses, those to prompt i at i*G..i*G+G-1, each up to and including its end token, and the log-probs of
+            their tokens in nats, one float32 array a response.
+        """
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("every prompt must hold at least one token")
+        return sample_responses(
+            self.lm,
+            prompts,
+            Sampler(temperature, **sampler),
+            vocab_size=self.vocab_size,
+            eos_id=self._eos_id() if eos_id is None else eos_id,
+            max_new_tokens=max_new_tokens,
+            group_size=group_size,
+            completes_stop=completes_stop,
+        )
+
+    def respond(
+        self, prompts: Sequence[Sequence[int]], rules: Rules, sampler: Sampler, group_size: int = 1
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """`sample` under an env's rules: its end token, stop strings and length limit."""
+        return sample_responses(
+            self.lm,
+            prompts,
+            sampler,
+            vocab_size=self.vocab_size,
+            eos_id=rules.eos_id,
+            max_new_tokens=rules.max_new_tokens,
+            group_size=group_size,
+            completes_stop=rules.completes_stop if rules.stop else None,
+        )
+
+    def next_tokens(
+        self, rows: list[list[int]], state: StepState | None, sampler: Sampler
+    ) -> tuple[np.ndarray, np.ndarray, StepState | None]:
+        """One more token for each of B rows: the tokens (B,), their log-probs (B,) in nats, and the state to go on with."""
+        logits, state = next_logits(self.lm, rows, state)
+        tokens, logp = sampler(logits[:, : self.vocab_size])
+        return tokens.cpu().numpy(), logp.cpu().numpy(), state
+
+    def predict(  # type: ignore[override]
+        self,
+        observation: dict[str, np.ndarray],
+        state: StepState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[np.ndarray, StepState | None]:
+        """The next token for an observation (or a batch of them), in SB3's form.
+
+        Args:
+            observation: `input_ids` and `attention_mask`, (L,) or (B, L).
+            state: what the last call returned; it holds the keys and values computed so far. Rows that do not go on from it
+                are noticed by their tokens, and a state made by other weights is not used.
+            episode_start: not needed, for the same reason.
+            deterministic: take the likeliest token instead of drawing one.
+            temperature: divides the logits when drawing.
+            generator: source of the randomness; torch's global one by default.
+
+        Returns:
+            The tokens, () or (B,) int64, and the next state.
+        """
+        single = np.ndim(observation["input_ids"]) == 1
+        batch = {key: np.asarray(value)[None] for key, value in observation.items()} if single else observation
+        sampler = Sampler(temperature, deterministic=deterministic, generator=generator)
+        tokens, _, state = self.next_tokens(rows_of(batch), state, sampler)
+        return (tokens[0] if single else tokens), state
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
+        tokens, _ = self.predict({key: value.cpu().numpy() for key, value in observation.items()}, deterministic=deterministic)
+        return torch.as_tensor(tokens, device=self.device)
+
+    def _eos_id(self) -> int:
+        if self.tokenizer is None or self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the policy knows no end token: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}"
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind."""
+        self.lm.save_pretrained(path)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(path)
+
+    def pretrained_files(self) -> PretrainedFiles:
+        """Config and tokenizer as the contents of their files: what is needed, besides the weights, to build this policy."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.lm.config.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {"model": self.pretrained_files(), "value_head": self.value_head is not None}
+
+
+def _load(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    if isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if isinstance(model, dict):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in model.items():
+                (Path(folder) / name).write_bytes(content)
+            if any(name.startswith("tokenizer") for name in model):
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+            with torch.random.fork_rng():  # the weights drawn here are about to be replaced
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    elif isinstance(model, (str, Path)):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(str(model))
+        model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    elif not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"policy is a {type(model).__name__}; give a path, a hub id, a transformers PreTrainedModel or a LanguagePolicy"
+        )
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        warnings.warn(
+            "the model's half-precision weights are converted to float32: small updates would be lost in them", stacklevel=4
+        )
+        model = model.float()
+    return model.requires_grad_(True), tokenizer

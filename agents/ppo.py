@@ -1,0 +1,96 @@
+"""PPO: a critic as baseline, and the ratio to the old policy clipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import FloatSchedule
+from torch import Tensor
+
+from agents.advantages import gae, normalize
+from agents.base import LanguageAgent, LossTerms
+from agents.losses import clipped_terms, ratio_statistics, value_terms, weighted_sum
+from agents.policy import Evaluation
+from agents.rollout import Rollout
+
+
+class PPO(LanguageAgent):
+    """Proximal policy optimization on tokens (Schulman et al. 2017, arXiv 1707.06347), with the settings of
+    lm-human-preferences (https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/).
+
+    The KL to a reference, if wanted, is in the env's reward: make the env with `reference=` and `kl_coef=`.
+
+    Args:
+        policy, env, learning_rate: see `LanguageAgent`.
+        n_epochs: passes over a rollout.
+        gamma: discount per token.
+        gae_lambda: lambda of the advantage estimate.
+        clip_range: eps of the ratio, a number or an SB3 schedule.
+        clip_range_vf: eps of the value, likewise; None for no clipping.
+        normalize_advantage: to mean 0 and standard deviation 1 over all action tokens of the rollout.
+        ent_coef: weight of an entropy bonus.
+        vf_coef: weight of the value loss.
+        target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
+        bootstrap_truncated: add gamma * V of the state after the last token where the length limit ended an episode, as SB3
+            does. Off by default: its score was paid, so its end is an end.
+        common: see `LanguageAgent`.
+    """
+
+    needs_values = True
+
+    def __init__(
+        self,
+        policy: Any,
+        env: Any = None,
+        learning_rate: float | Schedule | None = None,
+        *,
+        n_epochs: int = 4,
+        gamma: float = 1.0,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = 0.2,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.1,
+        target_kl: float | None = None,
+        bootstrap_truncated: bool = False,
+        **common: Any,
+    ) -> None:
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.clip_range = FloatSchedule(clip_range)
+        self.clip_range_vf = None if clip_range_vf is None else FloatSchedule(clip_range_vf)
+        self.normalize_advantage = normalize_advantage
+        self.ent_coef = ent_coef
+        self.vf_coef = vf_coef
+        self.target_kl = target_kl
+        self.bootstrap_truncated = bootstrap_truncated
+        super().__init__(policy, env, learning_rate, n_epochs=n_epochs, **common)
+
+    def compute_advantages(self, rollout: Rollout) -> None:
+        """GAE over the action tokens; the values' targets are made before the advantages are normalized."""
+        assert rollout.old_values is not None and rollout.last_values is not None
+        last = rollout.last_values * rollout.truncated if self.bootstrap_truncated else None
+        advantages, rollout.returns = gae(rollout.rewards, rollout.old_values, rollout.mask, self.gamma, self.gae_lambda, last)
+        rollout.advantages = normalize(advantages, rollout.mask) if self.normalize_advantage else advantages
+
+    def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
+        """The clipped surrogate, the clipped value loss and the entropy bonus."""
+        assert batch.old_logp is not None and batch.advantages is not None
+        assert result.values is not None and batch.old_values is not None and batch.returns is not None
+        clip = self.clip_range(self._current_progress_remaining)
+        clip_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
+        errors = value_terms(result.values[:, :-1], batch.old_values, batch.returns, clip_vf)
+        surrogate = clipped_terms(result.logp, batch.old_logp, batch.advantages, clip)
+        terms: LossTerms = {
+            "policy_gradient_loss": (1.0, weighted_sum(surrogate, weights)),
+            "value_loss": (self.vf_coef, weighted_sum(errors, weights)),
+            "entropy_loss": (self.ent_coef, -weighted_sum(result.entropy, weights)),
+        }
+        return terms, ratio_statistics(result.logp, batch.old_logp, batch.mask, clip, clip) | {"clip_range": torch.tensor(clip)}
+
+    def stops_early(self, statistics: dict[str, float]) -> bool:
+        """Whether approx_kl is over 1.5 * target_kl."""
+        return self.target_kl is not None and statistics["approx_kl"] > 1.5 * self.target_kl

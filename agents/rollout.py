@@ -1,0 +1,226 @@
+"""A rollout: the record of a batch of episodes that travels through training, and the two ways to collect one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from agents.generation import Sampler, StepState
+from agents.policy import LanguagePolicy
+from agents.vec_env import TextVecEnv, prompt_rows, rows_of, rules_of_vec_env
+from llm_env import TextGenerationVectorEnv
+from llm_env.prompts import PromptCursor
+
+
+@dataclass
+class Rollout:
+    """B episodes with responses of up to T tokens, padded on the right; rows iG..iG+G-1 answer one prompt.
+
+    Attributes:
+        prompts: B lists of token ids.
+        responses: B lists of token ids, the end token included.
+        mask: (B, T) float32, 1 at action tokens (the end token is one, padding is not).
+        rewards: (B, T) float32, what the env paid for each action token.
+        sampled_logp: (B, T) float32, log pi by the sampling path, in nats.
+        ref_logp: (B, T) float32, log pi_ref, in nats; None without a reference.
+        truncated: (B,) bool, ended by the length limit.
+        infos: B dicts, the last info of each episode.
+        group_size: G.
+        old_logp: (B, T) float32, log pi by the training path before the first update, in nats; None until computed.
+        old_values: (B, T) float32, V by the training path before the first update; None without a value head.
+        last_values: (B,) float32, V of the state after the last token; None without a value head.
+        advantages: (B, T) float32; None until computed.
+        returns: (B, T) float32, targets of the values; None without a value head.
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    mask: Tensor
+    rewards: Tensor
+    sampled_logp: Tensor
+    ref_logp: Tensor | None
+    truncated: Tensor
+    infos: list[dict[str, Any]]
+    group_size: int = 1
+    old_logp: Tensor | None = None
+    old_values: Tensor | None = None
+    last_values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(B,) int64, action tokens of each episode."""
+        return np.array([len(response) for response in self.responses])
+
+    @property
+    def scores(self) -> Tensor:
+        """(B,) float32, each episode's return without discount: the sum of its rewards."""
+        return self.rewards.sum(1)
+
+    def take(self, rows: Sequence[int]) -> Rollout:
+        """Some of the rows, cut to the longest response among them."""
+        width = max(len(self.responses[row]) for row in rows)
+        index = torch.as_tensor(rows, device=self.mask.device)
+        chosen: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                chosen[name] = value[index][:, :width] if value.ndim == 2 else value[index]
+            elif isinstance(value, list):
+                chosen[name] = [value[row] for row in rows]
+        return replace(self, **chosen)
+
+
+def _padded(rows: Sequence[Any], device: torch.device) -> Tensor:
+    table = torch.zeros(len(rows), max(map(len, rows)))
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = torch.as_tensor(np.asarray(row, dtype=np.float32))
+    return table.to(device)
+
+
+def _assemble(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    rewards: Sequence[Any],
+    logps: Sequence[Any],
+    ref_logps: Sequence[Any] | None,
+    truncated: Sequence[bool] | np.ndarray,
+    infos: list[dict[str, Any]],
+    group_size: int,
+    device: torch.device,
+) -> Rollout:
+    return Rollout(
+        prompts=prompts,
+        responses=responses,
+        mask=_padded([np.ones(len(response)) for response in responses], device),
+        rewards=_padded(rewards, device),
+        sampled_logp=_padded(logps, device),
+        ref_logp=None if ref_logps is None else _padded(ref_logps, device),
+        truncated=torch.as_tensor(np.asarray(truncated), device=device),
+        infos=infos,
+        group_size=group_size,
+    )
+
+
+def collect(
+    policy: LanguagePolicy, venv: TextGenerationVectorEnv, group_size: int, sampler: Sampler, options: dict[str, Any]
+) -> Rollout:
+    """One episode in every row of a vector env, on the response clock.
+
+    Args:
+        policy: draws the responses.
+        venv: is reset here, in groups of `group_size` rows with one prompt.
+        group_size: G.
+        sampler: draws a token.
+        options: further reset options.
+    """
+    venv.reset(options={"group_size": group_size, **options})
+    prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
+    responses, logps = policy.respond(prompts[::group_size], venv.rules, sampler, group_size)
+    outcome = venv.step_responses([np.array(response) for response in responses], logps)
+    return _assemble(
+        prompts,
+        responses,
+        outcome.rewards,
+        logps,
+        outcome.ref_logprobs,
+        outcome.truncated,
+        outcome.infos,
+        group_size,
+        policy.device,
+    )
+
+
+def collect_by_tokens(
+    policy: LanguagePolicy, vec_env: VecEnv, n_episodes: int, group_size: int, sampler: Sampler, cursor: PromptCursor
+) -> Rollout:
+    """`n_episodes` episodes of any VecEnv over text envs, on the token clock: what its wrappers do is what is trained on.
+
+    Args:
+        policy: draws the tokens.
+        vec_env: K envs; each is reset to its prompt before every K episodes.
+        n_episodes: B.
+        group_size: G; divides B.
+        sampler: draws a token.
+        cursor: gives the prompts.
+
+    Raises:
+        ValueError: a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions; or the env shapes
+            the reward with a KL, which needs log pi and so the response clock.
+    """
+    rules = rules_of_vec_env(vec_env)
+    if rules.kl is not None:
+        raise ValueError(
+            "kl_coef in the env needs the log-probs of the actions, which a wrapped env cannot be told; drop the wrappers, or "
+            "use GRPO with its own kl_coef"
+        )
+    indexes = [index for _ in range(n_episodes // group_size) for index in [cursor.next()] * group_size]
+    episodes: list[_Episode] = []
+    for begin in range(0, n_episodes, vec_env.num_envs):
+        chunk = indexes[begin : begin + vec_env.num_envs]
+        episodes += _play(policy, vec_env, chunk, sampler)
+    prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
+    ref_logps = rules.reference.log_probs(prompts, responses) if rules.reference is not None else None
+    return _assemble(
+        prompts,
+        responses,
+        [e.rewards for e in episodes],
+        [e.logps for e in episodes],
+        ref_logps,
+        [e.truncated for e in episodes],
+        [e.info or {} for e in episodes],
+        group_size,
+        policy.device,
+    )
+
+
+@dataclass
+class _Episode:
+    """One episode under way on the token clock."""
+
+    prompt: list[int]
+    response: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    truncated: bool = False
+    info: dict[str, Any] | None = None
+
+
+def _play(policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], sampler: Sampler) -> list[_Episode]:
+    """One episode in each of the first len(indexes) envs; the others are stepped along and not looked at."""
+    vec_env.set_options([{"index": indexes[min(i, len(indexes) - 1)]} for i in range(vec_env.num_envs)])
+    observation: Any = vec_env.reset()
+    contexts = rows_of(observation)
+    episodes = [_Episode(context) for context in contexts[: len(indexes)]]
+    state: StepState | None = None
+    while any(episode.info is None for episode in episodes):
+        tokens, logp, state = policy.next_tokens(rows_of(observation), state, sampler)
+        observation, rewards, dones, infos = vec_env.step(tokens)
+        for i, episode in enumerate(episodes):
+            if episode.info is not None:
+                continue
+            episode.response.append(int(tokens[i]))
+            episode.logps.append(float(logp[i]))
+            episode.rewards.append(float(rewards[i]))
+            if dones[i]:
+                episode.info = infos[i]
+                episode.truncated = bool(infos[i].get("TimeLimit.truncated", False))
+            elif prompt_rows(observation, [i])[0] != [*episode.prompt, *episode.response]:
+                raise ValueError(
+                    "a wrapper of the env rewrites input_ids: the policy would be trained on tokens it did not see"
+                )
+    return episodes
+
+
+def clock_of(vec_env: VecEnv) -> TextGenerationVectorEnv | None:
+    """The vector env to collect from on the response clock, or None where only the token clock will do."""
+    return vec_env.venv if isinstance(vec_env, TextVecEnv) else None

@@ -1,0 +1,138 @@
+"""One episode of text generation as a `gymnasium.Env` whose actions are tokens."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, SupportsIndex
+
+import gymnasium as gym
+import numpy as np
+
+from llm_env.episodes import Episodes, Rules
+from llm_env.prompts import PromptCursor
+from llm_env.vector_env import TextGenerationVectorEnv, spaces_of
+
+
+class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
+    """Write the answer to a prompt, token by token.
+
+    ## Description
+    An episode is a prompt's token ids and then the ids of the actions. Text is decoded for reward functions and people
+    only, and never tokenized again.
+
+    ## Action Space
+    `Discrete(V)`, V the size of the tokenizer's vocabulary: the next token.
+
+    ## Observation Space
+    `Dict(input_ids: Box(int64, (L,)), attention_mask: Box(int8, (L,)))`, L = max_prompt_tokens + max_new_tokens: the tokens
+    so far, padded on the right, so that a token's index is its position.
+
+    ## Rewards
+    The weighted sum of the reward functions, paid with the last action. With `kl_coef` every action earns
+    `kl_coef * log pi_ref(action)` besides: the part of the KL penalty that an env can know; the rest, an entropy bonus, is
+    the agent's (the vector env, told log pi, pays the whole).
+
+    ## Starting State
+    The next prompt in a shuffled order that `reset(seed=)` begins anew, or the prompt `reset(options={"index": i})`.
+
+    ## Episode End
+    `terminated`: the action is the end token, or completes a stop string. `truncated`: it is action number max_new_tokens
+    and does not terminate. The last info has `prompt`, `completion`, `prompt_index`, `reward/<name>` for every component,
+    `is_success` where `success` names a component, and with a reference `ref_logprob`, the sum of log pi_ref in nats.
+
+    ## Arguments
+    prompts, reward, tokenizer and the keywords of `llm_env.episodes.Rules`; `render_mode="ansi"` renders the text so far.
+
+    ## Version History
+    v0: first version.
+
+    Examples:
+        >>> import llm_env
+        >>> env = llm_env.TextGenerationEnv(["2+3="], lambda completions: [float(c == "5") for c in completions], llm_env.PUPIL)
+        >>> observation, info = env.reset(seed=0)
+        >>> five, end = env.rules.tokenizer.convert_tokens_to_ids(["5", "<eos>"])
+        >>> observation, reward, terminated, truncated, info = env.step(five)
+        >>> reward, terminated, truncated
+        (0.0, False, False)
+        >>> observation, reward, terminated, truncated, info = env.step(end)
+        >>> reward, terminated, info["completion"]
+        (1.0, True, '5')
+    """
+
+    metadata = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012
+
+    def __init__(self, prompts: Any, reward: Any, tokenizer: Any, *, render_mode: str | None = None, **rules: Any) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r} must be None or one of {self.metadata['render_modes']}")
+        self.rules = Rules(prompts, reward, tokenizer, **rules)
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = spaces_of(self.rules)  # type: ignore[assignment]
+        self._episodes = Episodes(self.rules, 1)
+        self._cursor = PromptCursor(len(self.rules.prompts), lambda: self.np_random)
+        self._last_info: dict[str, Any] = {}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: begins the order of the prompts anew.
+            options: `{"index": i}` takes prompt i.
+        """
+        super().reset(seed=seed)
+        if seed is not None:
+            self._cursor.restart()
+        index = (options or {}).get("index")
+        self._episodes.start([0], [self._cursor.next() if index is None else operator.index(index)])
+        self._last_info = {}
+        return self._observation(), {}
+
+    def step(self, action: SupportsIndex) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Append one token.
+
+        Raises:
+            ValueError: the action is no token id, or the episode has ended.
+        """
+        token = np.array([[operator.index(action)]])
+        outcome = self._episodes.advance(np.array([0]), token, np.array([1]))
+        self._last_info = outcome.infos.get(0, {})
+        reward = float(outcome.rewards[0, 0])
+        return self._observation(), reward, bool(outcome.terminated[0]), bool(outcome.truncated[0]), dict(self._last_info)
+
+    def action_masks(self) -> np.ndarray:
+        """(V,) bool, True for the tokens that may come next: all of them."""
+        return np.ones(self.rules.vocab_size, dtype=bool)
+
+    def render(self) -> str | None:
+        """The prompt and what has been written so far, with the reward components once the episode has ended."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs render_mode='ansi' at construction")
+            return None
+        if self._episodes.prompt_lengths[0] == 0:
+            return ""
+        prompt = self.rules.prompts.texts[self._episodes.prompt_indexes[0]]
+        (completion,) = self.rules.decode([self._episodes.response(0).tolist()])
+        components = [f"{key}: {value:g}" for key, value in self._last_info.items() if key.startswith("reward/")]
+        return "\n".join([f"{prompt}{completion}", *components])
+
+    def vectorize(self, num_envs: int, **options: Any) -> TextGenerationVectorEnv:
+        """The native vector env with the same rules: prompts, tokenizer, rewards and reference are shared, not copied."""
+        return TextGenerationVectorEnv.from_rules(self.rules, num_envs, **options)
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {key: value[0] for key, value in self._episodes.observation().items()}
+
+
+def rules_of(env: Any) -> Rules:
+    """The rules of one of this package's envs, through any Gymnasium wrappers.
+
+    Raises:
+        TypeError: it is another env.
+    """
+    rules = getattr(getattr(env, "unwrapped", env), "rules", None)
+    if not isinstance(rules, Rules):
+        raise TypeError(
+            f"{env!r} is no text generation env; make one with llm_env.TextGenerationEnv or gym.make('llm_env/...')"
+        )
+    return rules

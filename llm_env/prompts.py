@@ -1,0 +1,243 @@
+"""Where prompts come from: lists, `.jsonl` files, datasets and procedural sources, in a seeded order and disjoint splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger("llm_env")
+
+Row = dict[str, Any]
+SPLITS = ("train", "test")
+
+
+class PromptSource(ABC):
+    """Rows made on demand: row `i` is the same at every call, so that a split and a cursor can refer to it by its index."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`: a dict with `prompt` (a str) or `messages` (a chat), and any columns for the reward functions."""
+
+
+def split_of(text: str) -> str:
+    """`"test"` for a tenth of all texts, else `"train"`: a property of the text (sha256), so the splits never overlap."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """One JSON object a line.
+
+    Raises:
+        ValueError: a line is empty, is not JSON or is not an object; the message names file and line.
+        FileNotFoundError: there is no such file.
+    """
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON strings may hold U+2028
+    if lines[-1] == "":
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(f"{path}:{number} is empty: every line must hold one JSON object; delete the line")
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not valid JSON ({error}); the line reads {line[:80]!r}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number} holds a {type(row).__name__}; every line must hold one JSON object")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no rows: give at least one prompt")
+    return rows
+
+
+def as_rows(prompts: Any) -> Sequence[Row]:
+    """Normalize what a user may call prompts into a sequence of dict rows.
+
+    Args:
+        prompts: list of str, list of dict, `PromptSource`, path of a `.jsonl` file, or anything with `len()` and integer
+            indexing that yields dicts (a Hugging Face `Dataset`).
+    """
+    if isinstance(prompts, (str, Path)):
+        if not str(prompts).endswith((".jsonl", ".json")):
+            raise ValueError(
+                f"prompts={str(prompts)!r} is neither a list nor the path of a .jsonl file; for a single prompt write "
+                f"prompts=[{str(prompts)!r}]"
+            )
+        return read_jsonl(prompts)
+    if not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")) or isinstance(prompts, dict):
+        raise TypeError(
+            f"prompts is a {type(prompts).__name__}; give a list of str, a list of dict with a 'prompt' key, a "
+            "PromptSource, a dataset or the path of a .jsonl file"
+        )
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: give at least one prompt")
+    if isinstance(prompts, (list, tuple)):
+        return [{"prompt": row} if isinstance(row, str) else row for row in prompts]
+    return prompts
+
+
+def render_row(row: Any, index: int, tokenizer: Any) -> str | None:
+    """The text of a row's prompt, or None where it is a chat that the chat template has yet to turn into text.
+
+    Raises:
+        TypeError, ValueError: the row holds no usable prompt; the message names the row.
+    """
+    if not isinstance(row, dict):
+        raise TypeError(f"row {index} of the prompts is a {type(row).__name__}; rows are str, or dict with a 'prompt' key")
+    content = row.get("prompt", row.get("messages"))
+    if content is None:
+        raise ValueError(f"row {index} of the prompts has the keys {sorted(row)}, but neither 'prompt' nor 'messages'")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise TypeError(f"row {index}: 'prompt' is a {type(content).__name__}; it must be a str or a list of messages")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"row {index} holds chat messages, but the tokenizer has no chat template; set tokenizer.chat_template, or "
+            "give the prompt as text"
+        )
+    return None
+
+
+class PromptTable:
+    """Every prompt as the token ids the model will see, with its text and its columns.
+
+    Args:
+        prompts: see `as_rows`.
+        tokenizer: a transformers tokenizer; text is tokenized with its special tokens, a chat by its template.
+        max_prompt_tokens: the longest prompt allowed, in tokens.
+        split: `"train"` or `"test"` keeps the rows whose prompt `split_of` assigns there; None keeps all.
+        long_prompts: `"error"` refuses a longer prompt, `"drop"` leaves it out, counts it in `dropped` and logs it.
+
+    Attributes:
+        ids: one int64 array a prompt.
+        texts: the prompts as text (chats as their template renders them).
+        dropped: how many prompts were left out for their length.
+    """
+
+    def __init__(
+        self, prompts: Any, tokenizer: Any, max_prompt_tokens: int, split: str | None = None, long_prompts: str = "error"
+    ) -> None:
+        if split is not None and split not in SPLITS:
+            raise ValueError(f"split={split!r} must be 'train', 'test' or None")
+        if long_prompts not in ("error", "drop"):
+            raise ValueError(f"long_prompts={long_prompts!r} must be 'error' or 'drop'")
+        self._rows = as_rows(prompts)
+        self._kept: list[int] = []
+        self.texts: list[str] = []
+        self.ids: list[np.ndarray] = []
+        self.dropped = 0
+        texts, chats = self._texts(tokenizer)
+        kept = [i for i, text in enumerate(texts) if split is None or split_of(text) == split]
+        for i, ids in zip(kept, self._encode([texts[i] for i in kept], [i in chats for i in kept], tokenizer), strict=True):
+            if len(ids) == 0:
+                raise ValueError(f"row {i} of the prompts is empty ({texts[i]!r} has no tokens); a model needs at least one")
+            if len(ids) > max_prompt_tokens:
+                if long_prompts == "error":
+                    raise ValueError(
+                        f"row {i} of the prompts has {len(ids)} tokens, more than max_prompt_tokens={max_prompt_tokens}; set "
+                        f"max_prompt_tokens={len(ids)} or more, or long_prompts='drop' to leave such rows out"
+                    )
+                self.dropped += 1
+                continue
+            self._kept.append(i)
+            self.texts.append(texts[i])
+            self.ids.append(np.asarray(ids, dtype=np.int64))
+        if self.dropped:
+            logger.warning("dropped %d of %d prompts longer than %d tokens", self.dropped, len(kept), max_prompt_tokens)
+        if not self.ids:
+            raise ValueError(
+                f"no prompt is left of {len(texts)}: {len(texts) - len(kept)} are not in split={split!r}, {self.dropped} have "
+                f"more than max_prompt_tokens={max_prompt_tokens} tokens"
+            )
+        first = self._rows[self._kept[0]]
+        self.columns = [name for name in first if name != "prompt"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def column(self, name: str, indexes: Sequence[int]) -> list[Any]:
+        """The values of column `name` in the prompts `indexes`."""
+        return [self._rows[self._kept[i]].get(name) for i in indexes]
+
+    def _texts(self, tokenizer: Any) -> tuple[list[str], set[int]]:
+        texts, chats = [], set()
+        for i in range(len(self._rows)):
+            row = self._rows[i]
+            text = render_row(row, i, tokenizer)
+            if text is None:
+                chats.add(i)
+                messages = row.get("prompt", row.get("messages"))
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            texts.append(text)
+        return texts, chats
+
+    @staticmethod
+    def _encode(texts: list[str], is_chat: list[bool], tokenizer: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        if not any(is_chat):
+            return tokenizer(texts, verbose=False)["input_ids"]
+        # A chat template writes its special tokens itself.
+        return [
+            tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+            for text, chat in zip(texts, is_chat, strict=True)
+        ]
+
+
+class PromptCursor:
+    """Indexes 0..n-1 in an endlessly reshuffled order: each once before any comes again.
+
+    A Fisher-Yates shuffle that remembers only what it has moved, so that a cursor over a million prompts costs nothing
+    until it is used.
+
+    Args:
+        size: n, how many prompts there are.
+        rng: gives the current generator of the env that owns the cursor; the order is a function of its stream alone.
+    """
+
+    def __init__(self, size: int, rng: Callable[[], np.random.Generator]) -> None:
+        self._size = size
+        self._rng = rng
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was drawn: the next index begins a new shuffle."""
+        self._drawn = 0
+        self._moved: dict[int, int] = {}
+
+    def next(self) -> int:
+        """The next index."""
+        if self._drawn == self._size:
+            self.restart()
+        chosen = int(self._rng().integers(self._drawn, self._size))
+        index = self._moved.get(chosen, chosen)
+        self._moved[chosen] = self._moved.pop(self._drawn, self._drawn)
+        self._drawn += 1
+        return index
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on with the same order; the generator's state is the env's to keep."""
+        return {"size": self._size, "drawn": self._drawn, "moved": dict(self._moved)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state belongs to another number of prompts.
+        """
+        if state["size"] != self._size:
+            raise ValueError(f"the saved cursor runs over {state['size']} prompts, this env has {self._size}")
+        self._drawn, self._moved = state["drawn"], dict(state["moved"])

@@ -1,0 +1,125 @@
+"""The reference policy: log pi_ref of action tokens, and the coefficient of the KL penalty in the reward.
+
+The shaping is k1, by definition: the reward of token t is r_t - beta * (log pi - log pi_ref).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llm_env.scoring import log_probs_of, response_outputs
+
+
+class Reference:
+    """A frozen causal language model that knows log pi_ref.
+
+    Args:
+        model: a path, a hub id or a transformers causal language model. A model object is copied, since the usual one is
+            the model that is about to be trained; `copy_model=False` keeps the object itself.
+        device: where it runs; by default where the model is (CPU for a path).
+        batch_size: responses per forward pass; bounds the memory.
+        copy_model: whether a model object is copied.
+
+    Attributes:
+        temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        device: torch.device | str | None = None,
+        batch_size: int = 64,
+        copy_model: bool = True,
+    ) -> None:
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        elif not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"reference is a {type(model).__name__}; give a path, a hub id or a transformers causal language model"
+            )
+        elif copy_model:
+            model = copy.deepcopy(model)
+        self.model = model.requires_grad_(False).eval()
+        if device is not None:
+            self.model.to(device)
+        self.batch_size = batch_size
+        self.temperature = 1.0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a model that cannot score all token ids of the env.
+
+        Raises:
+            ValueError: the model's vocabulary is smaller.
+        """
+        size = self.model.get_input_embeddings().num_embeddings
+        if size < vocab_size:
+            raise ValueError(f"the reference's vocabulary has {size} tokens, the tokenizer's {vocab_size}; they must match")
+        self._vocab_size = vocab_size
+
+    @torch.no_grad()
+    def log_probs(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log pi_ref of every response token, in nats: one float32 array of the response's length a row."""
+        results: list[np.ndarray] = []
+        for begin in range(0, len(prompts), self.batch_size):
+            rows = slice(begin, begin + self.batch_size)
+            logits, targets, mask, _ = response_outputs(self.model, prompts[rows], responses[rows], self._vocab_size)
+            logp = log_probs_of(logits, targets, self.temperature)
+            results += [row[keep].cpu().numpy() for row, keep in zip(logp, mask.bool(), strict=True)]
+        return results
+
+
+def as_reference(reference: Any) -> Reference:
+    """A `Reference` from whatever a user may give: itself, a path, a hub id or a model."""
+    return reference if isinstance(reference, Reference) else Reference(reference)
+
+
+class KLController:
+    """A coefficient beta of the KL penalty that stays as it is.
+
+    Args:
+        value: beta, in reward per nat; at least 0.
+    """
+
+    def __init__(self, value: float) -> None:
+        if not np.isfinite(value) or value < 0:
+            raise ValueError(f"kl_coef={value} must be a finite number of at least 0")
+        self.value = float(value)
+
+    def update(self, kl: float, n: int) -> None:
+        """Take note of the KL (sum over an episode's tokens, mean over n episodes, in nats)."""
+
+
+class AdaptiveKLController(KLController):
+    """Steers the KL to a target: beta *= 1 + clip(KL/target - 1, -0.2, 0.2) * n/horizon.
+
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.2. It is fed a KL, never a KL reward.
+
+    Args:
+        value: the coefficient to begin with.
+        target: KL per episode, in nats, that is aimed at.
+        horizon: in episodes.
+    """
+
+    def __init__(self, value: float = 0.15, target: float = 6.0, horizon: float = 10_000) -> None:
+        super().__init__(value)
+        if target <= 0 or horizon <= 0:
+            raise ValueError(f"target={target} and horizon={horizon} must be positive")
+        self.target, self.horizon = target, horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """Multiply beta by 1 + error * n/horizon, where n episodes had the mean KL `kl`."""
+        error = np.clip(kl / self.target - 1, -0.2, 0.2)
+        self.value *= float(1 + error * n / self.horizon)
+
+
+def as_kl_controller(kl_coef: float | KLController) -> KLController | None:
+    """A controller from a number or a controller; None for 0, which means no shaping."""
+    if isinstance(kl_coef, KLController):
+        return kl_coef
+    return KLController(kl_coef) if kl_coef != 0 else None

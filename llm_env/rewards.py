@@ -1,0 +1,222 @@
+"""Reward functions in TRL's convention, and how several become one number.
+
+A reward function is any callable `f(prompts, completions, **columns) -> list[float]`: `prompts` and `completions` are
+lists of str of one length, every column of the prompts comes as a keyword with a list of that length, and so does
+`completion_ids` (lists of token ids). Of these it is given what its signature names, or all of them with `**kwargs`.
+It returns one number a completion; None says "not applicable to this one".
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+RewardFunction = Callable[..., Sequence[float | None]]
+ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
+NAME_LIMIT = 24  # SB3 cuts log keys at 36 characters and refuses two that collide
+
+
+class RewardSum:
+    """The weighted sum of one or more reward functions, with every component kept by name.
+
+    Args:
+        functions: one reward function or several.
+        weights: one weight a function; all 1 when left out.
+        columns: names of the prompt columns that will be on offer; a function that needs another is refused here.
+
+    Attributes:
+        names: one name a function, unique and short enough for a log key.
+
+    Raises:
+        TypeError: a function is not callable.
+        ValueError: no function, another number of weights, or a column that the prompts do not have.
+    """
+
+    def __init__(
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        columns: Sequence[str] = (),
+    ) -> None:
+        self.functions = [functions] if callable(functions) else list(functions)
+        if not self.functions:
+            raise ValueError("reward is an empty list: give at least one reward function")
+        for function in self.functions:
+            if not callable(function):
+                raise TypeError(f"reward {function!r} is a {type(function).__name__}; it must be callable")
+        weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        if len(weights) != len(self.functions):
+            raise ValueError(
+                f"reward_weights has {len(weights)} numbers for {len(self.functions)} reward functions; give one each"
+            )
+        self.weights = np.asarray(weights, dtype=np.float64)
+        if not np.isfinite(self.weights).all():
+            raise ValueError(f"reward_weights={weights} must be finite numbers")
+        self.names = _unique_names(self.functions)
+        self._columns = [_wanted_columns(f, name, columns) for f, name in zip(self.functions, self.names, strict=True)]
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Score a batch.
+
+        Returns:
+            The weighted sums, shape (B,), and the components before weighting by name, each (B,), NaN for None.
+
+        Raises:
+            ValueError: a function raised, or returned another number of values, a NaN or an infinity, or no function
+                scored some completion. The message names the function and the row.
+        """
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        components = {
+            name: _call(function, name, {key: given[key] for key in wanted}, prompts)
+            for function, name, wanted in zip(self.functions, self.names, self._columns, strict=True)
+        }
+        scores = np.stack(list(components.values()))
+        unscored = np.flatnonzero(np.isnan(scores).all(axis=0))
+        if len(unscored):
+            raise ValueError(
+                f"no reward function of {self.names} scored row {unscored[0]} of {len(prompts)} (all returned None): "
+                f"prompt {prompts[unscored[0]]!r}, completion {completions[unscored[0]]!r}; at least one must return a number"
+            )
+        return np.nansum(scores * self.weights[:, None], axis=0), components
+
+
+def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
+    names: list[str] = []
+    for function in functions:
+        full = getattr(function, "__name__", type(function).__name__).strip("<>")
+        name, count = full[:NAME_LIMIT], 1
+        while name in names:
+            count += 1
+            suffix = f"_{count}"
+            name = full[: NAME_LIMIT - len(suffix)] + suffix
+        names.append(name)
+    return names
+
+
+def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str]) -> list[str]:
+    """The keywords to call `function` with: all on offer if it takes `**kwargs`, else those that it names."""
+    on_offer = [*ALWAYS_GIVEN, *(column for column in columns if column not in ALWAYS_GIVEN)]
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return on_offer
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing := [key for key in needed if key not in on_offer]:
+        raise ValueError(
+            f"reward {name!r} needs {missing}, but the prompts have only the columns {list(columns)}; add the column to "
+            f"every row (dicts with 'prompt' and {missing[0]!r}) or give the parameter a default"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return on_offer
+    named = {p.name for p in parameters}
+    return [key for key in on_offer if key in named]
+
+
+def _call(function: RewardFunction, name: str, given: dict[str, Any], prompts: list[str]) -> np.ndarray:
+    try:
+        values = function(**given)
+    except Exception as error:
+        raise ValueError(
+            f"reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(prompts)} completions, the first "
+            f"to the prompt {prompts[0]!r}"
+        ) from error
+    if values is None:
+        raise ValueError(f"reward {name!r} returned None for all {len(prompts)} completions; it must return one number each")
+    try:
+        scores = np.array([np.nan if value is None else float(value) for value in values])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward {name!r} must return one number a completion, but returned {values!r}"[:500]) from error
+    if len(scores) != len(prompts):
+        raise ValueError(
+            f"reward {name!r} returned {len(scores)} values for {len(prompts)} completions; it must return one each"
+        )
+    for row, value in enumerate(values):
+        if value is not None and not np.isfinite(scores[row]):
+            raise ValueError(
+                f"reward {name!r} returned {value} for row {row} of {len(prompts)}, the prompt {prompts[row]!r}; rewards must "
+                "be finite (return None where the function does not apply)"
+            )
+    return scores
+
+
+# --- reward functions that ship ---------------------------------------------------------------------------------------
+
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+_NUMBER = re.compile(rf"(?:(?<![\w)])[-+]\s?)?\$?\s?{_DIGITS}(?:\s?/\s?{_DIGITS})?")
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+_ANSWER_MARKS = (
+    re.compile(r"####\s*(.+)"),
+    re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
+    re.compile(r"(?i:answer)\s*(?:is|:|=)\s*:?\s*(.+)"),
+)
+
+
+def _marked_answer(text: str) -> str | None:
+    r"""What follows the last `####`, stands in the last `\boxed{}` or follows "answer is"; None without a mark."""
+    for mark in _ANSWER_MARKS:
+        if found := mark.findall(text):
+            return found[-1].strip()
+    return None
+
+
+def final_answer(text: str) -> str:
+    r"""The final answer of a solution: what follows `####`, stands in `\boxed{}` or follows "answer is"; else all of it.
+
+    >>> final_answer("48/2 = 24 clips in May. 48+24 = 72.\n#### 72")
+    '72'
+    >>> final_answer(" 72 ")
+    '72'
+    """
+    marked = _marked_answer(text)
+    return text.strip() if marked is None else marked
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The number that a text answers with, exactly: the first one after an answer mark, else the last one; or None.
+
+    Money, thousands commas, signs, decimals and fractions are understood.
+
+    >>> parse_number("It costs $1,234.50."), parse_number("-3/4"), parse_number("none")
+    (Fraction(2469, 2), Fraction(-3, 4), None)
+    >>> parse_number("The answer is 72, which is 3 more than 69.")
+    Fraction(72, 1)
+    """
+    marked = _marked_answer(text)
+    found = _NUMBER.findall(_FRACTION.sub(r"\1/\2", text if marked is None else marked).replace("\u2212", "-"))
+    if not found:
+        return None
+    number = found[-1 if marked is None else 0]
+    numerator, _, denominator = re.sub(r"[\s,$]", "", number).partition("/")
+    if not denominator:
+        return Fraction(numerator)
+    return Fraction(numerator) / Fraction(denominator) if Fraction(denominator) else None
+
+
+def exact_match(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
+    """1.0 where the completion, stripped of white space, is the final answer of the column `answer`, else 0.0."""
+    return [float(c.strip() == final_answer(str(a))) for c, a in zip(completions, answer, strict=True)]
+
+
+def numeric_answer(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
+    r"""1.0 where the completion's final answer is the number that the column `answer` ends in, else 0.0.
+
+    The column holds a number, or a solution in GSM8K's form (`... #### 72`). In the completion the number after `####`, in
+    `\boxed{}` or after "answer is" counts; without such a mark the last number does.
+
+    >>> numeric_answer(completions=["So she sold 1,072.00 clips."], answer=["... #### 1072"])
+    [1.0]
+    """
+    scores = []
+    for completion, reference in zip(completions, answer, strict=True):
+        expected = parse_number(str(reference))
+        if expected is None:
+            raise ValueError(f"the column 'answer' holds {reference!r}, which ends in no number")
+        scores.append(float(parse_number(completion) == expected))
+    return scores

@@ -1,0 +1,75 @@
+"""One forward pass over prompts and responses: the path by which a policy is trained and a reference is asked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one int64 tensor (B, longest row), and the 0/1 mask of the same shape and type.
+
+    The padding is token 0; nothing may depend on its value.
+    """
+    width = max((len(row) for row in rows), default=0)
+    ids, mask = torch.zeros((2, len(rows), width), dtype=torch.int64).unbind()
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, at] = torch.as_tensor(row, dtype=torch.int64)
+        mask[i, at] = 1
+    return ids.to(device), mask.to(device)
+
+
+def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
+
+    GPT-2's absolute positions need them; models without `position_ids` (ALiBi) count by the mask themselves.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def response_outputs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    vocab_size: int,
+    hidden_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Logits of every response token, from one pass over `[prompt padded left | response padded right]`.
+
+    Args:
+        model: any causal language model of transformers.
+        prompts: token ids, one row each, at least one token a row.
+        responses: token ids, one row each.
+        vocab_size: V; logits of ids beyond it, which pad some models' embeddings, are cut off: they are no actions.
+        hidden_states: also return the last hidden states.
+
+    Returns:
+        logits (B, T, V) of the response tokens, in the model's type; the tokens themselves (B, T); their 0/1 mask (B, T);
+        and the hidden states (B, T + 1, H) that every response token is chosen from, with the one after the last, or None.
+    """
+    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
+    targets, mask = pad(responses, "right", model.device)
+    first, length = prompt_ids.shape[1] - 1, targets.shape[1]
+    fed = length if hidden_states else length - 1  # nothing but V of the state after it depends on the last token
+    inputs = model_inputs(model, torch.cat([prompt_ids, targets[:, :fed]], 1), torch.cat([prompt_mask, mask[:, :fed]], 1))
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    if keeps:
+        inputs["logits_to_keep"] = torch.arange(first, first + length, device=model.device)
+    outputs = model(**inputs, use_cache=False, output_hidden_states=hidden_states)
+    logits = outputs.logits if keeps else outputs.logits[:, first : first + length]
+    hidden = outputs.hidden_states[-1][:, first : first + length + 1] if hidden_states else None
+    return logits[..., :vocab_size], targets, mask, hidden
+
+
+def log_probs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log softmax(logits / temperature) at the tokens, in float32: (..., V) and (...) -> (...), in nats."""
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)

@@ -1,0 +1,45 @@
+"""Ready-made tasks, one file each: a function that gives the arguments of an env, registered under an id."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import gymnasium as gym
+
+from llm_env.env import TextGenerationEnv
+from llm_env.vector_env import TextGenerationVectorEnv
+
+TASKS = {
+    "llm_env/Addition-v0": "llm_env.tasks.addition:addition",
+    "llm_env/Continuation-v0": "llm_env.tasks.continuation:continuation",
+    "llm_env/GSM8K-v0": "llm_env.tasks.gsm8k:gsm8k",
+}
+
+
+def _arguments(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    module, _, function = task.partition(":")
+    return getattr(importlib.import_module(module), function)(**arguments)
+
+
+def make_env(task: str, render_mode: str | None = None, **arguments: Any) -> TextGenerationEnv:
+    """The entry point of `gym.make`: `arguments` are those of the task's function."""
+    return TextGenerationEnv(**_arguments(task, arguments), render_mode=render_mode)
+
+
+def make_vec(task: str, num_envs: int, autoreset_mode: Any = None, **arguments: Any) -> TextGenerationVectorEnv:
+    """The entry point of `gym.make_vec`: the native vector env."""
+    mode = {} if autoreset_mode is None else {"autoreset_mode": autoreset_mode}
+    return TextGenerationVectorEnv(num_envs=num_envs, **_arguments(task, arguments), **mode)
+
+
+def register_tasks() -> None:
+    """Register every task with Gymnasium; importing `llm_env` does it."""
+    for env_id, task in TASKS.items():
+        if env_id not in gym.registry:
+            gym.register(
+                env_id,
+                entry_point="llm_env.tasks:make_env",
+                vector_entry_point="llm_env.tasks:make_vec",
+                kwargs={"task": task},
+            )

@@ -1,0 +1,46 @@
+"""Addition: the pupil's school story. `12+34=` is answered by `46`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_env.prompts import PromptSource, Row
+from llm_env.pupil import PUPIL
+from llm_env.rewards import exact_match
+
+
+class AdditionProblems(PromptSource):
+    """Every `a+b=` with a and b from 0 to `largest`, with the column `answer`; row `a * (largest + 1) + b`."""
+
+    def __init__(self, largest: int = 99) -> None:
+        if largest < 0:
+            raise ValueError(f"largest={largest} must not be negative")
+        self.largest = largest
+
+    def __len__(self) -> int:
+        return (self.largest + 1) ** 2
+
+    def __getitem__(self, index: int) -> Row:
+        a, b = divmod(index, self.largest + 1)
+        return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+
+
+def addition(split: str | None = "train", largest: int = 99, **overrides: Any) -> dict[str, Any]:
+    """Arguments of `TextGenerationEnv` for `llm_env/Addition-v0`.
+
+    Args:
+        split: `"train"`, `"test"` (a tenth of the problems, by a hash of their text) or None for all.
+        largest: the largest summand.
+        overrides: any argument of `TextGenerationEnv`, to replace those set here.
+    """
+    digits = len(str(2 * largest))
+    defaults = {
+        "prompts": AdditionProblems(largest),
+        "reward": exact_match,
+        "tokenizer": PUPIL,
+        "split": split,
+        "success": "exact_match",
+        "max_prompt_tokens": 2 * len(str(largest)) + 2,
+        "max_new_tokens": digits + 1,
+    }
+    return {**defaults, **overrides}

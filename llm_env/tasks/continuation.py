@@ -1,0 +1,28 @@
+"""Continuation: go on with a text. The user brings the reward, and the tokenizer of the model to be trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_env.pupil import PUPIL
+
+
+def word_count(completions: list[str], **_: Any) -> list[float]:
+    """The number of words of each completion: a reward to start from, to be replaced by one's own."""
+    return [float(len(completion.split())) for completion in completions]
+
+
+def continuation(**overrides: Any) -> dict[str, Any]:
+    """Arguments of `TextGenerationEnv` for `llm_env/Continuation-v0`.
+
+    Args:
+        overrides: any argument of `TextGenerationEnv`: `prompts`, `reward` and `tokenizer` are the ones to set.
+    """
+    defaults = {
+        "prompts": ["Once upon a time"],
+        "reward": word_count,
+        "tokenizer": PUPIL,
+        "max_prompt_tokens": 64,
+        "max_new_tokens": 64,
+    }
+    return {**defaults, **overrides}

@@ -1,0 +1,43 @@
+"""GSM8K: grade-school word problems with a numeric answer (Cobbe et al. 2021, arXiv 2110.14168)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm_env.prompts import read_jsonl
+from llm_env.pupil import PUPIL
+from llm_env.rewards import numeric_answer
+
+TEMPLATE = "{question}\nThink step by step and end with `#### ` and the answer.\n"
+
+
+def gsm8k(path: str | Path | None = None, template: str = TEMPLATE, chat: bool = False, **overrides: Any) -> dict[str, Any]:
+    """Arguments of `TextGenerationEnv` for `llm_env/GSM8K-v0`.
+
+    Args:
+        path: required; a `.jsonl` file of rows with `question` and `answer`, the latter ending in `#### <number>`.
+        template: the prompt; `{question}` stands for the question.
+        chat: give the prompt as a user's message through the tokenizer's chat template.
+        overrides: any argument of `TextGenerationEnv`, to replace those set here; `tokenizer` is the one to set.
+
+    Raises:
+        ValueError: no path, or a row lacks `question` or `answer`.
+    """
+    if path is None:
+        raise ValueError("llm_env/GSM8K-v0 needs path=..., the path of a GSM8K-format .jsonl file (columns question, answer)")
+    rows = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        if missing := [key for key in ("question", "answer") if not isinstance(row.get(key), str)]:
+            raise ValueError(f"{path}:{number} has no text under {missing}; a GSM8K row has 'question' and 'answer'")
+        prompt = template.replace("{question}", row["question"])
+        rows.append({"prompt": [{"role": "user", "content": prompt}] if chat else prompt, "answer": row["answer"]})
+    defaults = {
+        "prompts": rows,
+        "reward": numeric_answer,
+        "tokenizer": PUPIL,
+        "success": "numeric_answer",
+        "max_prompt_tokens": 1024,
+        "max_new_tokens": 512,
+    }
+    return {**defaults, **overrides}

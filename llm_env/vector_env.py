@@ -1,0 +1,315 @@
+"""Many episodes at once as a `gymnasium.vector.VectorEnv`, by token or by whole responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from llm_env.episodes import Episodes, Rules
+from llm_env.prompts import PromptCursor
+
+Observation = dict[str, np.ndarray]
+
+
+@dataclass
+class Responses:
+    """What became of one response a row. B rows, n_i action tokens in row i.
+
+    Attributes:
+        rewards: B float64 arrays of length n_i, one number per action token.
+        terminated: (B,) bool, ended by the end token or a stop string.
+        truncated: (B,) bool, ended by the length limit. Where neither holds, the episode goes on.
+        ref_logprobs: B float32 arrays of length n_i, log pi_ref of the action tokens, in nats; None without a reference.
+        infos: B dicts, empty where the episode goes on.
+    """
+
+    rewards: list[np.ndarray]
+    terminated: np.ndarray
+    truncated: np.ndarray
+    ref_logprobs: list[np.ndarray] | None
+    infos: list[dict[str, Any]]
+
+
+def spaces_of(rules: Rules) -> tuple[spaces.Dict, spaces.Discrete]:
+    """The observation and the action space of one episode."""
+    length = rules.max_tokens
+    observation = spaces.Dict(
+        {
+            "input_ids": spaces.Box(0, rules.vocab_size - 1, (length,), np.int64),
+            "attention_mask": spaces.Box(0, 1, (length,), np.int8),
+        }
+    )
+    return observation, spaces.Discrete(rules.vocab_size)
+
+
+class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
+    """`num_envs` rows of text generation; see `TextGenerationEnv` for the episode itself.
+
+    *Token clock*: `step(actions)`, one token a row, in Gymnasium's three autoreset modes.
+    *Response clock*: `step_responses(responses)`, a whole response a row, for one reward call and one reference pass.
+    The same tokens give the same rewards, ends and infos on both.
+
+    Every row has its own random stream: row i, after `reset(seed=s)`, meets the prompts that `TextGenerationEnv` meets
+    after `reset(seed=s + i)`. A group reset (`options={"group_size": G}`) draws from the env's own stream instead, without
+    repetition until all prompts have been used: that is what training batches are made of.
+
+    Args:
+        num_envs: number of rows, B.
+        prompts, reward, tokenizer, rules: see `llm_env.episodes.Rules`.
+        autoreset_mode: when a row that ended begins anew on the token clock. `step_responses` never resets: after it, call
+            `reset`.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_envs: int,
+        prompts: Any,
+        reward: Any,
+        tokenizer: Any,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        **rules: Any,
+    ) -> None:
+        self._set_up(Rules(prompts, reward, tokenizer, **rules), num_envs, autoreset_mode)
+
+    @classmethod
+    def from_rules(
+        cls, rules: Rules, num_envs: int, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP
+    ) -> TextGenerationVectorEnv:
+        """An env with the given rules, which are shared, not copied."""
+        env = cls.__new__(cls)
+        env._set_up(rules, num_envs, autoreset_mode)
+        return env
+
+    def _set_up(self, rules: Rules, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs={num_envs} must be at least 1")
+        self.rules = rules
+        self.num_envs = num_envs
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space, self.single_action_space = spaces_of(rules)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.episodes = Episodes(rules, num_envs)
+        self._row_rngs: list[np.random.Generator | None] = [None] * num_envs
+        self._row_cursors = [PromptCursor(len(rules.prompts), partial(self._row_rng, i)) for i in range(num_envs)]
+        self._group_cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
+        self._pending = np.zeros(num_envs, dtype=bool)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode in every row.
+
+        Args:
+            seed: row i is seeded with seed + i, or with seed[i].
+            options: `{"index": i}` or `{"index": [i, ...]}` takes these prompts, one a row (one a group with `group_size`).
+                `{"group_size": G}` gives rows iG..iG+G-1 one prompt.
+                `{"reset_mask": mask}`, (B,) bool, leaves the rows outside the mask as they are.
+
+        Raises:
+            ValueError: G does not divide the number of rows; the mask or the indexes do not fit.
+        """
+        self._seed(seed)
+        options = options or {}
+        rows = self._rows_to_reset(options.get("reset_mask"))
+        group_size = options.get("group_size")
+        if group_size is None:
+            heads = rows
+        else:
+            if group_size < 1 or len(rows) % group_size:
+                raise ValueError(
+                    f"group_size={group_size} must divide num_envs={len(rows)}; try num_envs="
+                    f"{max(group_size, 1) * -(-len(rows) // max(group_size, 1))}"
+                )
+            heads = rows[::group_size]
+        index = options.get("index")
+        if index is not None:
+            indexes = np.broadcast_to(index, len(heads)) if np.ndim(index) == 0 else np.asarray(index)
+            if indexes.shape != (len(heads),):
+                raise ValueError(
+                    f"options['index'] has shape {indexes.shape}; it must be a number or hold {len(heads)} of them"
+                )
+        elif group_size is not None:
+            indexes = np.array([self._group_cursor.next() for _ in heads])
+        else:
+            indexes = np.array([self._row_cursors[row].next() for row in heads])
+        self.episodes.start(rows, np.repeat(indexes, group_size or 1).tolist())
+        self._pending[rows] = False
+        return self.episodes.observation(), {}
+
+    def step(
+        self, actions: np.ndarray, logprobs: np.ndarray | None = None
+    ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Append one token to every row.
+
+        Args:
+            actions: (B,) integers; in NEXT_STEP mode those of rows that ended in the last step are ignored.
+            logprobs: (B,) log pi of the actions in nats; with them the KL penalty is exact.
+
+        Returns:
+            Observation, rewards (B,) float64, terminations and truncations (B,) bool, infos in Gymnasium's vector form.
+        """
+        tokens = np.asarray(actions)
+        if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"actions must be {self.num_envs} integers, one a row; got shape {tokens.shape} of {tokens.dtype}")
+        renewed = np.flatnonzero(self._pending)
+        rows = np.flatnonzero(~self._pending)
+        logp = None if logprobs is None else _finite(np.asarray(logprobs, dtype=np.float64), (self.num_envs,))[rows, None]
+        outcome = self.episodes.advance(rows, tokens[rows, None].astype(np.int64), np.ones(len(rows), dtype=np.int64), logp)
+        self.restart_rows(renewed)
+        rewards, terminations, truncations = np.zeros(self.num_envs), *np.zeros((2, self.num_envs), dtype=bool)
+        rewards[rows] = outcome.rewards[:, 0]
+        terminations[rows], truncations[rows] = outcome.terminated, outcome.truncated
+        ended = terminations | truncations
+        infos: dict[str, Any] = {}
+        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
+        final = self.episodes.observation() if same_step and ended.any() else {}
+        for row, info in outcome.infos.items():
+            if same_step:
+                info = {"final_obs": {key: value[row].copy() for key, value in final.items()}, "final_info": info}
+            infos = self._add_info(infos, info, row)
+        if same_step:
+            self.restart_rows(np.flatnonzero(ended))
+        self._pending = ended if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros_like(ended)
+        return self.episodes.observation(), rewards, terminations, truncations, infos
+
+    def step_responses(self, responses: Sequence[Any], logprobs: Sequence[Any] | None = None) -> Responses:
+        """Append a response to every row: its tokens are the actions that `step` would have taken one by one.
+
+        Args:
+            responses: B integer sequences, each up to and including its end token, stop string or the length limit. A shorter
+                one leaves its episode open (neither terminated nor truncated), and an empty one its row as it is.
+            logprobs: B float sequences of the same lengths, log pi of the tokens in nats; with them the KL penalty is exact.
+
+        Raises:
+            ValueError: another number of responses than rows; lengths that differ; a token out of range, after the end or
+                past the limit; a row that has ended already. No row has changed then.
+        """
+        if len(responses) != self.num_envs:
+            raise ValueError(f"{len(responses)} responses for num_envs={self.num_envs} rows; give one each")
+        rows = [np.asarray(response) for response in responses]
+        for i, row in enumerate(rows):
+            if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
+                raise ValueError(f"response {i} must be a flat sequence of token ids; got shape {row.shape} of {row.dtype}")
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        tokens = _padded(rows, lengths, np.int64)
+        logp = None
+        if logprobs is not None:
+            given = [len(row) for row in logprobs]
+            if given != lengths.tolist():
+                raise ValueError(
+                    f"logprobs must have one number per token: their lengths are {given}, the responses' {lengths.tolist()}"
+                )
+            logp = _finite(_padded(logprobs, lengths, np.float64), tokens.shape)
+        outcome = self.episodes.advance(np.arange(self.num_envs), tokens, lengths, logp, score_reference=True)
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            self._pending |= outcome.terminated | outcome.truncated
+        cut = partial(_cut, lengths=lengths)
+        return Responses(
+            rewards=cut(outcome.rewards),
+            terminated=outcome.terminated,
+            truncated=outcome.truncated,
+            ref_logprobs=None if outcome.ref_logp is None else cut(outcome.ref_logp),
+            infos=[outcome.infos.get(row, {}) for row in range(self.num_envs)],
+        )
+
+    def action_masks(self) -> np.ndarray:
+        """(B, V) bool, True for the tokens that may come next: all of them."""
+        return np.ones((self.num_envs, self.rules.vocab_size), dtype=bool)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random streams and the order of the prompts, for `load_state_dict`; episodes under way are not in it."""
+        return {
+            "np_random": self.np_random.bit_generator.state,
+            "group_cursor": self._group_cursor.state_dict(),
+            "rows": [
+                (None if rng is None else rng.bit_generator.state, cursor.state_dict())
+                for rng, cursor in zip(self._row_rngs, self._row_cursors, strict=True)
+            ],
+        }
+
+    def fits(self, state: dict[str, Any]) -> bool:
+        """Whether a saved state is of as many rows and prompts as this env has."""
+        return len(state["rows"]) == self.num_envs and state["group_cursor"]["size"] == len(self.rules.prompts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the prompts where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state belongs to another number of rows or prompts.
+        """
+        if not self.fits(state):
+            raise ValueError(
+                f"the saved state has {len(state['rows'])} rows and {state['group_cursor']['size']} prompts, this env "
+                f"num_envs={self.num_envs} and {len(self.rules.prompts)}"
+            )
+        self.np_random.bit_generator.state = state["np_random"]
+        self._group_cursor.load_state_dict(state["group_cursor"])
+        for i, (rng_state, cursor) in enumerate(state["rows"]):
+            if rng_state is not None:
+                self._row_rng(i).bit_generator.state = rng_state
+            self._row_cursors[i].load_state_dict(cursor)
+
+    def restart_rows(self, rows: np.ndarray) -> None:
+        """Begin new episodes in `rows`, each with its own stream's next prompt."""
+        self.episodes.start(rows, [self._row_cursors[row].next() for row in rows])
+        self._pending[rows] = False
+
+    def _row_rng(self, row: int) -> np.random.Generator:
+        rng = self._row_rngs[row]
+        if rng is None:
+            rng = self._row_rngs[row] = seeding.np_random()[0]
+        return rng
+
+    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
+        if seed is None:
+            return
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed has {len(seeds)} numbers for num_envs={self.num_envs} rows; give one each, or a single one")
+        for i, row_seed in enumerate(seeds):
+            if row_seed is not None:
+                self._row_rngs[i] = seeding.np_random(int(row_seed))[0]
+                self._row_cursors[i].restart()
+        if seeds[0] is not None:
+            super().reset(seed=int(seeds[0]))
+            self._group_cursor.restart()
+
+    def _rows_to_reset(self, mask: np.ndarray | None) -> np.ndarray:
+        if mask is None:
+            return np.arange(self.num_envs)
+        mask = np.asarray(mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+            raise ValueError(f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least one True")
+        return np.flatnonzero(mask)
+
+
+def _cut(table: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return [row[:length] for row, length in zip(table, lengths, strict=True)]
+
+
+def _padded(rows: Sequence[Any], lengths: np.ndarray, dtype: Any) -> np.ndarray:
+    table = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=dtype)
+    for i, row in enumerate(rows):
+        table[i, : lengths[i]] = row
+    return table
+
+
+def _finite(logprobs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if logprobs.shape != shape:
+        raise ValueError(f"logprobs have shape {logprobs.shape}; they must have the actions' shape {shape}")
+    if not np.isfinite(logprobs).all():
+        raise ValueError(f"logprobs must be finite; position {np.argwhere(~np.isfinite(logprobs))[0].tolist()} is not")
+    return logprobs
