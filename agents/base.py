@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -67,6 +68,7 @@ class LanguageAgent(Checkpointed):
     needs_values = False
     needs_old_logp = True
     group_size = 1
+    adam_epsilon = 1e-8
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class LanguageAgent(Checkpointed):
             policy=LanguagePolicy,
             env=None,
             learning_rate=0.0 if learning_rate is None else learning_rate,
-            policy_kwargs=policy_kwargs,
+            policy_kwargs={key: value for key, value in (policy_kwargs or {}).items() if key != "tokenizer"},
             stats_window_size=stats_window_size or DEFAULT_N_ENVS,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -112,6 +114,7 @@ class LanguageAgent(Checkpointed):
         if n_envs is not None:
             check_groups(self.group_size, n_envs)
         self._model = policy
+        self._tokenizer = (policy_kwargs or {}).get("tokenizer")
         self._wanted_n_envs = n_envs
         self._wanted_learning_rate = learning_rate
         self.n_envs = n_envs or self._default_n_envs()
@@ -131,7 +134,7 @@ class LanguageAgent(Checkpointed):
         if _init_setup_model:
             self._setup_model()
             if env is not None:
-                self._attach(as_vec_env(env, n_envs, self._default_n_envs()))
+                self._attach(as_vec_env(env, self.n_envs))
 
     def _default_n_envs(self) -> int:
         return self.group_size * -(-DEFAULT_N_ENVS // self.group_size)
@@ -142,13 +145,15 @@ class LanguageAgent(Checkpointed):
         """Build the policy (from what the user gave, or from a saved agent), its optimizer and the random generator."""
         settings = dict(self.policy_kwargs)
         optimizer_class = settings.pop("optimizer_class", torch.optim.AdamW)
-        optimizer_kwargs = {"weight_decay": 0.0, **settings.pop("optimizer_kwargs", {})}
+        optimizer_kwargs = settings.pop("optimizer_kwargs", {})
+        if optimizer_class is torch.optim.AdamW:
+            optimizer_kwargs = {"weight_decay": 0.0, "eps": self.adam_epsilon, **optimizer_kwargs}
         if self._policy_data:
             self.policy = LanguagePolicy(**self._policy_data)
         elif isinstance(self._model, LanguagePolicy):
             self.policy = self._model
         else:
-            self.policy = LanguagePolicy(self._model, **settings)
+            self.policy = LanguagePolicy(self._model, self._tokenizer, **settings)
         if self.needs_values:
             self.policy.add_value_head()
         self.policy = self.policy.to(self.device)
@@ -167,15 +172,20 @@ class LanguageAgent(Checkpointed):
         else:
             self.set_random_seed(self.seed)
             self._generator.manual_seed(self.seed)
-        if self._random_states:
-            self._generator.set_state(self._random_states["torch"])
-            self.np_random.bit_generator.state = self._random_states["numpy"]
+        self._restore_generators()
 
     def _attach(self, env: VecEnv) -> None:
         """Take an env for training, after checking that it and the model fit."""
         rules = rules_of_vec_env(env)
         venv = clock_of(env)
-        n_envs = env.num_envs if venv is not None else self._wanted_n_envs or max(env.num_envs, self.group_size)
+        n_envs = env.num_envs if venv is not None or env.num_envs > 1 else self.n_envs
+        if self._wanted_n_envs not in (None, n_envs):
+            if venv is not None:
+                raise ValueError(
+                    f"n_envs={self._wanted_n_envs}, but the vector env has num_envs={n_envs}; leave n_envs out or make "
+                    "them equal"
+                )
+            n_envs = self._wanted_n_envs
         check_fit(self, rules, n_envs)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -191,16 +201,12 @@ class LanguageAgent(Checkpointed):
         self._last_obs = None
         if self.seed is not None:
             env.seed(self.seed)
-        state = self._random_states.get("env")
-        if venv is not None and state is not None and venv.fits(state):
-            env._reset_seeds()
-            venv.load_state_dict(state)
-        self._random_states = {}
+        self._restore_prompts(env, rules)
         self._has_had_env = True
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Train on another env from here on; its spaces must be those of the last one (SB3's rule)."""
-        vec_env = as_vec_env(env, self.n_envs, self.n_envs)
+        vec_env = as_vec_env(env, self.n_envs)
         if self._has_had_env:
             check_for_correct_spaces(vec_env, self.observation_space, self.action_space)
         self._attach(vec_env)
@@ -236,7 +242,7 @@ class LanguageAgent(Checkpointed):
 
         Args:
             env_or_timesteps: an env to train on, as in `learn(env)`, or `total_timesteps`, as in SB3.
-            callback: SB3 callbacks.
+            callback: SB3 callbacks; or a number, `total_timesteps`, as in `learn(env, 10_000)`.
             log_interval: rollouts between two dumps of the logs; None for none.
             tb_log_name: name of the run for TensorBoard; the algorithm's by default.
             reset_num_timesteps: count from 0 and begin a new TensorBoard run; False goes on.
@@ -248,8 +254,10 @@ class LanguageAgent(Checkpointed):
             total_timesteps = int(env_or_timesteps)
         elif env_or_timesteps is not None:
             env = env_or_timesteps
+        if isinstance(callback, (int, np.integer)):  # learn(env, 10_000)
+            callback, total_timesteps = None, int(callback)
         if env is not None:
-            self._attach(as_vec_env(env, self._wanted_n_envs, self._default_n_envs()))
+            self._attach(as_vec_env(env, self.n_envs))
         self.rules  # noqa: B018 - raises without an env
         total_timesteps, callback = self._setup_learn(
             DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps,
@@ -262,13 +270,15 @@ class LanguageAgent(Checkpointed):
         iteration = 0
         try:
             while self.num_timesteps < total_timesteps:
+                # Before collecting: a rollout ends past the total, where a schedule would be 0 or less.
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 rollout = self.collect(callback)
                 if rollout is None:
                     break
-                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 self.train(rollout)
                 iteration += 1
-                if log_interval is not None and iteration % log_interval == 0:
+                last = self.num_timesteps >= total_timesteps
+                if log_interval is not None and (last or iteration % log_interval == 0):
                     self.dump_logs(iteration)
         except BaseException:  # Ctrl-C too: what was logged so far is written before it goes on its way
             self.logger.dump(self.num_timesteps)
@@ -285,12 +295,15 @@ class LanguageAgent(Checkpointed):
         if venv is not None:
             rollout = collect(self.policy, venv, self.group_size, self.sampler(), {})
         else:
-            rollout = collect_by_tokens(self.policy, self.env, self.n_envs, self.group_size, self.sampler(), self._cursor)
+            indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
+            rollout = collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler())
+        self._feed_kl_controller(rollout)
         infos = self._episode_infos(rollout)
         rewards, dones = rollout.scores.cpu().numpy(), np.ones(len(rollout), dtype=bool)
         self._update_info_buffer(infos, dones)
         tokens = self._tokens_left_over + int(rollout.lengths.sum())
-        calls, self._tokens_left_over = divmod(tokens, self.env.num_envs)
+        calls = max(1, tokens // self.env.num_envs)
+        self._tokens_left_over = max(0, tokens - calls * self.env.num_envs)
         end = self.num_timesteps + int(rollout.lengths.sum())
         for call in range(1, calls + 1):
             last = call == calls
@@ -307,13 +320,18 @@ class LanguageAgent(Checkpointed):
         return rollout
 
     def _episode_infos(self, rollout: Rollout) -> list[dict[str, Any]]:
-        if not isinstance(self.env, TextVecEnv):
-            return rollout.infos
+        """The last infos with what SB3's `Monitor` adds, for its callbacks."""
+        seconds = round((time.time_ns() - self.start_time) / 1e9, 6)
         returns = rollout.scores.tolist()
         return [
-            {**info, "episode": self.env.episode_info(returns[i], len(rollout.responses[i]))}
+            {"episode": {"r": returns[i], "l": len(rollout.responses[i]), "t": seconds}, **info}
             for i, info in enumerate(rollout.infos)
         ]
+
+    def _feed_kl_controller(self, rollout: Rollout) -> None:
+        kls = [info["kl"] for info in rollout.infos if "kl" in info]
+        if self.rules.kl is not None and kls:
+            self.rules.kl.update(float(np.mean(kls)), len(kls))
 
     def sampler(self, deterministic: bool = False) -> Sampler:
         """How the agent draws tokens in training."""
@@ -380,6 +398,8 @@ class LanguageAgent(Checkpointed):
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
+        if not len(prompts):
+            return []
         tokenizer = self.policy.tokenizer
         if tokenizer is None:
             raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
@@ -408,13 +428,18 @@ class LanguageAgent(Checkpointed):
             Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
             and `reward/<name>` for every component.
         """
-        rules = rules_of(gym.make(env) if isinstance(env, str) else env)
+        env = gym.make(env) if isinstance(env, str) else env
+        rules = rules_of(env)
         check_tokenizers(self.policy, rules)
+        wrapped = not isinstance(as_vec_env(env, 1), TextVecEnv)
         collected: dict[str, list[float]] = {}
         for begin in range(0, len(rules.prompts), batch_size):
-            indexes = range(begin, min(begin + batch_size, len(rules.prompts)))
-            venv = TextGenerationVectorEnv.from_rules(rules, len(indexes))
-            rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": list(indexes)})
+            indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))
+            if wrapped:
+                rollout = collect_by_tokens(self.policy, as_vec_env(env, 1), indexes, 1, self.sampler(deterministic))
+            else:
+                venv = TextGenerationVectorEnv.from_rules(rules, len(indexes))
+                rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": indexes})
             for info, score, length in zip(rollout.infos, rollout.scores.tolist(), rollout.lengths, strict=True):
                 row = {"reward": score, "length": float(length), **{k: info[k] for k in info if k.startswith("reward/")}}
                 if "is_success" in info:

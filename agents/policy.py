@@ -190,7 +190,7 @@ class LanguagePolicy(BasePolicy):
             self.lm,
             prompts,
             sampler,
-            vocab_size=self.vocab_size,
+            vocab_size=rules.vocab_size,
             eos_id=rules.eos_id,
             max_new_tokens=rules.max_new_tokens,
             group_size=group_size,
@@ -267,8 +267,8 @@ class LanguagePolicy(BasePolicy):
 
 
 def _load(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
-    if isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     if isinstance(model, dict):
         with tempfile.TemporaryDirectory() as folder:
             for name, content in model.items():

@@ -29,7 +29,8 @@ class PPO(LanguageAgent):
         gae_lambda: lambda of the advantage estimate.
         clip_range: eps of the ratio, a number or an SB3 schedule.
         clip_range_vf: eps of the value, likewise; None for no clipping.
-        normalize_advantage: to mean 0 and standard deviation 1 over all action tokens of the rollout.
+        normalize_advantage: to mean 0 and standard deviation 1 over all action tokens of the rollout; all 0 where every
+            episode of the rollout had the same return.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
@@ -39,6 +40,7 @@ class PPO(LanguageAgent):
     """
 
     needs_values = True
+    adam_epsilon = 1e-5
 
     def __init__(
         self,
@@ -74,7 +76,12 @@ class PPO(LanguageAgent):
         assert rollout.old_values is not None and rollout.last_values is not None
         last = rollout.last_values * rollout.truncated if self.bootstrap_truncated else None
         advantages, rollout.returns = gae(rollout.rewards, rollout.old_values, rollout.mask, self.gamma, self.gae_lambda, last)
-        rollout.advantages = normalize(advantages, rollout.mask) if self.normalize_advantage else advantages
+        if self.normalize_advantage:
+            # Where all episodes earned the same, the advantages are the critic's errors alone. Blown up to a standard
+            # deviation of 1 they undo what has been learned, so such a rollout trains the critic only.
+            same = rollout.scores.amax() == rollout.scores.amin()
+            advantages = torch.zeros_like(advantages) if same else normalize(advantages, rollout.mask)
+        rollout.advantages = advantages
 
     def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
         """The clipped surrogate, the clipped value loss and the entropy bonus."""

@@ -15,7 +15,7 @@ from agents.generation import Sampler, StepState
 from agents.policy import LanguagePolicy
 from agents.vec_env import TextVecEnv, prompt_rows, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.prompts import PromptCursor
+from llm_env.episodes import Rules
 
 
 @dataclass
@@ -141,17 +141,16 @@ def collect(
 
 
 def collect_by_tokens(
-    policy: LanguagePolicy, vec_env: VecEnv, n_episodes: int, group_size: int, sampler: Sampler, cursor: PromptCursor
+    policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], group_size: int, sampler: Sampler
 ) -> Rollout:
-    """`n_episodes` episodes of any VecEnv over text envs, on the token clock: what its wrappers do is what is trained on.
+    """Episodes of any VecEnv over text envs, on the token clock: what its wrappers do is what is trained on.
 
     Args:
         policy: draws the tokens.
         vec_env: K envs; each is reset to its prompt before every K episodes.
-        n_episodes: B.
+        indexes: B indexes of prompts, one an episode.
         group_size: G; divides B.
         sampler: draws a token.
-        cursor: gives the prompts.
 
     Raises:
         ValueError: a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions; or the env shapes
@@ -163,9 +162,8 @@ def collect_by_tokens(
             "kl_coef in the env needs the log-probs of the actions, which a wrapped env cannot be told; drop the wrappers, or "
             "use GRPO with its own kl_coef"
         )
-    indexes = [index for _ in range(n_episodes // group_size) for index in [cursor.next()] * group_size]
     episodes: list[_Episode] = []
-    for begin in range(0, n_episodes, vec_env.num_envs):
+    for begin in range(0, len(indexes), vec_env.num_envs):
         chunk = indexes[begin : begin + vec_env.num_envs]
         episodes += _play(policy, vec_env, chunk, sampler)
     prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
@@ -177,7 +175,7 @@ def collect_by_tokens(
         [e.logps for e in episodes],
         ref_logps,
         [e.truncated for e in episodes],
-        [e.info or {} for e in episodes],
+        [_with_text(e, rules) for e in episodes],
         group_size,
         policy.device,
     )
@@ -193,6 +191,12 @@ class _Episode:
     rewards: list[float] = field(default_factory=list)
     truncated: bool = False
     info: dict[str, Any] | None = None
+
+
+def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
+    """The last info; prompt and completion are added where a wrapper cut the episode short."""
+    prompt, completion = rules.decode([episode.prompt, episode.response])
+    return {"prompt": prompt, "completion": completion, **(episode.info or {})}
 
 
 def _play(policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], sampler: Sampler) -> list[_Episode]:
@@ -214,7 +218,9 @@ def _play(policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], sampler: 
             if dones[i]:
                 episode.info = infos[i]
                 episode.truncated = bool(infos[i].get("TimeLimit.truncated", False))
-            elif prompt_rows(observation, [i])[0] != [*episode.prompt, *episode.response]:
+            last = {key: value[None] for key, value in infos[i]["terminal_observation"].items()} if dones[i] else None
+            seen = rows_of(last)[0] if last is not None else prompt_rows(observation, [i])[0]
+            if seen != [*episode.prompt, *episode.response]:
                 raise ValueError(
                     "a wrapper of the env rewrites input_ids: the policy would be trained on tokens it did not see"
                 )

@@ -36,9 +36,8 @@ def update(agent: LanguageAgent, rollout: Rollout) -> None:
             for key, value in statistics.items():
                 totals.setdefault(key, []).append(value)
             if agent.stops_early(statistics):
-                record_training(agent, rollout, totals)
-                return
-    record_training(agent, rollout, totals)
+                return record_training(agent, rollout, totals)
+    return record_training(agent, rollout, totals)
 
 
 @torch.no_grad()
@@ -59,7 +58,7 @@ def score_before_update(agent: LanguageAgent, rollout: Rollout, step: int) -> No
 
 
 def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bool) -> dict[str, float]:
-    """One optimizer step over the episodes `rows`, micro-batch by micro-batch.
+    """One optimizer step over the episodes `rows`, micro-batch by micro-batch; none if the agent stops early.
 
     Args:
         agent: gives the loss.
@@ -100,8 +99,9 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
     if not torch.isfinite(norm):
         optimizer.zero_grad()
         raise ValueError(f"the gradient is not finite (norm {norm.item()}); the weights are unchanged. Lower learning_rate")
-    optimizer.step()
-    agent._n_updates += 1
+    if not agent.stops_early(sums):
+        optimizer.step()
+        agent._n_updates += 1
     return {**sums, "grad_norm": norm.item()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
@@ -41,9 +42,11 @@ class TextVecEnv(VecEnv):
     def reset(self) -> dict[str, np.ndarray]:
         """New episodes in all rows, with the seeds and options (`index`) set before."""
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
-        options: dict[str, Any] = {}
-        if any("index" in row for row in self._options):
-            options["index"] = [row["index"] for row in self._options]
+        if unknown := {key for row in self._options for key in row} - {"index"}:
+            raise ValueError(
+                f"reset options {sorted(unknown)} are not known row by row; give 'index', or reset the vector env itself"
+            )
+        options = {"index": [row.get("index") for row in self._options]}
         observation, _ = self.venv.reset(seed=seeds, options=options)
         self._reset_seeds()
         self._reset_options()
@@ -107,7 +110,7 @@ class TextVecEnv(VecEnv):
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
 
-def as_vec_env(env: Any, n_envs: int | None, default_n_envs: int = DEFAULT_N_ENVS) -> VecEnv:
+def as_vec_env(env: Any, n_envs: int) -> VecEnv:
     """The VecEnv an agent works on.
 
     A text env without wrappers that change it becomes a `TextVecEnv` of `n_envs` rows. Any other (one with wrappers, or an
@@ -115,22 +118,18 @@ def as_vec_env(env: Any, n_envs: int | None, default_n_envs: int = DEFAULT_N_ENV
 
     Args:
         env: an id of Gymnasium, a `TextGenerationEnv` (wrapped or not), a `TextGenerationVectorEnv` or an SB3 VecEnv.
-        n_envs: rows; None for those that a vector env has, and else for `default_n_envs`.
-        default_n_envs: see `n_envs`.
+        n_envs: rows of a `TextVecEnv` made here.
 
     Raises:
         TypeError: it is no text env.
-        ValueError: a vector env has another number of rows than `n_envs`.
     """
     if isinstance(env, str):
         env = gym.make(env)
     if isinstance(env, VecEnv):
+        if not isinstance(env, TextVecEnv):
+            _warn_of_token_clock(type(env).__name__)
         return env
     if isinstance(env, TextGenerationVectorEnv):
-        if n_envs is not None and n_envs != env.num_envs:
-            raise ValueError(
-                f"n_envs={n_envs}, but the vector env has num_envs={env.num_envs}; leave n_envs out or make them equal"
-            )
         return TextVecEnv(env)
     if isinstance(env, gym.vector.VectorEnv):
         raise TypeError(
@@ -139,28 +138,24 @@ def as_vec_env(env: Any, n_envs: int | None, default_n_envs: int = DEFAULT_N_ENV
     if not isinstance(env, gym.Env) or not isinstance(env.unwrapped, TextGenerationEnv):
         raise TypeError(f"{env!r} is no text env; make one with llm_env.TextGenerationEnv or gym.make('llm_env/...')")
     if wrappers := _wrappers_that_matter(env):
-        warnings.warn(
-            f"the env is wrapped in {wrappers}: training honours that by stepping it token by token, which is slower than "
-            "whole responses",
-            stacklevel=3,
-        )
-        return DummyVecEnv([lambda: env if _is_monitored(env) else Monitor(env)])
-    return TextVecEnv(env.unwrapped.vectorize(default_n_envs if n_envs is None else n_envs))
+        _warn_of_token_clock(", ".join(wrappers))
+        return DummyVecEnv([lambda: env if is_wrapped(env, Monitor) else Monitor(env)])
+    return TextVecEnv(env.unwrapped.vectorize(n_envs))
 
 
-def _is_monitored(env: gym.Env) -> bool:
-    while isinstance(env, gym.Wrapper):
-        if isinstance(env, Monitor):
-            return True
-        env = env.env
-    return False
+def _warn_of_token_clock(cause: str) -> None:
+    warnings.warn(
+        f"the env is stepped token by token to honour {cause}; without it whole responses would be taken, which is faster",
+        stacklevel=4,
+    )
 
 
 def _wrappers_that_matter(env: gym.Env) -> list[str]:
     """Names of the wrappers, or of the subclass, by which an env may differ from its rules."""
     names = []
     while isinstance(env, gym.Wrapper):
-        if not isinstance(env, TRANSPARENT_WRAPPERS):
+        # A Monitor without a file only counts, and `TextVecEnv` counts the same.
+        if not isinstance(env, TRANSPARENT_WRAPPERS) and not (isinstance(env, Monitor) and env.results_writer is None):
             names.append(type(env).__name__)
         env = env.env
     own = (TextGenerationEnv.step, TextGenerationEnv.reset)

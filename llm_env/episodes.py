@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Rules:
         for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
         if getattr(self.tokenizer, "eos_token_id", None) is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
         self.max_prompt_tokens = int(max_prompt_tokens)
@@ -74,7 +75,7 @@ class Rules:
         self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
         self.vocab_size = max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1)
         self.prompts = PromptTable(prompts, self.tokenizer, self.max_prompt_tokens, split, long_prompts)
-        self.rewards = RewardSum(reward, reward_weights, self.prompts.columns)
+        self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
         if success is not None and success not in self.rewards.names:
             raise ValueError(f"success={success!r} is not one of the reward components {self.rewards.names}")
         self.success = success
@@ -169,9 +170,10 @@ class Episodes:
         Raises:
             ValueError: a prompt index is out of range.
         """
-        for row, index in zip(rows, prompt_indexes, strict=True):
+        for index in prompt_indexes:
             if not 0 <= index < len(self.rules.prompts):
                 raise ValueError(f"index={index} is out of range: this env has the prompts 0..{len(self.rules.prompts) - 1}")
+        for row, index in zip(rows, prompt_indexes, strict=True):
             prompt = self.rules.prompts.ids[index]
             self.ids[row] = self.rules.pad_id
             self.ids[row, : len(prompt)] = prompt
@@ -334,7 +336,4 @@ class Episodes:
                 if np.isfinite(logp).all():
                     info["kl"] = float((logp - ref_logp).sum())
             infos[row] = info
-        kls = [info["kl"] for info in infos.values() if "kl" in info]
-        if self.rules.kl is not None and kls:
-            self.rules.kl.update(float(np.mean(kls)), len(kls))
         return scores, infos

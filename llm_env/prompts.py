@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -44,10 +45,14 @@ def read_jsonl(path: str | Path) -> list[Row]:
         FileNotFoundError: there is no such file.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON strings may hold U+2028
-    if lines[-1] == "":
+    lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if lines[-1] == b"":
         lines.pop()
-    for number, line in enumerate(lines, start=1):
+    for number, encoded in enumerate(lines, start=1):
+        try:
+            line = encoded.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number} is not UTF-8 ({error}); save the file as UTF-8") from error
         if not line.strip():
             raise ValueError(f"{path}:{number} is empty: every line must hold one JSON object; delete the line")
         try:
@@ -125,6 +130,8 @@ class PromptTable:
         ids: one int64 array a prompt.
         texts: the prompts as text (chats as their template renders them).
         dropped: how many prompts were left out for their length.
+        columns: names of the columns, "prompt" aside, that any row has.
+        incomplete: for each column that some row lacks, the first such row.
     """
 
     def __init__(
@@ -162,8 +169,7 @@ class PromptTable:
                 f"no prompt is left of {len(texts)}: {len(texts) - len(kept)} are not in split={split!r}, {self.dropped} have "
                 f"more than max_prompt_tokens={max_prompt_tokens} tokens"
             )
-        first = self._rows[self._kept[0]]
-        self.columns = [name for name in first if name != "prompt"]
+        self.columns, self.incomplete = self._survey()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -171,6 +177,12 @@ class PromptTable:
     def column(self, name: str, indexes: Sequence[int]) -> list[Any]:
         """The values of column `name` in the prompts `indexes`."""
         return [self._rows[self._kept[i]].get(name) for i in indexes]
+
+    def _survey(self) -> tuple[list[str], dict[str, int]]:
+        rows = {i: set(self._rows[i]) - {"prompt"} for i in self._kept}
+        columns = sorted(set().union(*rows.values()))
+        lacking = {name: next((i for i, row in rows.items() if name not in row), None) for name in columns}
+        return columns, {name: i for name, i in lacking.items() if i is not None}
 
     def _texts(self, tokenizer: Any) -> tuple[list[str], set[int]]:
         texts, chats = [], set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,13 @@ class Reference:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         device: torch.device | str | None = None,
         batch_size: int = 64,
         copy_model: bool = True,
     ) -> None:
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if isinstance(model, (str, Path)):
+            model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
         elif not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"reference is a {type(model).__name__}; give a path, a hub id or a transformers causal language model"
@@ -92,7 +93,7 @@ class KLController:
         self.value = float(value)
 
     def update(self, kl: float, n: int) -> None:
-        """Take note of the KL (sum over an episode's tokens, mean over n episodes, in nats)."""
+        """Take note of the KL (sum over an episode's tokens, mean over n episodes, in nats); agents do so every rollout."""
 
 
 class AdaptiveKLController(KLController):

@@ -28,6 +28,7 @@ class RewardSum:
         functions: one reward function or several.
         weights: one weight a function; all 1 when left out.
         columns: names of the prompt columns that will be on offer; a function that needs another is refused here.
+        incomplete: for each column that is not in every row, a row without it; a function that needs it is refused, too.
 
     Attributes:
         names: one name a function, unique and short enough for a log key.
@@ -42,6 +43,7 @@ class RewardSum:
         functions: RewardFunction | Sequence[RewardFunction],
         weights: Sequence[float] | None = None,
         columns: Sequence[str] = (),
+        incomplete: dict[str, int] | None = None,
     ) -> None:
         self.functions = [functions] if callable(functions) else list(functions)
         if not self.functions:
@@ -58,7 +60,9 @@ class RewardSum:
         if not np.isfinite(self.weights).all():
             raise ValueError(f"reward_weights={weights} must be finite numbers")
         self.names = _unique_names(self.functions)
-        self._columns = [_wanted_columns(f, name, columns) for f, name in zip(self.functions, self.names, strict=True)]
+        self._columns = [
+            _wanted_columns(f, name, columns, incomplete or {}) for f, name in zip(self.functions, self.names, strict=True)
+        ]
 
     def __call__(
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
@@ -72,7 +76,7 @@ class RewardSum:
             ValueError: a function raised, or returned another number of values, a NaN or an infinity, or no function
                 scored some completion. The message names the function and the row.
         """
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         components = {
             name: _call(function, name, {key: given[key] for key in wanted}, prompts)
             for function, name, wanted in zip(self.functions, self.names, self._columns, strict=True)
@@ -100,7 +104,7 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     return names
 
 
-def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str]) -> list[str]:
+def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str], incomplete: dict[str, int]) -> list[str]:
     """The keywords to call `function` with: all on offer if it takes `**kwargs`, else those that it names."""
     on_offer = [*ALWAYS_GIVEN, *(column for column in columns if column not in ALWAYS_GIVEN)]
     try:
@@ -113,6 +117,11 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str])
             f"reward {name!r} needs {missing}, but the prompts have only the columns {list(columns)}; add the column to "
             f"every row (dicts with 'prompt' and {missing[0]!r}) or give the parameter a default"
         )
+    for key in needed:
+        if key in incomplete and key not in ALWAYS_GIVEN:
+            raise ValueError(
+                f"reward {name!r} needs the column {key!r}, but row {incomplete[key]} of the prompts has none; add it"
+            )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return on_offer
     named = {p.name for p in parameters}
@@ -156,6 +165,7 @@ _ANSWER_MARKS = (
     re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
     re.compile(r"(?i:answer)\s*(?:is|:|=)\s*:?\s*(.+)"),
 )
+_END_OF_CLAUSE = re.compile(r"[.,;]\s|\bbecause\b|\bsince\b")
 
 
 def _marked_answer(text: str) -> str | None:
@@ -179,9 +189,9 @@ def final_answer(text: str) -> str:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The number that a text answers with, exactly: the first one after an answer mark, else the last one; or None.
+    """The number that a text answers with, exactly: that of the clause after an answer mark, else the last one; or None.
 
-    Money, thousands commas, signs, decimals and fractions are understood.
+    Of an equation it is the right side. Money, thousands commas, signs, decimals and fractions are understood.
 
     >>> parse_number("It costs $1,234.50."), parse_number("-3/4"), parse_number("none")
     (Fraction(2469, 2), Fraction(-3, 4), None)
@@ -189,14 +199,15 @@ def parse_number(text: str) -> Fraction | None:
     Fraction(72, 1)
     """
     marked = _marked_answer(text)
-    found = _NUMBER.findall(_FRACTION.sub(r"\1/\2", text if marked is None else marked).replace("\u2212", "-"))
+    place = text if marked is None else _END_OF_CLAUSE.split(marked)[0].rpartition("=")[2]
+    found = _NUMBER.findall(_FRACTION.sub(r"\1/\2", place).replace("\u2212", "-"))
     if not found:
         return None
-    number = found[-1 if marked is None else 0]
-    numerator, _, denominator = re.sub(r"[\s,$]", "", number).partition("/")
-    if not denominator:
-        return Fraction(numerator)
-    return Fraction(numerator) / Fraction(denominator) if Fraction(denominator) else None
+    numerator, _, denominator = re.sub(r"[\s,$]", "", found[-1 if marked is None else 0]).partition("/")
+    try:
+        return Fraction(numerator) / Fraction(denominator or 1)
+    except (ZeroDivisionError, ValueError):  # Python refuses to read numbers of thousands of digits
+        return None
 
 
 def exact_match(completions: list[str], answer: list[Any], **_: Any) -> list[float]:

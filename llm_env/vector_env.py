@@ -114,16 +114,17 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
         Args:
             seed: row i is seeded with seed + i, or with seed[i].
-            options: `{"index": i}` or `{"index": [i, ...]}` takes these prompts, one a row (one a group with `group_size`).
+            options: `{"index": i}` or `{"index": [i, ...]}` takes these prompts, one a row (one a group with `group_size`);
+                None among them is the row's own next one.
                 `{"group_size": G}` gives rows iG..iG+G-1 one prompt.
                 `{"reset_mask": mask}`, (B,) bool, leaves the rows outside the mask as they are.
 
         Raises:
             ValueError: G does not divide the number of rows; the mask or the indexes do not fit.
         """
-        self._seed(seed)
         options = options or {}
         rows = self._rows_to_reset(options.get("reset_mask"))
+        self._seed(seed, rows)
         group_size = options.get("group_size")
         if group_size is None:
             heads = rows
@@ -135,16 +136,10 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 )
             heads = rows[::group_size]
         index = options.get("index")
-        if index is not None:
-            indexes = np.broadcast_to(index, len(heads)) if np.ndim(index) == 0 else np.asarray(index)
-            if indexes.shape != (len(heads),):
-                raise ValueError(
-                    f"options['index'] has shape {indexes.shape}; it must be a number or hold {len(heads)} of them"
-                )
-        elif group_size is not None:
-            indexes = np.array([self._group_cursor.next() for _ in heads])
-        else:
-            indexes = np.array([self._row_cursors[row].next() for row in heads])
+        wanted = list(index) if isinstance(index, (list, tuple, np.ndarray)) else [index] * len(heads)
+        if len(wanted) != len(heads):
+            raise ValueError(f"options['index'] holds {len(wanted)} indexes; it must be a number or hold {len(heads)} of them")
+        indexes = [self._next_index(row, group_size) if i is None else int(i) for row, i in zip(heads, wanted, strict=True)]
         self.episodes.start(rows, np.repeat(indexes, group_size or 1).tolist())
         self._pending[rows] = False
         return self.episodes.observation(), {}
@@ -273,17 +268,21 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             rng = self._row_rngs[row] = seeding.np_random()[0]
         return rng
 
-    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
+    def _next_index(self, row: int, group_size: int | None) -> int:
+        return (self._row_cursors[row] if group_size is None else self._group_cursor).next()
+
+    def _seed(self, seed: int | Sequence[int | None] | None, rows: np.ndarray) -> None:
         if seed is None:
             return
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed has {len(seeds)} numbers for num_envs={self.num_envs} rows; give one each, or a single one")
-        for i, row_seed in enumerate(seeds):
+        for i in rows:
+            row_seed = seeds[i]
             if row_seed is not None:
                 self._row_rngs[i] = seeding.np_random(int(row_seed))[0]
                 self._row_cursors[i].restart()
-        if seeds[0] is not None:
+        if seeds[0] is not None and rows[0] == 0:
             super().reset(seed=int(seeds[0]))
             self._group_cursor.restart()
 

@@ -164,14 +164,14 @@ def test_the_adaptive_coefficient_by_hand():
     assert controller.value == pytest.approx(0.15 * (1 + 0.00512) * (1 - 0.001) * (1 - 0.002))
 
 
-def test_an_adaptive_coefficient_is_fed_the_kl_of_the_env():
+def test_the_env_leaves_the_coefficient_to_the_agent():
     controller = AdaptiveKLController(0.1, target=1.0, horizon=10)
     kwargs = dict(prompts=[{"prompt": "a", "level": 1}], reward=first_letter, tokenizer=TOKENIZER, max_prompt_tokens=4)
     venv = TextGenerationVectorEnv(2, max_new_tokens=2, reference=REFERENCES[0], kl_coef=controller, **kwargs)
     venv.reset(seed=0)
     outcome = venv.step_responses([[3, 4], [3, 3]], [[0.0, 0.0], [0.0, 0.0]])  # log pi = 0: the KL is far above the target
     assert min(info["kl"] for info in outcome.infos) > 1.2
-    assert controller.value == pytest.approx(0.1 * (1 + 0.2 * 2 / 10))
+    assert controller.value == 0.1
 
 
 def venv_of(n=4, prompts="abc", mode=AutoresetMode.NEXT_STEP, limit=3):
@@ -246,6 +246,26 @@ def test_the_order_of_prompts_goes_on_from_a_state_dict():
         venv_of(3).load_state_dict(state)
 
 
+def test_a_failed_reset_changes_nothing():
+    venv = venv_of(2, prompts="a", limit=3)
+    venv.reset(seed=0)
+    before, *_ = venv.step(np.array([3, 3]))
+    with pytest.raises(ValueError, match="index=99 is out of range"):
+        venv.reset(options={"index": [0, 99]})
+    assert all(np.array_equal(before[key], value) for key, value in venv.episodes.observation().items())
+
+
+def test_a_reset_of_some_rows_seeds_these_only():
+    venv, whole = venv_of(3), venv_of(3)
+    for v in (venv, whole):
+        v.reset(seed=5)
+    mask = np.array([False, True, False])
+    venv.reset(seed=[9, 9, 9], options={"reset_mask": mask})
+    expected = [row.tolist() for row in whole.reset()[0]["input_ids"]]
+    got = [row.tolist() for row in venv.reset()[0]["input_ids"]]
+    assert [got[0], got[2]] == [expected[0], expected[2]]
+
+
 def test_an_open_response_goes_on_and_an_empty_one_waits():
     venv = venv_of(2, prompts="a")
     venv.reset(seed=0)
@@ -289,7 +309,7 @@ def test_bad_steps_and_resets():
         venv.reset(options={"group_size": 3})
     with pytest.raises(ValueError, match="reset_mask"):
         venv.reset(options={"reset_mask": np.zeros(4, dtype=bool)})
-    with pytest.raises(ValueError, match="must be a number or hold 2 of them"):
+    with pytest.raises(ValueError, match="holds 3 indexes; it must be a number or hold 2 of them"):
         venv.reset(options={"group_size": 2, "index": [0, 1, 2]})
     with pytest.raises(ValueError, match="seed has 2 numbers for num_envs=4"):
         venv.reset(seed=[0, 1])

@@ -49,13 +49,20 @@ def test_jsonl_keeps_unicode_line_separators(tmp_path, tokenizer):
         ('{"prompt": "a"}\n{"prompt": "b"\n', r"\.jsonl:2 is not valid JSON"),
         ('["a"]\n', r"\.jsonl:1 holds a list"),
         ("", "holds no rows"),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"\.jsonl:2 is not UTF-8"),
     ],
 )
 def test_a_broken_jsonl_names_the_line(content, message, tmp_path, tokenizer):
     path = tmp_path / "prompts.jsonl"
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         table(str(path), tokenizer)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    assert read_jsonl(path) == [{"prompt": "a"}]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_functions_get_what_their_signature_names():
     assert seen == {"completion_ids": [[1], [1]], "answer": [3, 4], "level": [0, 1]}
 
 
+def test_a_column_cannot_take_the_place_of_what_the_model_wrote():
+    reward = RewardSum(length, columns=["completions"])
+    total, _ = reward(["p", "p"], ["a", "bb"], [[1], [1]], {"completions": ["gold gold", "gold gold"]})
+    assert total.tolist() == [1.0, 2.0]
+
+
+def test_a_column_that_a_row_lacks_is_noticed_at_construction(tokenizer):
+    from llm_env import TextGenerationEnv
+
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b"}]
+    with pytest.raises(ValueError, match="'exact_match' needs the column 'answer', but row 1 of the prompts has none"):
+        TextGenerationEnv(rows, exact_match, tokenizer)
+
+
 def test_names_are_unique_and_fit_a_log_key():
     def a_very_long_name_of_a_reward_function_one(completions):
         return [0.0]
@@ -116,6 +130,9 @@ def test_bad_arguments_are_refused_at_construction(functions, weights, error, me
         ("", "72", 0.0),
         ("no idea", "72", 0.0),
         ("3/0", "3", 0.0),
+        ("The answer is 3+4=7", "7", 1.0),
+        ("Answer: 12 apples - 5 apples = 7 apples", "7", 1.0),
+        ("9" * 5000, "3", 0.0),
     ],
 )
 def test_numeric_answer(completion, answer, expected):

@@ -1,0 +1,95 @@
+"""Train a real story model, here towards stories about dogs, while a reference keeps them stories.
+
+    python examples/train_stories.py MODEL_DIR --algorithm ppo
+
+MODEL_DIR holds any causal language model of stories; the example was made for the 260K-parameter TinyStories Llama of
+https://huggingface.co/karpathy/tinyllamas in transformers' format. The reward is 1 for a story that mentions a dog and has
+words of its own, less the share of words that are repeated; the KL to the untrained model, in the reward (PPO) or in the
+loss (GRPO), holds the language together. Samples are printed before and after.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from agents import GRPO, PPO
+from agents.base import LanguageAgent
+from llm_env import TextGenerationEnv
+
+BEGINNINGS = [
+    "Once upon a time, there was a little girl named Lily.",
+    "One day, Tim went to the park.",
+    "Once upon a time, there was a boy named Ben.",
+    "Mom and Sara were in the kitchen.",
+    "The sun was hot and the sky was blue.",
+    "Tom had a big red ball.",
+    "It was a rainy day.",
+    "Anna liked to sing.",
+]
+
+
+def about_dogs(completions: list[str], **_: Any) -> list[float]:
+    """1.0 for a story with a dog in it."""
+    return [float(bool(re.search(r"\b(dog|dogs|puppy)\b", text.lower()))) for text in completions]
+
+
+def own_words(completions: list[str], **_: Any) -> list[float]:
+    """The share of different words, so that "dog dog dog" does not pay."""
+    words = [re.findall(r"\w+", text.lower()) for text in completions]
+    return [len(set(found)) / len(found) if found else 0.0 for found in words]
+
+
+def make_agent(algorithm: str, model: str, seed: int, logs: str | None, n_envs: int = 64) -> LanguageAgent:
+    """An agent on the stories env, with the KL to the untrained model where the algorithm has it."""
+    kl_in_reward = {"kl_coef": 0.02} if algorithm == "ppo" else {}
+    env = TextGenerationEnv(
+        BEGINNINGS,
+        [about_dogs, own_words],
+        model,
+        reward_weights=[1.0, 0.5],
+        max_prompt_tokens=32,
+        max_new_tokens=64,
+        reference=model,
+        success="about_dogs",
+        **kl_in_reward,
+    )
+    settings: dict[str, Any] = {"n_envs": n_envs, "seed": seed, "tensorboard_log": logs, "learning_rate": 5e-4}
+    if algorithm == "ppo":
+        return PPO(model, env, batch_size=32, n_epochs=2, **settings)
+    return GRPO(model, env, group_size=8, kl_coef=0.05, **settings)
+
+
+def report(agent: LanguageAgent, title: str) -> None:
+    """Print how often dogs appear and how far the policy is from the reference, with four stories."""
+    stories = agent.generate(BEGINNINGS * 8)
+    print(f"\n{title}: {sum(about_dogs(stories)):.0f} of {len(stories)} stories have a dog")
+    for beginning, story in list(zip(BEGINNINGS, stories, strict=False))[:4]:
+        print(f"  {beginning} | {story.strip()!r}")
+
+
+def main() -> None:
+    """Parse the command line, train, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("--algorithm", choices=["ppo", "grpo"], default="grpo")
+    parser.add_argument("--timesteps", type=int, default=250_000, help="action tokens to train on (default 250000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", default="runs", help="folder for TensorBoard (default runs)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/stories"), help="folder for the trained model")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    agent = make_agent(arguments.algorithm, arguments.model, arguments.seed, arguments.logs)
+    report(agent, "before")
+    agent.learn(arguments.timesteps, progress_bar=True)
+    report(agent, "after")
+    agent.policy.save_pretrained(arguments.out)
+    print(f"\nsaved {arguments.out}; curves and samples: tensorboard --logdir {arguments.logs}")
+
+
+if __name__ == "__main__":
+    main()
