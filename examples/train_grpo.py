@@ -9,15 +9,17 @@ trained model in `outputs/grpo_addition`.
 from typing import Any
 
 from school import teach
+from stable_baselines3.common.utils import LinearSchedule
 
 import llm_env
 from agents import GRPO
 
 
 def make_agent(env: Any, **settings: Any) -> GRPO:
-    """32 problems a rollout, 8 answers to each, one optimizer step."""
-    return GRPO(llm_env.PUPIL, env, learning_rate=3e-4, group_size=8, n_envs=256, **settings)
+    """32 problems a rollout, 8 answers to each, one optimizer step; the learning rate falls to 0."""
+    rate = LinearSchedule(3e-4, 0.0, 1.0)
+    return GRPO(llm_env.PUPIL, env, learning_rate=rate, group_size=8, n_envs=256, **settings)
 
 
 if __name__ == "__main__":
-    teach(make_agent, "grpo_addition", timesteps=80_000, description=__doc__)
+    teach(make_agent, "grpo_addition", timesteps=70_000, description=__doc__)
