@@ -223,9 +223,8 @@ def test_the_kl_is_zero_where_policy_and_reference_are_one(name):
     agent.learn(1, reset_num_timesteps=False)
     rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
     assert logged[-1]["train/kl_ref"] > 1e-3  # the policy has moved since, the reference has not
-    fresh = make_agent(
-        name, env=make_env(TOKENIZER, reference=model), model=make_model("llama", len(TOKENIZER)), temperature=0.7
-    )
+    twins = [make_model("llama", len(TOKENIZER)) for _ in range(2)]
+    fresh = make_agent(name, env=make_env(TOKENIZER, reference=twins[0]), model=twins[1], temperature=0.7)
     rollout = collect(fresh.policy, fresh.env.venv, 4, fresh.sampler(), {})
     torch.testing.assert_close(rollout.sampled_logp, rollout.ref_logp, atol=1e-4, rtol=0)
 

@@ -98,13 +98,17 @@ def test_the_last_update_is_logged(tmp_path):
 
 
 def test_evaluate_policy_agrees_with_our_own():
-    env = make_env(TOKENIZER, prompts=("a", "b", "ab", "c"), max_new_tokens=4)
+    def make():
+        return make_env(TOKENIZER, prompts=("a", "b", "ab", "c"), max_new_tokens=4)
+
+    env = make()
     agent = make_agent("GRPO", env=env, scale=3.0)
     own = agent.evaluate(env)["reward"]
+    assert own > 0
     for vec_env in (TextVecEnv(env.vectorize(4)), DummyVecEnv([lambda: Monitor(env)])):
         rewards, lengths = evaluate_policy(agent, vec_env, n_eval_episodes=40, return_episode_rewards=True)
         assert len(rewards) == 40 and set(lengths) <= {1, 2, 3, 4}
-    single, _ = evaluate_policy(agent, Monitor(env), n_eval_episodes=40)  # ten times each of the four prompts
+    single, _ = evaluate_policy(agent, Monitor(make()), n_eval_episodes=40)  # ten times each of the four prompts
     assert single == pytest.approx(own)
 
 
