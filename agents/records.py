@@ -43,9 +43,10 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
 
 
 def samples_table(rollout: Rollout) -> str:
-    """The first prompts and completions of a rollout with their returns, as a Markdown table."""
+    """Prompts and completions from all over a rollout (not of one group) with their returns, as a Markdown table."""
     lines = ["| prompt | completion | return |", "| --- | --- | --- |"]
-    for info, score in list(zip(rollout.infos, rollout.scores.tolist(), strict=True))[:SAMPLES]:
+    episodes = list(zip(rollout.infos, rollout.scores.tolist(), strict=True))
+    for info, score in episodes[:: -(-len(episodes) // SAMPLES)]:
         lines.append(f"| {_cell(info['prompt'])} | {_cell(info['completion'])} | {score:.3g} |")
     return "\n".join(lines)
 

@@ -109,5 +109,6 @@ def test_samples_are_escaped_for_markdown():
     agent = make_agent("GRPO")
     rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
     rollout.infos[0].update({"prompt": "a|b\n<i>", "completion": ""})
-    line = samples_table(rollout).splitlines()[2]
-    assert line.startswith("| a&#124;b<br>&lt;i> | (empty) |")
+    lines = samples_table(rollout).splitlines()
+    assert lines[2].startswith("| a&#124;b<br>&lt;i> | (empty) |")
+    assert len(lines) == 2 + 8 and len(rollout) == 32  # one of every group
