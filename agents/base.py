@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
@@ -16,17 +14,15 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.checkpoint import Checkpointed
-from agents.checks import check_fit, check_groups, check_tokenizers, default_learning_rate
-from agents.generation import Sampler, StepState
+from agents.checks import check_counts, check_fit, check_groups, default_learning_rate
+from agents.generation import Sampler
+from agents.inference import Inference
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
 from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import update
-from agents.vec_env import DEFAULT_N_ENVS, TextVecEnv, as_vec_env, rules_of_vec_env
-from llm_env import TextGenerationVectorEnv
-from llm_env.env import rules_of
+from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
 from llm_env.episodes import Rules
 from llm_env.prompts import PromptCursor
 
@@ -35,7 +31,7 @@ LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
 
 
-class LanguageAgent(Checkpointed):
+class LanguageAgent(Inference):
     """Trains a causal language model on a text env; the algorithms fill in `compute_advantages` and `loss`.
 
     One timestep is one action token. A rollout is `n_envs` episodes; `n_epochs` passes over it are cut into minibatches of
@@ -105,10 +101,7 @@ class LanguageAgent(Checkpointed):
             support_multi_env=True,
             seed=seed,
         )
-        positive = {"n_envs": n_envs, "n_epochs": n_epochs, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
-        for name, value in positive.items():
-            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, micro_batch_size=micro_batch_size)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
         Sampler(temperature, top_k, top_p)
         if n_envs is not None:
@@ -333,10 +326,6 @@ class LanguageAgent(Checkpointed):
         if self.rules.kl is not None and kls:
             self.rules.kl.update(float(np.mean(kls)), len(kls))
 
-    def sampler(self, deterministic: bool = False) -> Sampler:
-        """How the agent draws tokens in training."""
-        return Sampler(self.temperature, self.top_k, self.top_p, deterministic, self._generator)
-
     def train(self, rollout: Rollout) -> None:
         """The update: see `agents.update`."""
         self._update_learning_rate(self.policy.optimizer)
@@ -370,80 +359,3 @@ class LanguageAgent(Checkpointed):
     def stops_early(self, statistics: dict[str, float]) -> bool:
         """Whether the policy has moved far enough for this rollout."""
         return False
-
-    # --- using -------------------------------------------------------------------------------------------------------
-
-    def predict(  # type: ignore[override]
-        self,
-        observation: dict[str, np.ndarray],
-        state: StepState | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, StepState | None]:
-        """The next token for an observation or a batch of them, and the state (the KV cache) for the next call.
-
-        See `LanguagePolicy.predict`; tokens are drawn at the agent's temperature.
-        """
-        return self.policy.predict(
-            observation, state, episode_start, deterministic, temperature=self.temperature, generator=self._generator
-        )
-
-    def generate(self, prompts: Sequence[str], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
-        """Answers to prompts, as text.
-
-        Args:
-            prompts: list of str.
-            deterministic: greedy decoding; otherwise drawn at the agent's temperature.
-            max_new_tokens: the env's limit by default, 64 without an env. The env's stop strings apply.
-        """
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
-        if not len(prompts):
-            return []
-        tokenizer = self.policy.tokenizer
-        if tokenizer is None:
-            raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
-        rules = self.rules if self.env is not None else None
-        limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
-        responses, _ = self.policy.sample(
-            tokenizer(list(prompts))["input_ids"],
-            1,
-            limit,
-            self.temperature,
-            deterministic=deterministic,
-            generator=self._generator,
-            completes_stop=rules.completes_stop if rules is not None and rules.stop else None,
-        )
-        return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
-        """Answer every prompt of an env once.
-
-        Args:
-            env: a text env or its id, for instance `gym.make("llm_env/Addition-v0", split="test")`.
-            deterministic: greedy decoding.
-            batch_size: prompts at a time.
-
-        Returns:
-            Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
-            and `reward/<name>` for every component.
-        """
-        env = gym.make(env) if isinstance(env, str) else env
-        rules = rules_of(env)
-        check_tokenizers(self.policy, rules)
-        wrapped = not isinstance(as_vec_env(env, 1), TextVecEnv)
-        collected: dict[str, list[float]] = {}
-        for begin in range(0, len(rules.prompts), batch_size):
-            indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))
-            if wrapped:
-                rollout = collect_by_tokens(self.policy, as_vec_env(env, 1), indexes, 1, self.sampler(deterministic))
-            else:
-                venv = TextGenerationVectorEnv.from_rules(rules, len(indexes))
-                rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": indexes})
-            for info, score, length in zip(rollout.infos, rollout.scores.tolist(), rollout.lengths, strict=True):
-                row = {"reward": score, "length": float(length), **{k: info[k] for k in info if k.startswith("reward/")}}
-                if "is_success" in info:
-                    row["success_rate"] = float(info["is_success"])
-                for key, value in row.items():
-                    collected.setdefault(key, []).append(value)
-        return {key: float(np.mean(values)) for key, values in collected.items()}

@@ -5,11 +5,20 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llm_env.episodes import Rules
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
     from agents.policy import LanguagePolicy
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse what is neither None nor a whole number of at least 1."""
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 def check_groups(group_size: int, n_envs: int) -> None:

@@ -1,0 +1,104 @@
+"""Using an agent: the next token, texts, and an exam over every prompt of an env."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from agents.checkpoint import Checkpointed
+from agents.checks import check_tokenizers
+from agents.generation import Sampler, StepState
+from agents.rollout import collect, collect_by_tokens
+from agents.vec_env import TextVecEnv, as_vec_env, rules_of_vec_env
+from llm_env import TextGenerationVectorEnv
+from llm_env.env import rules_of
+
+
+class Inference(Checkpointed):
+    """What an agent does besides learning."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def sampler(self, deterministic: bool = False) -> Sampler:
+        """How the agent draws tokens in training."""
+        return Sampler(self.temperature, self.top_k, self.top_p, deterministic, self._generator)
+
+    def predict(  # type: ignore[override]
+        self,
+        observation: dict[str, np.ndarray],
+        state: StepState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, StepState | None]:
+        """The next token for an observation or a batch of them, and the state (the KV cache) for the next call.
+
+        See `LanguagePolicy.predict`; tokens are drawn at the agent's temperature.
+        """
+        return self.policy.predict(
+            observation, state, episode_start, deterministic, temperature=self.temperature, generator=self._generator
+        )
+
+    def generate(self, prompts: Sequence[str], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
+        """Answers to prompts, as text.
+
+        Args:
+            prompts: list of str.
+            deterministic: greedy decoding; otherwise drawn at the agent's temperature.
+            max_new_tokens: the env's limit by default, 64 without an env. The env's stop strings apply.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
+        if not len(prompts):
+            return []
+        tokenizer = self.policy.tokenizer
+        if tokenizer is None:
+            raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
+        rules = rules_of_vec_env(self.env) if self.env is not None else None
+        limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
+        responses, _ = self.policy.sample(
+            tokenizer(list(prompts))["input_ids"],
+            1,
+            limit,
+            self.temperature,
+            deterministic=deterministic,
+            generator=self._generator,
+            completes_stop=rules.completes_stop if rules is not None and rules.stop else None,
+        )
+        return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
+        """Answer every prompt of an env once.
+
+        Args:
+            env: a text env or its id, for instance `gym.make("llm_env/Addition-v0", split="test")`.
+            deterministic: greedy decoding.
+            batch_size: prompts at a time.
+
+        Returns:
+            Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
+            and `reward/<name>` for every component.
+        """
+        env = gym.make(env) if isinstance(env, str) else env
+        rules = rules_of(env)
+        check_tokenizers(self.policy, rules)
+        wrapped = not isinstance(as_vec_env(env, 1), TextVecEnv)
+        collected: dict[str, list[float]] = {}
+        for begin in range(0, len(rules.prompts), batch_size):
+            indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))
+            if wrapped:
+                rollout = collect_by_tokens(self.policy, as_vec_env(env, 1), indexes, 1, self.sampler(deterministic))
+            else:
+                venv = TextGenerationVectorEnv.from_rules(rules, len(indexes))
+                rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": indexes})
+            for info, score, length in zip(rollout.infos, rollout.scores.tolist(), rollout.lengths, strict=True):
+                row = {"reward": score, "length": float(length), **{k: info[k] for k in info if k.startswith("reward/")}}
+                if "is_success" in info:
+                    row["success_rate"] = float(info["is_success"])
+                for key, value in row.items():
+                    collected.setdefault(key, []).append(value)
+        return {key: float(np.mean(values)) for key, values in collected.items()}
