@@ -9,6 +9,7 @@ import numpy as np
 from stable_baselines3.common.utils import explained_variance, safe_mean
 
 from agents.advantages import equal_groups
+from agents.losses import kl_k3
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
@@ -62,6 +63,8 @@ def record_training(agent: LanguageAgent, rollout: Rollout, totals: dict[str, li
     for key, steps in totals.items():
         record(f"train/{key}", float(np.mean(steps)))
     record("train/n_updates", agent._n_updates, exclude="tensorboard")
+    if rollout.ref_logp is not None:  # as sampled: off-policy, after some steps, k3 is ruled by a few tokens
+        record("train/kl_ref", kl_k3(rollout.sampled_logp, rollout.ref_logp)[rollout.mask.bool()].mean().item())
     if rollout.old_logp is not None:
         gap = (rollout.old_logp - rollout.sampled_logp).abs() * rollout.mask
         record("train/logp_gap", gap.max().item())

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from agents.losses import kl_k3, token_weights
-from agents.policy import Evaluation
+from agents.losses import token_weights
 from agents.records import record_training
 from agents.rollout import Rollout
 
@@ -93,7 +91,8 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
         tokens = part.mask.sum() / float(rollout.lengths[rows].sum())
         for key, value in {"loss": total, **{key: value for key, (_, value) in terms.items()}}.items():
             sums[key] = sums.get(key, 0.0) + value.item()
-        for key, value in {**statistics, **token_means(part, result)}.items():
+        statistics["entropy"] = result.entropy.detach()[part.mask.bool()].mean()
+        for key, value in statistics.items():
             sums[key] = sums.get(key, 0.0) + (value * tokens).item()
     norm = torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), agent.max_grad_norm)
     if not torch.isfinite(norm):
@@ -103,15 +102,6 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
         optimizer.step()
         agent._n_updates += 1
     return {**sums, "grad_norm": norm.item()}
-
-
-def token_means(part: Rollout, result: Evaluation) -> dict[str, Tensor]:
-    """What is logged of every agent: means over the action tokens of a micro-batch."""
-    here = part.mask.bool()
-    means = {"entropy": result.entropy.detach()[here].mean()}
-    if part.ref_logp is not None:
-        means["kl_ref"] = kl_k3(result.logp.detach(), part.ref_logp)[here].mean()
-    return means
 
 
 def _micro_batches(agent: LanguageAgent, rows: np.ndarray, step: int) -> list[Any]:
