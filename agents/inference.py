@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from agents.checkpoint import Checkpointed
 from agents.checks import check_tokenizers
 from agents.generation import Sampler, StepState
-from agents.rollout import collect, collect_by_tokens
-from agents.vec_env import TextVecEnv, as_vec_env, rules_of_vec_env
+from agents.rollout import clock_of, collect, collect_by_tokens
+from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.env import rules_of
 
 
 class Inference(Checkpointed):
@@ -83,15 +81,14 @@ class Inference(Checkpointed):
             Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
             and `reward/<name>` for every component.
         """
-        env = gym.make(env) if isinstance(env, str) else env
-        rules = rules_of(env)
+        vec_env = as_vec_env(env, 1)
+        rules = rules_of_vec_env(vec_env)
         check_tokenizers(self.policy, rules)
-        wrapped = not isinstance(as_vec_env(env, 1), TextVecEnv)
         collected: dict[str, list[float]] = {}
         for begin in range(0, len(rules.prompts), batch_size):
             indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))
-            if wrapped:
-                rollout = collect_by_tokens(self.policy, as_vec_env(env, 1), indexes, 1, self.sampler(deterministic))
+            if clock_of(vec_env) is None:
+                rollout = collect_by_tokens(self.policy, vec_env, indexes, 1, self.sampler(deterministic))
             else:
                 venv = TextGenerationVectorEnv.from_rules(rules, len(indexes))
                 rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": indexes})

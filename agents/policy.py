@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.losses import entropy_of
 from agents.vec_env import rows_of
-from llm_env.episodes import Rules
+from llm_env.episodes import Rules, vocabulary_size
 from llm_env.scoring import log_probs_of, response_outputs
 
 PretrainedFiles = dict[str, bytes]
@@ -80,7 +80,7 @@ class LanguagePolicy(BasePolicy):
         self.tokenizer = tokenizer
         self.vocab_size = size
         if tokenizer is not None:
-            self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+            self.vocab_size = vocabulary_size(tokenizer)
             self.check_vocabulary(self.vocab_size)
         self.value_head: nn.Linear | None = None
         if value_head:

@@ -195,8 +195,11 @@ class _Episode:
 
 def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
     """The last info; prompt and completion are added where a wrapper cut the episode short."""
+    info = episode.info or {}
+    if "completion" in info:
+        return info
     prompt, completion = rules.decode([episode.prompt, episode.response])
-    return {"prompt": prompt, "completion": completion, **(episode.info or {})}
+    return {**info, "prompt": prompt, "completion": completion}
 
 
 def _play(policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], sampler: Sampler) -> list[_Episode]:

@@ -122,17 +122,3 @@ class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self._episodes.observation().items()}
-
-
-def rules_of(env: Any) -> Rules:
-    """The rules of one of this package's envs, through any Gymnasium wrappers.
-
-    Raises:
-        TypeError: it is another env.
-    """
-    rules = getattr(getattr(env, "unwrapped", env), "rules", None)
-    if not isinstance(rules, Rules):
-        raise TypeError(
-            f"{env!r} is no text generation env; make one with llm_env.TextGenerationEnv or gym.make('llm_env/...')"
-        )
-    return rules

@@ -73,7 +73,7 @@ class Rules:
         self._stop_window = max((len(s.encode("utf-8", "surrogatepass")) for s in self.stop), default=0) + 8
         self.eos_id = int(self.tokenizer.eos_token_id)
         self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
-        self.vocab_size = max(len(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1)
+        self.vocab_size = vocabulary_size(self.tokenizer)
         self.prompts = PromptTable(prompts, self.tokenizer, self.max_prompt_tokens, split, long_prompts)
         self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
         if success is not None and success not in self.rewards.names:
@@ -108,6 +108,11 @@ class Rules:
             return False
         (text,) = self.decode([response[-self._stop_window :]])
         return any(stop in text for stop in self.stop)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """V, one more than the largest token id: some vocabularies have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _reference_and_kl(reference: Any, kl_coef: Any) -> tuple[Reference | None, KLController | None]:
