@@ -23,8 +23,8 @@ from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
-from llm_env.episodes import Rules
 from llm_env.prompts import PromptCursor
+from llm_env.rules import Rules
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]

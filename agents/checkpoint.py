@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
 from agents.vec_env import rules_of_vec_env
-from llm_env.episodes import Rules
 from llm_env.prompts import PromptCursor
+from llm_env.rules import Rules
 
 SelfCheckpointed = TypeVar("SelfCheckpointed", bound="Checkpointed")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llm_env.episodes import Rules
+from llm_env.rules import Rules
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent

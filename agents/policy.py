@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.losses import entropy_of
 from agents.vec_env import rows_of
-from llm_env.episodes import Rules, vocabulary_size
+from llm_env.rules import Rules, vocabulary_size
 from llm_env.scoring import log_probs_of, response_outputs
 
 PretrainedFiles = dict[str, bytes]

@@ -15,7 +15,7 @@ from agents.generation import Sampler, StepState
 from agents.policy import LanguagePolicy
 from agents.vec_env import TextVecEnv, prompt_rows, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.episodes import Rules
+from llm_env.rules import Rules
 
 
 @dataclass

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
-from llm_env.episodes import Rules
+from llm_env.rules import Rules
 
 DEFAULT_N_ENVS = 64
 TRANSPARENT_WRAPPERS = (OrderEnforcing, PassiveEnvChecker)

@@ -8,8 +8,9 @@ from typing import Any, SupportsIndex
 import gymnasium as gym
 import numpy as np
 
-from llm_env.episodes import Episodes, Rules
+from llm_env.episodes import Episodes
 from llm_env.prompts import PromptCursor
+from llm_env.rules import Rules
 from llm_env.vector_env import TextGenerationVectorEnv, spaces_of
 
 
@@ -41,7 +42,7 @@ class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
     `is_success` where `success` names a component, and with a reference `ref_logprob`, the sum of log pi_ref in nats.
 
     ## Arguments
-    prompts, reward, tokenizer and the keywords of `llm_env.episodes.Rules`; `render_mode="ansi"` renders the text so far.
+    prompts, reward, tokenizer and the keywords of `llm_env.rules.Rules`; `render_mode="ansi"` renders the text so far.
 
     ## Version History
     v0: first version.
@@ -101,8 +102,8 @@ class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
         return self._observation(), reward, bool(outcome.terminated[0]), bool(outcome.truncated[0]), dict(self._last_info)
 
     def action_masks(self) -> np.ndarray:
-        """(V,) bool, True for the tokens that may come next: all of them."""
-        return np.ones(self.rules.vocab_size, dtype=bool)
+        """(V,) bool, True for the tokens that may come next."""
+        return self._episodes.action_masks()[0]
 
     def render(self) -> str | None:
         """The prompt and what has been written so far, with the reward components once the episode has ended."""

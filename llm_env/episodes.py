@@ -1,4 +1,4 @@
-"""The rules of an episode, over a batch of token ids: what a prompt is, when an episode ends and what it earns.
+"""The way of an episode, over a batch of token ids: its tokens, its end and what it earns.
 
 Both clocks of every env go through `Episodes.advance`: a token is a response of length one. Nothing here needs torch.
 """
@@ -7,122 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
-from llm_env.prompts import PromptTable
-from llm_env.rewards import RewardFunction, RewardSum
-
-if TYPE_CHECKING:
-    from llm_env.reference import KLController, Reference
-
-
-class Rules:
-    """What all rows of an env share. The faces of the env pass their keyword arguments on to here.
-
-    Args:
-        prompts: list of str, list of dict with `prompt` or `messages`, a `PromptSource`, a dataset, or a `.jsonl` path.
-        reward: a reward function in TRL's convention, or a list of them; see `llm_env.rewards`.
-        tokenizer: a path, a hub id or a transformers tokenizer; it must have an end token.
-        reward_weights: one weight a reward function; all 1 by default.
-        max_prompt_tokens: the longest prompt, in tokens; see `long_prompts`.
-        max_new_tokens: the length limit of a response, in tokens; reaching it truncates the episode.
-        stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion.
-        reference: a path, hub id, model or `Reference` that gives log pi_ref of every action; see `llm_env.reference`.
-        kl_coef: beta of the KL penalty in the reward, in reward per nat: a number or a KL controller. Needs a reference.
-        split: `"train"` or `"test"`, a tenth of the prompts by a hash of their text; None for all.
-        long_prompts: `"error"` or `"drop"`, for prompts of more than `max_prompt_tokens` tokens.
-        success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
-            `is_success` appear in the last info.
-
-    Raises:
-        ValueError, TypeError: any of them is unusable; the message names the value and the remedy.
-    """
-
-    def __init__(
-        self,
-        prompts: Any,
-        reward: RewardFunction | Sequence[RewardFunction],
-        tokenizer: Any,
-        *,
-        reward_weights: Sequence[float] | None = None,
-        max_prompt_tokens: int = 64,
-        max_new_tokens: int = 64,
-        stop: str | Sequence[str] | None = None,
-        reference: Any = None,
-        kl_coef: float | KLController = 0.0,
-        split: str | None = None,
-        long_prompts: str = "error",
-        success: str | None = None,
-    ) -> None:
-        for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
-        if getattr(self.tokenizer, "eos_token_id", None) is None:
-            raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
-        self.max_prompt_tokens = int(max_prompt_tokens)
-        self.max_new_tokens = int(max_new_tokens)
-        self.stop = [stop] if isinstance(stop, str) else list(stop or [])
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop={stop!r} must be a string or a list of strings, none of them empty")
-        # A token holds at least a byte, so this many tokens hold every stop string, with room for tokens without text.
-        self._stop_window = max((len(s.encode("utf-8", "surrogatepass")) for s in self.stop), default=0) + 8
-        self.eos_id = int(self.tokenizer.eos_token_id)
-        self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
-        self.vocab_size = vocabulary_size(self.tokenizer)
-        self.prompts = PromptTable(prompts, self.tokenizer, self.max_prompt_tokens, split, long_prompts)
-        self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
-        if success is not None and success not in self.rewards.names:
-            raise ValueError(f"success={success!r} is not one of the reward components {self.rewards.names}")
-        self.success = success
-        self.reference, self.kl = _reference_and_kl(reference, kl_coef)
-        if self.reference is not None:
-            self.reference.check_vocabulary(self.vocab_size)
-
-    @property
-    def max_tokens(self) -> int:
-        """L, the length of an observation: the longest prompt and the longest response together."""
-        return self.max_prompt_tokens + self.max_new_tokens
-
-    def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
-        """The responses as text, without special tokens: what reward functions and people read."""
-        return [
-            self.tokenizer.decode(
-                [token for token in ids if token != self.eos_id],
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
-            for ids in responses
-        ]
-
-    def completes_stop(self, response: Sequence[int]) -> bool:
-        """Whether the last token of `response` completes a stop string; always False without any.
-
-        Only as many of the last tokens are read as a stop string can need, so that the cost of a response is linear.
-        """
-        if not self.stop:
-            return False
-        (text,) = self.decode([response[-self._stop_window :]])
-        return any(stop in text for stop in self.stop)
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """V, one more than the largest token id: some vocabularies have gaps."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-
-
-def _reference_and_kl(reference: Any, kl_coef: Any) -> tuple[Reference | None, KLController | None]:
-    if reference is None:
-        if not (isinstance(kl_coef, (int, float)) and kl_coef == 0):
-            raise ValueError(f"kl_coef={kl_coef!r} needs a reference to measure the KL from; set reference=, or kl_coef=0.0")
-        return None, None
-    from llm_env.reference import as_kl_controller, as_reference  # torch is needed from here on only
-
-    return as_reference(reference), as_kl_controller(kl_coef)
+from llm_env.rules import Rules
 
 
 @dataclass
@@ -244,7 +133,7 @@ class Episodes:
             if shaped:
                 for i, row in enumerate(rows):
                     rewards[i, : lengths[i]] = self._kl_rewards(row, before[i], lengths[i], logprobs is not None)
-            scores, infos = self._pay(rows[ended])
+            scores, infos = self._pay(rows[ended], truncated[ended])
         except BaseException:
             self.response_lengths[rows] = before
             self.ids[at] = self.rules.pad_id
@@ -268,6 +157,8 @@ class Episodes:
             raise ValueError(
                 f"action {tokens[i, t]} in row {rows[i]} is not a token id: the vocabulary is 0..{self.rules.vocab_size - 1}"
             )
+        if self.rules.constraint is not None:
+            self._check_allowed(rows, tokens, lengths)
         total = self.response_lengths[rows] + lengths
         long = total > self.rules.max_new_tokens
         if long.any():
@@ -275,6 +166,28 @@ class Episodes:
                 f"the response in row {rows[long][0]} has {total[long][0]} tokens, more than "
                 f"max_new_tokens={self.rules.max_new_tokens}; cut it there"
             )
+
+    def action_masks(self) -> np.ndarray:
+        """(B, V) bool, True for the tokens that may come next; all where a row's episode is over."""
+        masks = np.ones((len(self.finished), self.rules.vocab_size), dtype=bool)
+        if self.rules.constraint is not None:
+            for row in np.flatnonzero(~self.finished).tolist():
+                masks[row] = self.rules.action_mask(self.prompt(row).tolist(), self.response(row).tolist())
+        return masks
+
+    def _check_allowed(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        assert self.rules.constraint is not None
+        for row, new, length in zip(rows, tokens, lengths, strict=True):
+            before = self.response(row).tolist()
+            masks = self.rules.constraint.along(self.prompt(row).tolist(), before + new[:length].tolist(), len(before))
+            bad = np.flatnonzero(~masks[np.arange(length), new[:length]])
+            if len(bad):
+                t = bad[0]
+                some = np.flatnonzero(masks[t])[:8].tolist()
+                raise ValueError(
+                    f"action {new[t]} ({self.rules.tokenizer.decode([new[t]])!r}) in row {row} is not allowed as token "
+                    f"{len(before) + t} of the response; action_masks() says what is, for instance {some}"
+                )
 
     def _ends(
         self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, before: np.ndarray
@@ -300,18 +213,15 @@ class Episodes:
 
     def _score_reference(self, rows: np.ndarray) -> None:
         """Fill in log pi_ref of all action tokens of `rows` that have none yet."""
-        assert self.rules.reference is not None
-        contexts, fresh = [], []
-        for row in rows:
-            response = self.response(row)
-            known = int(np.isfinite(self._ref_logp[row, : len(response)]).sum())
-            contexts.append([*self.prompt(row).tolist(), *response[:known].tolist()])
-            fresh.append(response[known:].tolist())
-        if not contexts:
+        if not len(rows):
             return
-        for row, new, logp in zip(rows, fresh, self.rules.reference.log_probs(contexts, fresh), strict=True):
-            end = self.response_lengths[row]
-            self._ref_logp[row, end - len(new) : end] = logp
+        prompts = [self.prompt(row).tolist() for row in rows]
+        responses = [self.response(row).tolist() for row in rows]
+        known = [
+            int(np.isfinite(self._ref_logp[row, : len(response)]).sum()) for row, response in zip(rows, responses, strict=True)
+        ]
+        for row, begin, logp in zip(rows, known, self.rules.reference_log_probs(prompts, responses, known), strict=True):
+            self._ref_logp[row, begin : begin + len(logp)] = logp
 
     def _kl_rewards(self, row: int, begin: int, length: int, known: bool) -> np.ndarray:
         """-beta * (log pi - log pi_ref) per token; without log pi what the env knows of it, beta * log pi_ref."""
@@ -320,7 +230,7 @@ class Episodes:
         logp = self._logp[row, at] if known else 0.0
         return -self.rules.kl.value * (logp - self._ref_logp[row, at])
 
-    def _pay(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, dict[str, Any]]]:
+    def _pay(self, rows: np.ndarray, truncated: np.ndarray) -> tuple[np.ndarray, dict[int, dict[str, Any]]]:
         """Scores, (R,), and last infos of rows that have just ended."""
         if not len(rows):
             return np.zeros(0), {}
@@ -329,6 +239,8 @@ class Episodes:
         prompts, completions = [table.texts[i] for i in indexes], self.rules.decode(responses)
         columns = {name: table.column(name, indexes) for name in table.columns}
         scores, components = self.rules.rewards(prompts, completions, responses, columns)
+        scores, penalties = self.rules.ends.settle(scores, self.response_lengths[rows], truncated)
+        components = {**components, **penalties}
         infos: dict[int, dict[str, Any]] = {}
         for i, row in enumerate(rows.tolist()):
             info = {"prompt": prompts[i], "completion": completions[i], "prompt_index": indexes[i]}

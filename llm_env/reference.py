@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llm_env.scoring import log_probs_of, response_outputs
+from llm_env.scoring import log_probs_of, response_outputs, restrict
 
 
 class Reference:
@@ -64,12 +64,24 @@ class Reference:
         self._vocab_size = vocab_size
 
     @torch.no_grad()
-    def log_probs(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log pi_ref of every response token, in nats: one float32 array of the response's length a row."""
+    def log_probs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        allowed: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        """Log pi_ref of every response token, in nats: one float32 array of the response's length a row.
+
+        Args:
+            prompts: token ids, one row each.
+            responses: token ids, one row each.
+            allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
+        """
         results: list[np.ndarray] = []
         for begin in range(0, len(prompts), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
             logits, targets, mask, _ = response_outputs(self.model, prompts[rows], responses[rows], self._vocab_size)
+            logits = restrict(logits, None if allowed is None else allowed[rows])
             logp = log_probs_of(logits, targets, self.temperature)
             results += [row[keep].cpu().numpy() for row, keep in zip(logp, mask.bool(), strict=True)]
         return results

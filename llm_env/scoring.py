@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stays finite in the entropy
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -73,3 +76,21 @@ def log_probs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Te
     """Log softmax(logits / temperature) at the tokens, in float32: (..., V) and (...) -> (...), in nats."""
     scaled = logits.float() / temperature
     return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)
+
+
+def restrict(logits: Tensor, allowed: Sequence[np.ndarray] | None) -> Tensor:
+    """Logits of the distribution over the allowed tokens only.
+
+    Args:
+        logits: (B, T, V).
+        allowed: for each row (n, V) bool with n up to T; None leaves the logits as they are.
+
+    Returns:
+        (B, T, V), in float32 where something is forbidden.
+    """
+    if allowed is None:
+        return logits
+    forbidden = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    for row, masks in zip(forbidden, allowed, strict=True):
+        row[: len(masks)] = torch.as_tensor(~masks, device=logits.device)
+    return logits.float().masked_fill(forbidden, FORBIDDEN)

@@ -13,8 +13,9 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from llm_env.episodes import Episodes, Rules
+from llm_env.episodes import Episodes
 from llm_env.prompts import PromptCursor
+from llm_env.rules import Rules
 
 Observation = dict[str, np.ndarray]
 
@@ -63,7 +64,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     Args:
         num_envs: number of rows, B.
-        prompts, reward, tokenizer, rules: see `llm_env.episodes.Rules`.
+        prompts, reward, tokenizer, rules: see `llm_env.rules.Rules`.
         autoreset_mode: when a row that ended begins anew on the token clock. `step_responses` never resets: after it, call
             `reset`.
     """
@@ -221,8 +222,8 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         )
 
     def action_masks(self) -> np.ndarray:
-        """(B, V) bool, True for the tokens that may come next: all of them."""
-        return np.ones((self.num_envs, self.rules.vocab_size), dtype=bool)
+        """(B, V) bool, True for the tokens that may come next."""
+        return self.episodes.action_masks()
 
     def state_dict(self) -> dict[str, Any]:
         """The random streams and the order of the prompts, for `load_state_dict`; episodes under way are not in it."""

@@ -1,0 +1,90 @@
+"""Which tokens may come next: one function for action masks, sampling and training, so that the ratio stays 1."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger("llm_env")
+
+AllowedTokens = Callable[[list[int], list[int]], Any]
+
+
+class TokenConstraint:
+    """Which tokens may come next, as a function of the prompt and the response so far.
+
+    Args:
+        allowed: token ids, or a (V,) bool array, for every state; or a function `f(prompt_ids, response_ids)` that returns
+            one of the two for a state. It must depend on its arguments alone: it is asked again in training. The end token
+            is allowed only where it is among them. None allows all.
+        min_new_tokens: the end token is not allowed as one of the first `min_new_tokens` tokens. Stop strings still end.
+        vocab_size: V.
+        eos_id: the end token.
+
+    Raises:
+        ValueError, TypeError: `allowed` holds no token, or what is no token id.
+    """
+
+    def __init__(self, allowed: Any, min_new_tokens: int, vocab_size: int, eos_id: int) -> None:
+        self._function: AllowedTokens | None = allowed if callable(allowed) else None
+        self._vocab_size = vocab_size
+        self._eos_id = eos_id
+        self._min_new_tokens = min_new_tokens
+        everything = np.ones(vocab_size, dtype=bool)
+        self._always = everything if allowed is None or callable(allowed) else self._as_mask(allowed, "allowed_tokens")
+        if not self._always[eos_id]:
+            logger.warning(
+                "allowed_tokens is without the end token %d: only a stop string or the limit ends a response", eos_id
+            )
+        if min_new_tokens and not np.delete(self._always, eos_id).any():
+            raise ValueError(
+                f"min_new_tokens={min_new_tokens} forbids the end token, and allowed_tokens leaves no other; allow more tokens"
+            )
+
+    def next(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
+        """(V,) bool, True for the tokens that may follow `response`.
+
+        Raises:
+            ValueError: no token may.
+        """
+        return self.along(prompt, [*response, self._eos_id], len(response))[0]
+
+    def along(self, prompt: Sequence[int], response: Sequence[int], begin: int = 0) -> np.ndarray:
+        """(n, V) bool, for each of the n tokens `response[begin:]` what might have stood in its place. Read-only."""
+        if self._function is None:
+            masks = np.broadcast_to(self._always, (len(response) - begin, self._vocab_size))
+        else:
+            states = [(list(prompt), list(response[:t])) for t in range(begin, len(response))]
+            rows = [self._as_mask(self._function(*state), f"allowed_tokens{state}") for state in states]
+            masks = np.stack(rows) if rows else np.ones((0, self._vocab_size), dtype=bool)
+        early = self._min_new_tokens - begin
+        if early > 0:
+            masks = masks.copy()
+            masks[:early, self._eos_id] = False
+            if self._function is not None and not masks.any(axis=1).all():
+                raise ValueError(
+                    f"allowed_tokens leaves only the end token after {begin + int(masks.any(axis=1).argmin())} tokens, but "
+                    f"min_new_tokens={self._min_new_tokens} forbids it there"
+                )
+        return masks
+
+    def _as_mask(self, allowed: Any, origin: str) -> np.ndarray:
+        found = np.asarray(allowed if isinstance(allowed, np.ndarray) else list(allowed))
+        if found.dtype == bool:
+            if found.shape != (self._vocab_size,):
+                raise ValueError(f"{origin} is a bool array of shape {found.shape}; its shape must be ({self._vocab_size},)")
+            mask = found
+        elif found.ndim != 1 or (len(found) and not np.issubdtype(found.dtype, np.integer)):
+            raise TypeError(f"{origin} must give token ids or a bool array; got {str(allowed)[:200]}")
+        else:
+            if len(found) and not 0 <= found.min() <= found.max() < self._vocab_size:
+                outside = found[(found < 0) | (found >= self._vocab_size)][0]
+                raise ValueError(f"{origin} holds {outside}, which is no token id: the vocabulary is 0..{self._vocab_size - 1}")
+            mask = np.zeros(self._vocab_size, dtype=bool)
+            mask[found.astype(np.int64)] = True
+        if not mask.any():
+            raise ValueError(f"{origin} allows no token; at least one must be left")
+        return mask

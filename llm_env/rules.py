@@ -1,0 +1,160 @@
+"""What all rows of an env share: prompts, tokenizer, rewards, ends, reference. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from llm_env.constraints import TokenConstraint
+from llm_env.ends import Ends
+from llm_env.prompts import PromptTable
+from llm_env.rewards import RewardFunction, RewardSum
+
+if TYPE_CHECKING:
+    from llm_env.reference import KLController, Reference
+
+
+class Rules:
+    """What all rows of an env share. The faces of the env pass their keyword arguments on to here.
+
+    Args:
+        prompts: list of str, list of dict with `prompt` or `messages`, a `PromptSource`, a dataset, or a `.jsonl` path.
+        reward: a reward function in TRL's convention, or a list of them; see `llm_env.rewards`.
+        tokenizer: a path, a hub id or a transformers tokenizer; it must have an end token.
+        reward_weights: one weight a reward function; all 1 by default.
+        max_prompt_tokens: the longest prompt, in tokens; see `long_prompts`.
+        max_new_tokens: the length limit of a response, in tokens; reaching it truncates the episode.
+        stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion.
+        reference: a path, hub id, model or `Reference` that gives log pi_ref of every action; see `llm_env.reference`.
+        kl_coef: beta of the KL penalty in the reward, in reward per nat: a number or a KL controller. Needs a reference.
+        split: `"train"` or `"test"`, a tenth of the prompts by a hash of their text; None for all.
+        long_prompts: `"error"` or `"drop"`, for prompts of more than `max_prompt_tokens` tokens.
+        allowed_tokens: which tokens may come next: ids, a (V,) bool array or a function of the state; see
+            `llm_env.constraints.TokenConstraint`. Action masks, sampling, training and the reference all keep to it.
+        min_new_tokens: the end token is not allowed before this many tokens.
+        length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: what an episode's end does to its score; see
+            `llm_env.ends.Ends`.
+        success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
+            `is_success` appear in the last info.
+
+    Raises:
+        ValueError, TypeError: any of them is unusable; the message names the value and the remedy.
+    """
+
+    def __init__(
+        self,
+        prompts: Any,
+        reward: RewardFunction | Sequence[RewardFunction],
+        tokenizer: Any,
+        *,
+        reward_weights: Sequence[float] | None = None,
+        max_prompt_tokens: int = 64,
+        max_new_tokens: int = 64,
+        stop: str | Sequence[str] | None = None,
+        reference: Any = None,
+        kl_coef: float | KLController = 0.0,
+        split: str | None = None,
+        long_prompts: str = "error",
+        success: str | None = None,
+        allowed_tokens: Any = None,
+        min_new_tokens: int = 0,
+        length_stop: str = "score",
+        overlong_buffer: int = 0,
+        overlong_penalty: float = 1.0,
+        missing_eos_penalty: float = 0.0,
+    ) -> None:
+        for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
+        if getattr(self.tokenizer, "eos_token_id", None) is None:
+            raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
+        self.max_prompt_tokens = int(max_prompt_tokens)
+        self.max_new_tokens = int(max_new_tokens)
+        if not isinstance(min_new_tokens, (int, np.integer)) or not 0 <= min_new_tokens <= max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={min_new_tokens!r} must be a whole number from 0 to max_new_tokens={max_new_tokens}"
+            )
+        self.ends = Ends(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
+        self.stop = [stop] if isinstance(stop, str) else list(stop or [])
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop={stop!r} must be a string or a list of strings, none of them empty")
+        # A token holds at least a byte, so this many tokens hold every stop string, with room for tokens without text.
+        self._stop_window = max((len(s.encode("utf-8", "surrogatepass")) for s in self.stop), default=0) + 8
+        self.eos_id = int(self.tokenizer.eos_token_id)
+        self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+        self.vocab_size = vocabulary_size(self.tokenizer)
+        self.constraint: TokenConstraint | None = None
+        if allowed_tokens is not None or min_new_tokens:
+            self.constraint = TokenConstraint(allowed_tokens, int(min_new_tokens), self.vocab_size, self.eos_id)
+        self.prompts = PromptTable(prompts, self.tokenizer, self.max_prompt_tokens, split, long_prompts)
+        self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
+        if success is not None and success not in self.rewards.names:
+            raise ValueError(f"success={success!r} is not one of the reward components {self.rewards.names}")
+        self.success = success
+        self.reference, self.kl = _reference_and_kl(reference, kl_coef)
+        if self.reference is not None:
+            self.reference.check_vocabulary(self.vocab_size)
+
+    @property
+    def max_tokens(self) -> int:
+        """L, the length of an observation: the longest prompt and the longest response together."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
+        """The responses as text, without special tokens: what reward functions and people read."""
+        return [
+            self.tokenizer.decode(
+                [token for token in ids if token != self.eos_id],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+            for ids in responses
+        ]
+
+    def action_mask(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
+        """(V,) bool, True for the tokens that may follow `response`."""
+        if self.constraint is None:
+            return np.ones(self.vocab_size, dtype=bool)
+        return self.constraint.next(prompt, response)
+
+    def reference_log_probs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], begins: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Log pi_ref, in nats, of the tokens from begins[i] on of each response: one float32 array a row."""
+        assert self.reference is not None
+        contexts = [[*prompt, *response[:n]] for prompt, response, n in zip(prompts, responses, begins, strict=True)]
+        tails = [list(response[n:]) for response, n in zip(responses, begins, strict=True)]
+        allowed = None
+        if self.constraint is not None:
+            allowed = [self.constraint.along(*row) for row in zip(prompts, responses, begins, strict=True)]
+        return self.reference.log_probs(contexts, tails, allowed)
+
+    def completes_stop(self, response: Sequence[int]) -> bool:
+        """Whether the last token of `response` completes a stop string; always False without any.
+
+        Only as many of the last tokens are read as a stop string can need, so that the cost of a response is linear.
+        """
+        if not self.stop:
+            return False
+        (text,) = self.decode([response[-self._stop_window :]])
+        return any(stop in text for stop in self.stop)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """V, one more than the largest token id: some vocabularies have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def _reference_and_kl(reference: Any, kl_coef: Any) -> tuple[Reference | None, KLController | None]:
+    if reference is None:
+        if not (isinstance(kl_coef, (int, float)) and kl_coef == 0):
+            raise ValueError(f"kl_coef={kl_coef!r} needs a reference to measure the KL from; set reference=, or kl_coef=0.0")
+        return None, None
+    from llm_env.reference import as_kl_controller, as_reference  # torch is needed from here on only
+
+    return as_reference(reference), as_kl_controller(kl_coef)
