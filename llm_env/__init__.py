@@ -1,5 +1,7 @@
 """A Gymnasium environment whose actions are tokens."""
 
+from typing import Any
+
 from llm_env.env import TextGenerationEnv
 from llm_env.prompts import PromptSource
 from llm_env.pupil import PUPIL
@@ -7,6 +9,15 @@ from llm_env.tasks import register_tasks
 from llm_env.vector_env import TextGenerationVectorEnv
 
 __version__ = "0.1.0"
-__all__ = ["PUPIL", "PromptSource", "TextGenerationEnv", "TextGenerationVectorEnv", "register_tasks"]
+__all__ = ["PUPIL", "PromptSource", "RewardModel", "TextGenerationEnv", "TextGenerationVectorEnv", "register_tasks"]
 
 register_tasks()
+
+
+def __getattr__(name: str) -> Any:
+    """`llm_env.RewardModel`, imported when it is asked for: it needs torch, which nothing else here does."""
+    if name == "RewardModel":
+        from llm_env.reward_models import RewardModel
+
+        return RewardModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,319 @@
+"""Learned reward models: a transformers sequence classifier as a reward function."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from llm_env.episodes import vocabulary_size
+from llm_env.scoring import pad
+
+Template = str | Callable[[str, str], str]
+UNLIMITED = 10**9  # tokenizers without a limit report numbers beyond this
+
+
+class RewardModel:
+    """A sequence classifier's logit, as a reward function in TRL's convention.
+
+    The text of row i is the template filled with its prompt and completion; its reward is
+    `(logit - mean) / std`. Texts are tokenized with the tokenizer's special tokens (a chat template writes its own), sorted
+    by length and padded on the right. The score of a text does not depend on what it is batched with: padding is
+    invisible to the model's attention, to its positions and to the place where its head reads. Decoder classifiers read at
+    the last token that is not `config.pad_token_id`, so the padding is that token; where the config has none, or none that
+    the model can embed, the head reads at the last token, and a batch is padded with a token that no text in it ends with.
+
+    The model runs in evaluation mode without gradients, and is left in the mode in which it was found. Non-finite scores
+    are returned as they are; an env refuses them.
+
+    Args:
+        model: a path, a hub id, or a sequence classification model. An object is used as it is, so that it may be trained
+            between two calls; it is copied where `device` or `dtype` is not its own.
+        tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's path. A model object needs one.
+        template: a str with `{completion}` and, usually, `{prompt}`; `"chat"` for a user's and an assistant's message under
+            the tokenizer's chat template; or a callable `(prompt, completion) -> str`. Braces in the texts mean nothing.
+        name: the component's name in infos and logs.
+        batch_size: texts per forward pass; bounds the memory.
+        device: where the model runs; by default where it is (CPU for a path).
+        dtype: the weights' type, a torch dtype or its name; by default the checkpoint's.
+        max_tokens: the longest text, special tokens included; by default the smaller of the model's positions and the
+            tokenizer's limit, where there are such limits.
+        truncation: the side on which a text of more than `max_tokens` tokens is cut; None refuses it.
+        index: which logit is the reward; needed where the head has several.
+        mean: is subtracted from the logit; see `calibrate`.
+        std: divides what is left.
+
+    Attributes:
+        model: the classifier.
+        tokenizer: its tokenizer.
+        mean: see above.
+        std: see above.
+
+    Raises:
+        TypeError: the model is no sequence classifier.
+        ValueError: the checkpoint has no (or not the whole) classification head, several labels and no `index`, a tokenizer
+            that does not fit, or an argument is unusable.
+
+    Limits: models whose head reads at the last position whether it is padding or not (XLNet), and recurrent ones that run
+    on over padding, need `batch_size=1`.
+
+    Examples:
+        >>> import llm_env, torch
+        >>> from transformers import AutoConfig, AutoModelForSequenceClassification
+        >>> _ = torch.manual_seed(0)
+        >>> config = AutoConfig.from_pretrained(llm_env.PUPIL, num_labels=1)
+        >>> untrained = AutoModelForSequenceClassification.from_config(config)
+        >>> score = RewardModel(untrained, llm_env.PUPIL).calibrate(["2+3=", "8+9="], ["5", "17"])
+        >>> [round(value, 3) for value in sorted(score(prompts=["2+3=", "8+9="], completions=["5", "17"]))]
+        [-1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        template: Template = "{prompt}{completion}",
+        name: str = "reward_model",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_tokens: int | None = None,
+        truncation: str | None = None,
+        index: int | None = None,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        if truncation not in (None, "left", "right"):
+            raise ValueError(f"truncation={truncation!r} must be 'left' or 'right', the side that is cut off, or None")
+        for key, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+                raise ValueError(f"{key}={value!r} must be a whole number of at least 1")
+        self.__name__ = name
+        self.model = _load_classifier(model, device, dtype)
+        self.tokenizer = _load_tokenizer(model, tokenizer, truncation)
+        self._index = _reward_label(self.model, index)
+        self._chat = template == "chat"
+        self._render = _renderer(template, self.tokenizer)
+        self._batch_size = batch_size
+        self._truncation = truncation
+        self._max_tokens = max_tokens or _length_limit(self.model, self.tokenizer)
+        self._vocab_size = self.model.get_input_embeddings().num_embeddings
+        if vocabulary_size(self.tokenizer) > self._vocab_size:
+            raise ValueError(
+                f"the reward model's vocabulary has {self._vocab_size} tokens, the tokenizer's "
+                f"{vocabulary_size(self.tokenizer)}; use the tokenizer that belongs to the model"
+            )
+        self._normalize_by(mean, std)
+        self._try_out()
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """One score a completion.
+
+        Args:
+            prompts: B texts.
+            completions: B texts.
+            columns: not looked at.
+
+        Raises:
+            ValueError: a text has no tokens, or more than `max_tokens` and `truncation` is None; the message names the row.
+        """
+        return [(logit - self.mean) / self.std for logit in self._score(prompts, completions)]
+
+    def logits(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+        """The logits before normalization, (B,), from one forward pass in the mode the model is in, with gradients.
+
+        For training the model: it reads its texts here exactly as it does when it pays.
+        """
+        return self._forward(self._encode(prompts, completions)).logits[:, self._index]
+
+    def calibrate(self, prompts: Sequence[str], completions: Sequence[str]) -> RewardModel:
+        """Set `mean` and `std` so that these completions score 0 in the mean with a standard deviation of 1.
+
+        Ziegler et al. 2019 (arXiv 1909.08593, section 2.1) normalize so over completions of the policy before it is trained.
+        The standard deviation is that of these completions (divided by n).
+
+        Returns:
+            The reward model itself.
+
+        Raises:
+            ValueError: fewer than two completions, a score that is not finite, or scores that are all the same.
+        """
+        logits = np.array(self._score(prompts, completions))
+        if len(logits) < 2 or not np.isfinite(logits).all():
+            raise ValueError(
+                f"calibrate needs two or more finite scores, but got {logits[:8].tolist()} from {len(logits)} texts"
+            )
+        mean, std = logits.mean(), logits.std()
+        if std <= 1e-6 * np.abs(logits).max():  # what float32 leaves of equal scores
+            raise ValueError(
+                f"the {len(logits)} reference completions all score {mean:.6g}, so their standard deviation cannot be set to "
+                "1; give completions that differ, and see that the template holds {completion}"
+            )
+        self._normalize_by(mean, std)
+        return self
+
+    def _normalize_by(self, mean: float, std: float) -> None:
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(f"mean={mean} and std={std} must be finite, and std positive")
+        self.mean, self.std = float(mean), float(std)
+
+    def _try_out(self) -> None:
+        """Score a text, so that a model that is no sequence classifier is noticed before it is needed."""
+        with _evaluation_mode(self.model), torch.no_grad():
+            logits = getattr(self._forward(self._encode(["a"], ["b"])), "logits", None)
+        labels = self.model.config.num_labels
+        if logits is None or logits.shape != (1, labels):
+            got = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise TypeError(
+                f"{type(self.model).__name__} gives {got} for one text, where a sequence classifier gives (1, {labels}); load "
+                "the model with AutoModelForSequenceClassification"
+            )
+
+    def _encode(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
+        texts = [self._render(p, c) for p, c in zip(prompts, completions, strict=True)]
+        cut = {"truncation": True, "max_length": self._max_tokens} if self._truncation and self._max_tokens else {}
+        rows = self.tokenizer(texts, add_special_tokens=not self._chat, verbose=False, **cut)["input_ids"]
+        for i, row in enumerate(rows):
+            if len(row) == 0:
+                raise ValueError(f"row {i}: the text {texts[i]!r} has no tokens; a reward model needs at least one")
+            if self._max_tokens is not None and len(row) > self._max_tokens:
+                raise ValueError(
+                    f"row {i}: the text has {len(row)} tokens, the reward model takes max_tokens={self._max_tokens}; shorten "
+                    "it, or set truncation='left' to cut off its beginning or 'right' its end"
+                )
+        return rows
+
+    def _score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        rows = self._encode(prompts, completions) if len(prompts) or len(completions) else []
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: memory runs out at once or never
+        results = [0.0] * len(rows)
+        with _evaluation_mode(self.model), torch.no_grad():
+            for begin in range(0, len(rows), self._batch_size):
+                batch = order[begin : begin + self._batch_size]
+                logits = self._forward([rows[i] for i in batch]).logits[:, self._index]
+                for i, logit in zip(batch, logits.double().tolist(), strict=True):
+                    results[i] = logit
+        return results
+
+    def _forward(self, rows: list[list[int]]) -> Any:
+        """The model's outputs for texts as token ids."""
+        model, padding = self.model, self.model.config.get_text_config().pad_token_id
+        if padding is None or not 0 <= padding < self._vocab_size:
+            model, padding = _twin_that_skips(model, _unused_end(rows, self._vocab_size))
+        input_ids, mask = pad(rows, "right", model.device)
+        return model(input_ids=input_ids.masked_fill(mask == 0, padding), attention_mask=mask)
+
+
+def _unused_end(rows: list[list[int]], vocab_size: int) -> int:
+    """A token id that no row ends with."""
+    ends = {row[-1] for row in rows}
+    unused = next((token for token in range(vocab_size) if token not in ends), None)
+    if unused is None:
+        raise ValueError(
+            f"the texts of a batch end with each of the {vocab_size} tokens, and the reward model's config has no pad_token_id "
+            f"to tell padding by; set batch_size={vocab_size - 1} or less"
+        )
+    return unused
+
+
+def _twin_that_skips(model: PreTrainedModel, pad_id: int) -> tuple[PreTrainedModel, int]:
+    """The model, sharing its weights, under a config of its own whose padding is `pad_id`; and `pad_id`."""
+    twin = copy.copy(model)
+    twin.config = copy.deepcopy(model.config)
+    twin.config.get_text_config().pad_token_id = pad_id
+    return twin, pad_id
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards in the one it was in."""
+    trained = [module for module in model.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def _load_classifier(
+    model: str | Path | PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | str | None
+) -> PreTrainedModel:
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(model, (str, Path)):
+        name = str(model)
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
+        if untrained := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
+            raise ValueError(
+                f"{name} holds no weights for {untrained} of {type(model).__name__}, which would be random; train a "
+                "classification head first (examples/train_reward_model.py) or give a model that has one"
+            )
+        model.requires_grad_(False).eval()
+        return model if device is None else model.to(device)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a path, a hub id or a transformers sequence classification model"
+        )
+    wanted = torch.empty(0, dtype=dtype or model.dtype, device=device or model.device)
+    if (wanted.dtype, wanted.device) != (model.dtype, model.device):
+        model = copy.deepcopy(model).to(device=wanted.device, dtype=wanted.dtype)
+    return model
+
+
+def _load_tokenizer(model: Any, tokenizer: Any, truncation: str | None) -> Any:
+    if tokenizer is None:
+        if isinstance(model, PreTrainedModel):
+            raise ValueError("a model object brings no tokenizer; give tokenizer=, a path, a hub id or a tokenizer")
+        tokenizer = model
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+    if truncation is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # the side is a property of the tokenizer, and this one may be shared
+        tokenizer.truncation_side = truncation
+    return tokenizer
+
+
+def _reward_label(model: PreTrainedModel, index: int | None) -> int:
+    labels, names = model.config.num_labels, model.config.id2label
+    if index is None and labels != 1:
+        raise ValueError(f"the reward model's head has {labels} labels, {names}; say with index= which one is the reward")
+    if index is not None and not 0 <= index < labels:
+        raise ValueError(f"index={index} is out of range: the reward model's head has {labels} labels, {names}")
+    return index or 0
+
+
+def _length_limit(model: PreTrainedModel, tokenizer: Any) -> int | None:
+    limits = (getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((int(limit) for limit in limits if limit and 0 < limit < UNLIMITED), default=None)
+
+
+def _renderer(template: Template, tokenizer: Any) -> Callable[[str, str], str]:
+    """How a prompt and a completion become one text."""
+    if template == "chat":
+        if tokenizer.chat_template is None:
+            raise ValueError("template='chat', but the tokenizer has no chat template; set tokenizer.chat_template")
+        return lambda prompt, completion: tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], tokenize=False
+        )
+    if not isinstance(template, str):
+        return template
+    if "{completion}" not in template:
+        raise ValueError(f"template={template!r} has no {{completion}}: every answer to a prompt would score the same")
+
+    def fill(prompt: str, completion: str) -> str:
+        # In one pass: a prompt that speaks of {completion} is not filled in turn.
+        values = {"{prompt}": prompt, "{completion}": completion}
+        return re.sub(r"\{prompt\}|\{completion\}", lambda place: values[place[0]], template)
+
+    return fill
