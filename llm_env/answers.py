@@ -93,10 +93,10 @@ def parse_number(text: str) -> Fraction | None:
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
     text = text.translate(_SIGNS)
-    marked = _marked(text)
-    numbers = [(kind, content) for kind, content in marked if _marked_number(content) and not _is_heading(kind, content)]
-    if not marked or (not numbers and all(kind == "####" for kind, _ in marked)):
+    marked = [(kind, content) for kind, content in _marked(text) if not _is_heading(kind, content)]
+    if not marked:
         return None if _lists_numbers(text) else _value(_last_number(text))
+    numbers = [(kind, content) for kind, content in marked if _marked_number(content)]
     if not numbers or max(Counter(kind for kind, _ in numbers).values()) > 2:
         return None
     content = numbers[-1][1]

@@ -69,6 +69,7 @@ from llm_env.rewards import numeric_answer
         # no number
         ("**Answer:** *Unknown.*", None),
         ("The 3 of them: the answer is unknown", None),
+        ("It has 72 of them. End with `#### ` and the answer.", None),  # a prompt, said back
         ("3/0", None),
         ("", None),
         ("\u0667\u0662", None),  # Python would read these digits, too
