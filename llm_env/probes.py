@@ -16,6 +16,7 @@ from llm_env.prompts import Row
 Gold = str | Callable[[Row], Any] | None
 GOLD_COLUMNS = ("solution", "answer")
 REPEATS = 20  # of a repeated answer
+MANY = 64  # answers at once, at most
 
 
 @dataclass
@@ -83,7 +84,7 @@ def make_probes(rules: Rules, golds: dict[int, str], indexes: list[int], rng: np
     answers = sorted(set(bare.values()))
     if len(answers) > 1:
         for i in known:
-            rest = [answer for answer in rng.permutation(answers).tolist() if answer != bare[i]]
+            rest = [answer for answer in rng.permutation(answers).tolist() if answer != bare[i]][: MANY - 1]
             half = len(rest) // 2
             for row in ([*rest[:half], bare[i], *rest[half:]], [bare[i], *rest], [*rest, bare[i]]):
                 found["all answers at once"] += [(i, mark.join(row)) for mark in (" ", "\n")]
