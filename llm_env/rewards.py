@@ -9,12 +9,13 @@ It returns one number a completion; None says "not applicable to this one".
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
+
+from llm_env.answers import final_answer as final_answer
+from llm_env.answers import parse_number as parse_number
 
 RewardFunction = Callable[..., Sequence[float | None]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
@@ -157,58 +158,6 @@ def _call(function: RewardFunction, name: str, given: dict[str, Any], prompts: l
 
 # --- reward functions that ship ---------------------------------------------------------------------------------------
 
-_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-_NUMBER = re.compile(rf"(?:(?<![\w)])[-+]\s?)?\$?\s?{_DIGITS}(?:\s?/\s?{_DIGITS})?")
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
-_ANSWER_MARKS = (
-    re.compile(r"####\s*(.+)"),
-    re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
-    re.compile(r"(?i:answer)\s*(?:is|:|=)\s*:?\s*(.+)"),
-)
-_END_OF_CLAUSE = re.compile(r"[.,;]\s|\bbecause\b|\bsince\b")
-
-
-def _marked_answer(text: str) -> str | None:
-    r"""What follows the last `####`, stands in the last `\boxed{}` or follows "answer is"; None without a mark."""
-    for mark in _ANSWER_MARKS:
-        if found := mark.findall(text):
-            return found[-1].strip()
-    return None
-
-
-def final_answer(text: str) -> str:
-    r"""The final answer of a solution: what follows `####`, stands in `\boxed{}` or follows "answer is"; else all of it.
-
-    >>> final_answer("48/2 = 24 clips in May. 48+24 = 72.\n#### 72")
-    '72'
-    >>> final_answer(" 72 ")
-    '72'
-    """
-    marked = _marked_answer(text)
-    return text.strip() if marked is None else marked
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The number that a text answers with, exactly: that of the clause after an answer mark, else the last one; or None.
-
-    Of an equation it is the right side. Money, thousands commas, signs, decimals and fractions are understood.
-
-    >>> parse_number("It costs $1,234.50."), parse_number("-3/4"), parse_number("none")
-    (Fraction(2469, 2), Fraction(-3, 4), None)
-    >>> parse_number("The answer is 72, which is 3 more than 69.")
-    Fraction(72, 1)
-    """
-    marked = _marked_answer(text)
-    place = text if marked is None else _END_OF_CLAUSE.split(marked)[0].rpartition("=")[2]
-    found = _NUMBER.findall(_FRACTION.sub(r"\1/\2", place).replace("\u2212", "-"))
-    if not found:
-        return None
-    numerator, _, denominator = re.sub(r"[\s,$]", "", found[-1 if marked is None else 0]).partition("/")
-    try:
-        return Fraction(numerator) / Fraction(denominator or 1)
-    except (ZeroDivisionError, ValueError):  # Python refuses to read numbers of thousands of digits
-        return None
-
 
 def exact_match(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
     """1.0 where the completion, stripped of white space, is the final answer of the column `answer`, else 0.0."""
@@ -218,8 +167,8 @@ def exact_match(completions: list[str], answer: list[Any], **_: Any) -> list[flo
 def numeric_answer(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
     r"""1.0 where the completion's final answer is the number that the column `answer` ends in, else 0.0.
 
-    The column holds a number, or a solution in GSM8K's form (`... #### 72`). In the completion the number after `####`, in
-    `\boxed{}` or after "answer is" counts; without such a mark the last number does.
+    The column holds a number, or a solution in GSM8K's form (`... #### 72`). Which number of a completion counts, and which
+    forms are understood, says `llm_env.answers.parse_number`.
 
     >>> numeric_answer(completions=["So she sold 1,072.00 clips."], answer=["... #### 1072"])
     [1.0]

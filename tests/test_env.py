@@ -28,8 +28,13 @@ def play(env, actions, **reset):
 
 
 @pytest.mark.parametrize("checker", [check_env, sb3_check_env], ids=["gymnasium", "sb3"])
-@pytest.mark.parametrize("env_id", ["llm_env/Addition-v0", "llm_env/Continuation-v0", "llm_env/GSM8K-v0"])
+@pytest.mark.parametrize(
+    "env_id",
+    ["llm_env/Addition-v0", "llm_env/Continuation-v0", "llm_env/Countdown-v0", "llm_env/GSM8K-v0", "llm_env/ReasoningGym-v0"],
+)
 def test_registered_envs_pass_the_checkers_without_warnings(checker, env_id, tmp_path):
+    if "ReasoningGym" in env_id:
+        pytest.importorskip("reasoning_gym")
     path = tmp_path / "gsm8k.jsonl"
     path.write_text('{"question": "2+3?", "answer": "#### 5"}\n{"question": "2+4?", "answer": "#### 6"}\n')
     kwargs = {"path": str(path)} if "GSM8K" in env_id else {}

@@ -13,7 +13,9 @@ from llm_env.vector_env import TextGenerationVectorEnv
 TASKS = {
     "llm_env/Addition-v0": "llm_env.tasks.addition:addition",
     "llm_env/Continuation-v0": "llm_env.tasks.continuation:continuation",
+    "llm_env/Countdown-v0": "llm_env.tasks.countdown:countdown_task",
     "llm_env/GSM8K-v0": "llm_env.tasks.gsm8k:gsm8k",
+    "llm_env/ReasoningGym-v0": "llm_env.tasks.reasoning_gym:reasoning_gym",
 }
 
 

@@ -1,0 +1,106 @@
+"""Completions that nobody sampled: the perfect answers to prompts, and what must not be paid like them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llm_env.answers import final_answer
+from llm_env.episodes import Rules
+from llm_env.prompts import Row
+
+Gold = str | Callable[[Row], Any] | None
+GOLD_COLUMNS = ("solution", "answer")
+REPEATS = 20  # of a repeated answer
+MANY = 64  # answers at once, at most
+
+
+@dataclass
+class Sample:
+    """Completions to prompts: entry i answers prompt `indexes[i]` of the table."""
+
+    indexes: list[int]
+    completions: list[str]
+
+    def take(self, order: Sequence[int]) -> Sample:
+        """The entries `order`, in that order."""
+        return Sample([self.indexes[i] for i in order], [self.completions[i] for i in order])
+
+
+def known_answers(rules: Rules, gold: Gold) -> dict[int, str]:
+    """The perfect completion of every prompt that has one, by the prompt's index.
+
+    Args:
+        rules: the env's.
+        gold: the name of a column, a function from a row to the completion, or None for the first of `GOLD_COLUMNS`.
+
+    Raises:
+        ValueError: there is no column `gold`.
+    """
+    table = rules.prompts
+    everything = range(len(table))
+    if callable(gold):
+        columns = {name: table.column(name, everything) for name in table.columns}
+        values = [gold({"prompt": table.texts[i], **{name: columns[name][i] for name in columns}}) for i in everything]
+    else:
+        name = gold or next((name for name in GOLD_COLUMNS if name in table.columns), None)
+        if name is None:
+            return {}
+        if name not in table.columns:
+            raise ValueError(f"gold={gold!r} is not one of the columns {table.columns}; name one, or give a function of a row")
+        values = table.column(name, everything)
+    return {i: str(value) for i, value in zip(everything, values, strict=True) if value is not None}
+
+
+def choose_prompts(rules: Rules, golds: dict[int, str], n: int, rng: np.random.Generator) -> list[int]:
+    """At most n prompts at random, one for each look of an answer ("0", "0,0", "-0", "a 0.0") before others."""
+    order = rng.permutation(sorted(golds) if golds else len(rules.prompts)).tolist()
+    looks: dict[str, int] = {}
+    for i in order if golds else []:
+        looks.setdefault(re.sub(r"[0-9]+", "0", re.sub(r"[^\W\d_]+", "a", final_answer(golds[i]))), i)
+    first = list(looks.values())[: n - n // 2]
+    return [*first, *(i for i in order if i not in set(first))][:n]
+
+
+def make_probes(rules: Rules, golds: dict[int, str], indexes: list[int], rng: np.random.Generator) -> dict[str, Sample]:
+    """What must not pay, by the name of its check, and the gold answers under "gold"."""
+    texts = rules.prompts.texts
+    known = [i for i in indexes if i in golds]
+    bare = {i: final_answer(golds[i]) for i in known}
+    found: dict[str, list[tuple[int, str]]] = {
+        "gold": [(i, golds[i]) for i in known],
+        "empty text": [(i, text) for i in indexes for text in ("", " \n")],
+        "echoed prompt": [(i, texts[i]) for i in indexes],
+        "answer among junk": [(i, _junk(bare[i], rng)) for i in known],
+        "answer repeated": [
+            (i, mark.join([text] * REPEATS)) for i in known for text in (bare[i], golds[i]) for mark in (" ", "\n")
+        ],
+        "all answers at once": [],
+    }
+    answers = sorted(set(bare.values()))
+    if len(answers) > 1:
+        for i in known:
+            rest = [answer for answer in rng.permutation(answers).tolist() if answer != bare[i]][: MANY - 1]
+            half = len(rest) // 2
+            for row in ([*rest[:half], bare[i], *rest[half:]], [bare[i], *rest], [*rest, bare[i]]):
+                found["all answers at once"] += [(i, mark.join(row)) for mark in (" ", "\n")]
+    return {
+        check: Sample([i for i, _ in pairs], [text for _, text in pairs])
+        for check, pairs in (
+            (check, [p for p in pairs if check == "gold" or p[1] != golds.get(p[0])]) for check, pairs in found.items()
+        )
+    }
+
+
+def _junk(answer: str, rng: np.random.Generator) -> str:
+    numbers: list[str] = []
+    while len(numbers) < 4:
+        number = str(rng.integers(11, 9999))
+        if number not in answer and answer not in number:
+            numbers.append(number)
+    a, b, c, d = numbers
+    return f"maybe {a} or so, some say {b} and {answer} and then {c} but who knows, there were {d} more"

@@ -1,0 +1,224 @@
+"""Countdown: make a target from given numbers with + - * / and parentheses."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from random import Random
+from typing import Any
+
+from llm_env.answers import tagged_answer
+from llm_env.prompts import PromptSource, Row
+from llm_env.pupil import PUPIL
+
+TEMPLATE = "Use each of {numbers} exactly once, with + - * / and parentheses, to make {target}.\n"
+TEMPLATE_AT_MOST_ONCE = "Use any of {numbers}, each at most once, with + - * / and parentheses, to make {target}.\n"
+LONGEST_ANSWER = 1000  # characters; an expression over ten numbers needs a tenth of it
+
+_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+_RANKS = {"(": 0, ")": 1, "+": 1, "-": 1, "*": 2, "/": 2}
+_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+
+
+class CountdownProblems(PromptSource):
+    """Numbers and a target that a random expression over all of them reaches, so that every row can be solved.
+
+    The expression has whole numbers all along; an answer need not. Row `i` is a function of `seed` and `i` alone. The numbers
+    stand in ascending order, so that one problem has one text and cannot be in both splits. Columns: `numbers` (list of
+    int), `target` (int), `solution` (an expression).
+
+    Args:
+        size: how many rows.
+        count: how many numbers a row has: an int, or the least and the most.
+        smallest, largest: the range of the numbers.
+        largest_target: targets are 1 to this.
+        seed: another seed gives other rows.
+        template: the prompt; `{numbers}` and `{target}` stand for the row's.
+
+    Raises:
+        ValueError: an argument is out of range, or the numbers hardly ever reach a target.
+    """
+
+    def __init__(
+        self,
+        size: int = 2_000,
+        count: int | Sequence[int] = (3, 4),
+        smallest: int = 1,
+        largest: int = 99,
+        largest_target: int = 100,
+        seed: int = 0,
+        template: str = TEMPLATE,
+    ) -> None:
+        self.least, self.most = (count, count) if isinstance(count, int) else count
+        if not 2 <= self.least <= self.most:
+            raise ValueError(f"count={count!r} must be at least 2, or two such numbers, the least and the most")
+        if not 0 <= smallest <= largest:
+            raise ValueError(f"smallest={smallest} and largest={largest} must be a range of numbers of at least 0")
+        if size < 1 or largest_target < 1:
+            raise ValueError(f"size={size} and largest_target={largest_target} must be at least 1")
+        self.size, self.seed, self.template = size, seed, template
+        self.smallest, self.largest, self.largest_target = smallest, largest, largest_target
+        self._rows: dict[int, Row] = {}
+        self[0]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < self.size:
+            raise IndexError(f"row {index} of {self.size}")
+        if index not in self._rows:
+            self._rows[index] = self._make(index)
+        return self._rows[index]
+
+    def _make(self, index: int) -> Row:
+        random = Random(f"countdown {self.seed} {index}")
+        count = random.randint(self.least, self.most)
+        for _ in range(100_000):
+            numbers = sorted(random.randint(self.smallest, self.largest) for _ in range(count))
+            target, solution = _random_expression(numbers, random)
+            if target is not None and 1 <= target <= self.largest_target:
+                prompt = self.prompt(numbers, target)
+                return {"prompt": prompt, "numbers": numbers, "target": target, "solution": solution}
+        raise ValueError(
+            f"hardly any {count} numbers from {self.smallest} to {self.largest} make a target of at most "
+            f"{self.largest_target}; raise largest_target, or widen the range of the numbers"
+        )
+
+    def prompt(self, numbers: Sequence[int], target: int) -> str:
+        """The prompt's text."""
+        return self.template.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
+
+
+def _random_expression(numbers: Sequence[int], random: Random) -> tuple[int | None, str]:
+    """The value and the text of a random binary tree over all the numbers; None where a division in it is not exact."""
+    parts = [(number, str(number)) for number in numbers]
+    while len(parts) > 1:
+        (left, left_text), (right, right_text) = (parts.pop(random.randrange(len(parts))) for _ in range(2))
+        sign = random.choice("+-*/")
+        if sign == "/" and (right == 0 or left % right):
+            return None, ""
+        value = left // right if sign == "/" else _OPERATIONS[sign](left, right)
+        text = f"{left_text}{sign}{right_text}"
+        parts.append((value, f"({text})" if parts else text))
+    return parts[0]
+
+
+def evaluate(expression: str) -> Fraction | None:
+    """The exact value of an expression over whole numbers, + - * / and parentheses; None for anything else, and for x/0.
+
+    There are no signs before a number, no powers and no decimals. The time is linear in the length.
+
+    >>> evaluate("(1 + 2) * 3 / 2"), evaluate("-1"), evaluate("2**3"), evaluate("1/0")
+    (Fraction(9, 2), None, None, None)
+    """
+    tokens = _TOKEN.findall(expression)
+    if "".join(tokens) != "".join(expression.split()):
+        return None
+    values: list[Fraction] = []
+    pending, operand_due = ["("], True  # operators and parentheses still open, the whole in one pair
+    for token in [*tokens, ")"]:
+        if (token == "(" or token.isdigit()) is not operand_due:
+            return None
+        if token == "(":
+            pending.append(token)
+        elif token.isdigit():
+            values.append(Fraction(int(token)))
+            operand_due = False
+        else:
+            while pending and _RANKS[pending[-1]] >= _RANKS[token]:
+                right, left, sign = values.pop(), values.pop(), pending.pop()
+                if sign == "/" and right == 0:
+                    return None
+                values.append(_OPERATIONS[sign](left, right))
+            if token != ")":
+                pending.append(token)
+                operand_due = True
+            elif not pending or pending.pop() != "(":
+                return None
+    return values[0] if not pending else None
+
+
+def _solves(completion: str, numbers: Sequence[int], target: int, at_most_once: bool) -> bool:
+    answer = tagged_answer(completion)
+    if len(answer) > LONGEST_ANSWER:
+        return False
+    expression, equals, right = answer.partition("=")
+    if equals and right.strip() != str(target):
+        return False
+    # Compared as text: 07 is not 7, and a number of a thousand digits is never read.
+    used, given = Counter(re.findall(r"[0-9]+", expression)), Counter(map(str, numbers))
+    if not (used <= given if at_most_once else used == given):
+        return False
+    return evaluate(expression) == target
+
+
+def countdown(completions: list[str], numbers: list[list[int]], target: list[int], **_: Any) -> list[float]:
+    """1.0 where the answer is an expression that uses every number exactly once and equals the target, else 0.0.
+
+    The answer is what stands in the last `<answer>...</answer>`, or the whole completion; `= target` may follow. Stricter
+    than TinyZero's rules (github.com/Jiayi-Pan/TinyZero): parsed rather than evaluated by Python, exact rather than within
+    1e-5, without powers, decimals and signs, and nothing is paid for the form alone.
+
+    >>> countdown(completions=["(3+5)*2", "(3+5)*2 = 16", "3+5+8"], numbers=[[2, 3, 5]] * 3, target=[16] * 3)
+    [1.0, 1.0, 0.0]
+    """
+    return [float(_solves(*row, at_most_once=False)) for row in zip(completions, numbers, target, strict=True)]
+
+
+def countdown_at_most_once(completions: list[str], numbers: list[list[int]], target: list[int], **_: Any) -> list[float]:
+    """Like `countdown`, but numbers may be left out.
+
+    >>> countdown_at_most_once(completions=["3+5", "3+5+3"], numbers=[[2, 3, 5], [2, 3, 5]], target=[8, 11])
+    [1.0, 0.0]
+    """
+    return [float(_solves(*row, at_most_once=True)) for row in zip(completions, numbers, target, strict=True)]
+
+
+def countdown_task(
+    split: str | None = "train",
+    size: int = 2_000,
+    count: int | Sequence[int] = (3, 4),
+    smallest: int = 1,
+    largest: int = 99,
+    largest_target: int = 100,
+    seed: int = 0,
+    at_most_once: bool = False,
+    template: str | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Arguments of `TextGenerationEnv` for `llm_env/Countdown-v0`.
+
+    Args:
+        split: `"train"`, `"test"` (a tenth of the problems, by a hash of their text) or None for all.
+        size: how many problems, both splits together.
+        count: how many numbers a problem has: an int, or the least and the most.
+        smallest: the least of the numbers.
+        largest: the greatest.
+        largest_target: targets are 1 to this.
+        seed: another seed gives other problems.
+        at_most_once: numbers may be left out, and the prompt says so.
+        template: another prompt.
+        overrides: any argument of `TextGenerationEnv`, to replace those set here.
+    """
+    text = template or (TEMPLATE_AT_MOST_ONCE if at_most_once else TEMPLATE)
+    problems = CountdownProblems(size, count, smallest, largest, largest_target, seed, text)
+    reward = countdown_at_most_once if at_most_once else countdown
+    defaults = {
+        "prompts": problems,
+        "reward": reward,
+        "tokenizer": PUPIL,
+        "split": split,
+        "success": reward.__name__,
+        "max_prompt_tokens": len(problems.prompt([largest] * problems.most, largest_target)),  # by a character a token
+        "max_new_tokens": max(64, (len(str(largest)) + 3) * problems.most),
+    }
+    return {**defaults, **overrides}
