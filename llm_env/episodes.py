@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from llm_env.observations import FORMS, observe
 from llm_env.prompts import PromptTable
 from llm_env.rewards import RewardFunction, RewardSum
 
@@ -37,6 +38,7 @@ class Rules:
         long_prompts: `"error"` or `"drop"`, for prompts of more than `max_prompt_tokens` tokens.
         success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
             `is_success` appear in the last info.
+        observation: `"dict"`, or `"flat"` for agents that want one Box; see `llm_env.observations`.
 
     Raises:
         ValueError, TypeError: any of them is unusable; the message names the value and the remedy.
@@ -57,6 +59,7 @@ class Rules:
         split: str | None = None,
         long_prompts: str = "error",
         success: str | None = None,
+        observation: str = "dict",
     ) -> None:
         for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
             if not isinstance(value, (int, np.integer)) or value < 1:
@@ -64,6 +67,9 @@ class Rules:
         self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
         if getattr(self.tokenizer, "eos_token_id", None) is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
+        if observation not in FORMS:
+            raise ValueError(f"observation={observation!r} must be one of {FORMS}")
+        self.observation = observation
         self.max_prompt_tokens = int(max_prompt_tokens)
         self.max_new_tokens = int(max_new_tokens)
         self.stop = [stop] if isinstance(stop, str) else list(stop or [])
@@ -189,11 +195,9 @@ class Episodes:
         self._logp[rows] = np.nan
         self._ref_logp[rows] = np.nan
 
-    def observation(self) -> dict[str, np.ndarray]:
-        """`input_ids` (B, L) int64 and `attention_mask` (B, L) int8, new arrays at every call."""
-        lengths = self.prompt_lengths + self.response_lengths
-        mask = np.arange(self.ids.shape[1]) < lengths[:, None]
-        return {"input_ids": self.ids.copy(), "attention_mask": mask.astype(np.int8)}
+    def observation(self) -> Any:
+        """What the agent sees of all rows, new arrays at every call; see `llm_env.observations`."""
+        return observe(self.rules.observation, self.ids, self.prompt_lengths + self.response_lengths)
 
     def prompt(self, row: int) -> np.ndarray:
         """The prompt's token ids, (P,)."""
