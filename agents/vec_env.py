@@ -165,6 +165,7 @@ class WrappedTextVecEnv(Face):
         for row, info in enumerate(infos):
             final, last = info.pop("final_obs", None), info.pop("final_info", {})
             info.update({"TimeLimit.truncated": False, **last})
+            info.update({key: number.item() for key, number in info.items() if isinstance(number, np.generic)})
             if not dones[row]:
                 continue
             if final is None:
