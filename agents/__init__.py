@@ -1,9 +1,10 @@
 """Agents that train causal language models on text envs, through the Stable-Baselines3 API."""
 
+from agents.extractors import TokenEmbeddingExtractor
 from agents.grpo import GRPO
 from agents.policy import LanguagePolicy
 from agents.ppo import PPO
 from agents.reinforce import REINFORCE
 from agents.vec_env import TextVecEnv
 
-__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv"]
+__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv", "TokenEmbeddingExtractor"]

@@ -13,6 +13,7 @@ from agents.generation import Sampler, StepState
 from agents.rollout import clock_of, collect, collect_by_tokens
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
+from llm_env.observations import Observation
 
 
 class Inference(Checkpointed):
@@ -28,7 +29,7 @@ class Inference(Checkpointed):
 
     def predict(  # type: ignore[override]
         self,
-        observation: dict[str, np.ndarray],
+        observation: Observation,
         state: StepState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,

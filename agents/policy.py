@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.losses import entropy_of
-from agents.vec_env import rows_of
+from agents.vec_env import ids_and_mask, rows_of
+from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
 from llm_env.scoring import log_probs_of, response_outputs
 
@@ -207,7 +208,7 @@ class LanguagePolicy(BasePolicy):
 
     def predict(  # type: ignore[override]
         self,
-        observation: dict[str, np.ndarray],
+        observation: Observation,
         state: StepState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
@@ -218,7 +219,7 @@ class LanguagePolicy(BasePolicy):
         """The next token for an observation (or a batch of them), in SB3's form.
 
         Args:
-            observation: `input_ids` and `attention_mask`, (L,) or (B, L).
+            observation: `input_ids` and `attention_mask`, (L,) or (B, L); or a flat one, the ids with -1 for padding.
             state: what the last call returned; it holds the keys and values computed so far. Rows that do not go on from it
                 are noticed by their tokens, and a state made by other weights is not used.
             episode_start: not needed, for the same reason.
@@ -229,14 +230,17 @@ class LanguagePolicy(BasePolicy):
         Returns:
             The tokens, () or (B,) int64, and the next state.
         """
-        single = np.ndim(observation["input_ids"]) == 1
-        batch = {key: np.asarray(value)[None] for key, value in observation.items()} if single else observation
+        single = ids_and_mask(observation)[0].ndim == 1
+        batch = pick(observation, None) if single else observation
         sampler = Sampler(temperature, deterministic=deterministic, generator=generator)
         tokens, _, state = self.next_tokens(rows_of(batch), state, sampler)
         return (tokens[0] if single else tokens), state
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
-        tokens, _ = self.predict({key: value.cpu().numpy() for key, value in observation.items()}, deterministic=deterministic)
+        arrays = (
+            {k: v.cpu().numpy() for k, v in observation.items()} if isinstance(observation, dict) else observation.cpu().numpy()
+        )
+        tokens, _ = self.predict(arrays, deterministic=deterministic)
         return torch.as_tensor(tokens, device=self.device)
 
     def _eos_id(self) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from agents.generation import Sampler, StepState
 from agents.policy import LanguagePolicy
-from agents.vec_env import TextVecEnv, prompt_rows, rows_of, rules_of_vec_env
+from agents.vec_env import TextVecEnv, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
+from llm_env.observations import pick
 from llm_env.rules import Rules
 
 
@@ -221,9 +222,8 @@ def _play(policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], sampler: 
             if dones[i]:
                 episode.info = infos[i]
                 episode.truncated = bool(infos[i].get("TimeLimit.truncated", False))
-            last = {key: value[None] for key, value in infos[i]["terminal_observation"].items()} if dones[i] else None
-            seen = rows_of(last)[0] if last is not None else prompt_rows(observation, [i])[0]
-            if seen != [*episode.prompt, *episode.response]:
+            seen = pick(infos[i]["terminal_observation"], None) if dones[i] else pick(observation, [i])
+            if rows_of(seen)[0] != [*episode.prompt, *episode.response]:
                 raise ValueError(
                     "a wrapper of the env rewrites input_ids: the policy would be trained on tokens it did not see"
                 )

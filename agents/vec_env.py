@@ -4,42 +4,50 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
+from gymnasium.wrappers.vector import DictInfoToList
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
+from llm_env.observations import PADDING, Observation, pick
 from llm_env.rules import Rules
 
 DEFAULT_N_ENVS = 64
 TRANSPARENT_WRAPPERS = (OrderEnforcing, PassiveEnvChecker)
 
 
-class TextVecEnv(VecEnv):
-    """A `TextGenerationVectorEnv` as an SB3 VecEnv, on the token clock: rows begin anew in the step in which they end.
+class Face(VecEnv):
+    """What the two SB3 faces of a vector env share; they differ in how a step is taken.
 
     What SB3's `Monitor` adds to the last info (`episode`: return `r`, length `l`, seconds `t`) is there too.
 
     Args:
-        venv: the env; its `step_responses` stays the faster way through, and is what the agents of this package use.
+        env: a `TextGenerationVectorEnv`, or Gymnasium's vector wrappers around one.
+
+    Attributes:
+        venv: the `TextGenerationVectorEnv` itself.
     """
 
-    def __init__(self, venv: TextGenerationVectorEnv) -> None:
-        self.venv = venv
+    venv: TextGenerationVectorEnv
+
+    def __init__(self, env: gym.vector.VectorEnv) -> None:
+        self.env = env
+        self.venv = env.unwrapped  # type: ignore[assignment]
         self.render_mode = None
-        super().__init__(venv.num_envs, venv.single_observation_space, venv.single_action_space)
-        self._actions = np.zeros(venv.num_envs, dtype=np.int64)
-        self._returns = np.zeros(venv.num_envs)
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self._actions = np.zeros(env.num_envs, dtype=np.int64)
+        self._returns = np.zeros(env.num_envs)
         self._started = time.monotonic()
 
-    def reset(self) -> dict[str, np.ndarray]:
+    def reset(self) -> Any:
         """New episodes in all rows, with the seeds and options (`index`) set before."""
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
         if unknown := {key for row in self._options for key in row} - {"index"}:
@@ -47,7 +55,7 @@ class TextVecEnv(VecEnv):
                 f"reset options {sorted(unknown)} are not known row by row; give 'index', or reset the vector env itself"
             )
         options = {"index": [row.get("index") for row in self._options]}
-        observation, _ = self.venv.reset(seed=seeds, options=options)
+        observation, _ = self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]
         self._reset_seeds()
         self._reset_options()
         self._returns[:] = 0
@@ -57,35 +65,16 @@ class TextVecEnv(VecEnv):
         """Take note of one token a row."""
         self._actions = np.asarray(actions).reshape(self.num_envs).astype(np.int64)
 
-    def step_wait(self) -> VecEnvStepReturn:
-        """Append the tokens; rows that end are reset, their last observation in the info as `terminal_observation`."""
-        episodes, rows = self.venv.episodes, np.arange(self.num_envs)
-        outcome = episodes.advance(rows, self._actions[:, None], np.ones_like(rows))
-        rewards = outcome.rewards[:, 0].astype(np.float32)
-        self._returns += rewards
-        dones = outcome.terminated | outcome.truncated
-        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False, **outcome.infos.get(row, {})} for row in rows.tolist()]
-        if dones.any():
-            final = episodes.observation()
-            for row in np.flatnonzero(dones):
-                infos[row].update(
-                    {
-                        "TimeLimit.truncated": bool(outcome.truncated[row]),
-                        "terminal_observation": {key: value[row].copy() for key, value in final.items()},
-                        "episode": self.episode_info(self._returns[row], int(episodes.response_lengths[row])),
-                    }
-                )
-            self._returns[dones] = 0
-            self.venv.restart_rows(np.flatnonzero(dones))
-        return episodes.observation(), rewards, dones, infos
-
-    def episode_info(self, episode_return: float, length: int) -> dict[str, float]:
-        """What SB3's `Monitor` writes at the end of an episode."""
-        return {"r": float(episode_return), "l": length, "t": round(time.monotonic() - self._started, 6)}
+    def _end_info(self, row: int, final: Any, length: int, truncated: bool) -> dict[str, Any]:
+        """What SB3 and its `Monitor` add to the last info of an episode, whose return is then counted from 0 again."""
+        seconds = round(time.monotonic() - self._started, 6)
+        episode = {"r": float(self._returns[row]), "l": int(length), "t": seconds}
+        self._returns[row] = 0
+        return {"TimeLimit.truncated": bool(truncated), "terminal_observation": final, "episode": episode}
 
     def close(self) -> None:
         """Close the vector env."""
-        self.venv.close()
+        self.env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The vector env's attribute, once a row; None for `render_mode`."""
@@ -110,6 +99,86 @@ class TextVecEnv(VecEnv):
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
 
+class TextVecEnv(Face):
+    """A `TextGenerationVectorEnv` as an SB3 VecEnv, on the token clock: rows begin anew in the step in which they end.
+
+    Args:
+        venv: the env; its `step_responses` stays the faster way through, and is what the agents of this package use.
+    """
+
+    def __init__(self, venv: TextGenerationVectorEnv) -> None:
+        super().__init__(venv)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Append the tokens; rows that end are reset, their last observation in the info as `terminal_observation`."""
+        episodes, rows = self.venv.episodes, np.arange(self.num_envs)
+        outcome = episodes.advance(rows, self._actions[:, None], np.ones_like(rows))
+        rewards = outcome.rewards[:, 0].astype(np.float32)
+        self._returns += rewards
+        dones = outcome.terminated | outcome.truncated
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False, **outcome.infos.get(row, {})} for row in rows.tolist()]
+        if dones.any():
+            final, ended = episodes.observation(), np.flatnonzero(dones)
+            for row in ended.tolist():
+                length, truncated = episodes.response_lengths[row], outcome.truncated[row]
+                infos[row].update(self._end_info(row, pick(final, row), length, truncated))
+            self.venv.restart_rows(ended)
+        return episodes.observation(), rewards, dones, infos
+
+
+class WrappedTextVecEnv(Face):
+    """Gymnasium's vector wrappers around a `TextGenerationVectorEnv` as an SB3 VecEnv: every token goes through them.
+
+    Args:
+        env: the wrapped env, in the autoreset mode SAME_STEP, the one that SB3 has.
+
+    Raises:
+        ValueError: it has another mode.
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv) -> None:
+        mode = env.metadata["autoreset_mode"]
+        if mode is not AutoresetMode.SAME_STEP:
+            raise ValueError(
+                f"{env!r} has autoreset_mode={mode}, but SB3 takes the first observation of the next episode in the step that "
+                "ends one; make the TextGenerationVectorEnv with autoreset_mode=AutoresetMode.SAME_STEP"
+            )
+        super().__init__(env if isinstance(env, DictInfoToList) else DictInfoToList(env))
+        self._lengths = np.zeros(env.num_envs, dtype=np.int64)
+
+    def reset(self) -> Any:
+        """New episodes in all rows, with the seeds and options (`index`) set before."""
+        self._lengths[:] = 0
+        return super().reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Take a step of the wrapped env.
+
+        Raises:
+            ValueError: a wrapper ended an episode whose row it did not reset.
+        """
+        observation, paid, terminated, truncated, listed = self.env.step(self._actions)
+        rewards, dones = np.asarray(paid, dtype=np.float32), terminated | truncated
+        infos: list[Any] = list(listed)
+        self._returns += rewards
+        self._lengths += 1
+        for row, info in enumerate(infos):
+            final, last = info.pop("final_obs", None), info.pop("final_info", {})
+            info.update({"TimeLimit.truncated": False, **last})
+            info.update({key: number.item() for key, number in info.items() if isinstance(number, np.generic)})
+            if not dones[row]:
+                continue
+            if final is None:
+                raise ValueError(
+                    f"a wrapper ended the episode in row {row}, but the row was not reset and gave no final_obs; wrap the "
+                    "single env instead, for instance with gymnasium.wrappers.TimeLimit"
+                )
+            only_truncated = truncated[row] and not terminated[row]
+            info.update(self._end_info(row, final, self._lengths[row], only_truncated))
+        self._lengths[dones] = 0
+        return observation, rewards, dones, infos
+
+
 def as_vec_env(env: Any, n_envs: int) -> VecEnv:
     """The VecEnv an agent works on.
 
@@ -117,11 +186,12 @@ def as_vec_env(env: Any, n_envs: int) -> VecEnv:
     SB3 VecEnv) is stepped token by token, as it is.
 
     Args:
-        env: an id of Gymnasium, a `TextGenerationEnv` (wrapped or not), a `TextGenerationVectorEnv` or an SB3 VecEnv.
+        env: an id of Gymnasium, a `TextGenerationEnv` or a `TextGenerationVectorEnv` (wrapped or not), or an SB3 VecEnv.
         n_envs: rows of a `TextVecEnv` made here.
 
     Raises:
         TypeError: it is no text env.
+        ValueError: it is a wrapped vector env whose autoreset mode is not SAME_STEP.
     """
     if isinstance(env, str):
         env = gym.make(env)
@@ -129,12 +199,13 @@ def as_vec_env(env: Any, n_envs: int) -> VecEnv:
         if not isinstance(env, TextVecEnv):
             _warn_of_token_clock(type(env).__name__)
         return env
-    if isinstance(env, TextGenerationVectorEnv):
-        return TextVecEnv(env)
     if isinstance(env, gym.vector.VectorEnv):
-        raise TypeError(
-            f"{env!r} is a wrapped or foreign vector env; give the TextGenerationVectorEnv itself, or wrap the single env"
-        )
+        if not isinstance(env.unwrapped, TextGenerationVectorEnv):
+            raise TypeError(f"{env!r} is a foreign vector env; make the native one with env.vectorize(n) or gym.make_vec(id)")
+        if wrappers := _wrappers_that_matter(env):
+            _warn_of_token_clock(", ".join(wrappers))
+            return WrappedTextVecEnv(env)
+        return TextVecEnv(env.unwrapped)
     if not isinstance(env, gym.Env) or not isinstance(env.unwrapped, TextGenerationEnv):
         raise TypeError(f"{env!r} is no text env; make one with llm_env.TextGenerationEnv or gym.make('llm_env/...')")
     if wrappers := _wrappers_that_matter(env):
@@ -150,16 +221,16 @@ def _warn_of_token_clock(cause: str) -> None:
     )
 
 
-def _wrappers_that_matter(env: gym.Env) -> list[str]:
+def _wrappers_that_matter(env: Any) -> list[str]:
     """Names of the wrappers, or of the subclass, by which an env may differ from its rules."""
     names = []
-    while isinstance(env, gym.Wrapper):
+    while isinstance(env, (gym.Wrapper, gym.vector.VectorWrapper)):
         # A Monitor without a file only counts, and `TextVecEnv` counts the same.
         if not isinstance(env, TRANSPARENT_WRAPPERS) and not (isinstance(env, Monitor) and env.results_writer is None):
             names.append(type(env).__name__)
         env = env.env
-    own = (TextGenerationEnv.step, TextGenerationEnv.reset)
-    if (type(env).step, type(env).reset) != own:
+    base = TextGenerationEnv if isinstance(env, TextGenerationEnv) else TextGenerationVectorEnv
+    if (type(env).step, type(env).reset) != (base.step, base.reset):
         names.append(type(env).__name__)
     return names
 
@@ -179,24 +250,30 @@ def rules_of_vec_env(vec_env: VecEnv) -> Rules:
     return rules
 
 
-def rows_of(observation: dict[str, np.ndarray]) -> list[list[int]]:
+def ids_and_mask(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, and True where they are no padding, of an observation in either form, batched or not.
+
+    Raises:
+        ValueError: it is not the observation of a text env.
+    """
+    if isinstance(observation, dict) and {"input_ids", "attention_mask"} <= observation.keys():
+        return np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"]).astype(bool)
+    if not isinstance(observation, dict) and np.issubdtype((ids := np.asarray(observation)).dtype, np.integer):
+        return ids, ids != PADDING
+    raise ValueError(
+        "an observation must be a dict with 'input_ids' and 'attention_mask', or an integer array with -1 for padding, as the "
+        "text envs give it"
+    )
+
+
+def rows_of(observation: Observation) -> list[list[int]]:
     """The token ids of each row of a batched observation, without the padding.
 
     Raises:
         ValueError: it is not the observation of a text env, or a row holds no token.
     """
-    try:
-        ids, mask = np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"])
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            "an observation must be a dict with 'input_ids' and 'attention_mask', as the text envs give it"
-        ) from error
-    rows = [row[keep.astype(bool)].tolist() for row, keep in zip(ids, mask, strict=True)]
+    ids, mask = ids_and_mask(observation)
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     if not all(rows):
         raise ValueError(f"row {[bool(r) for r in rows].index(False)} of the observation holds no token (its mask is all 0)")
     return rows
-
-
-def prompt_rows(observation: dict[str, np.ndarray], rows: Sequence[int]) -> list[list[int]]:
-    """The token ids of some rows of a batched observation."""
-    return rows_of({key: value[list(rows)] for key, value in observation.items()})

@@ -9,12 +9,13 @@ import gymnasium as gym
 import numpy as np
 
 from llm_env.episodes import Episodes
+from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
-from llm_env.vector_env import TextGenerationVectorEnv, spaces_of
+from llm_env.vector_env import TextGenerationVectorEnv
 
 
-class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
+class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
     """Write the answer to a prompt, token by token.
 
     ## Description
@@ -26,7 +27,8 @@ class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
 
     ## Observation Space
     `Dict(input_ids: Box(int64, (L,)), attention_mask: Box(int8, (L,)))`, L = max_prompt_tokens + max_new_tokens: the tokens
-    so far, padded on the right, so that a token's index is its position.
+    so far, padded on the right, so that a token's index is its position. With `observation="flat"` it is
+    `Box(-1, V - 1, (L,), int64)`: the same tokens, and -1 for padding.
 
     ## Rewards
     The weighted sum of the reward functions, paid with the last action. With `kl_coef` every action earns
@@ -67,14 +69,12 @@ class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
             raise ValueError(f"render_mode={render_mode!r} must be None or one of {self.metadata['render_modes']}")
         self.rules = Rules(prompts, reward, tokenizer, **rules)
         self.render_mode = render_mode
-        self.observation_space, self.action_space = spaces_of(self.rules)  # type: ignore[assignment]
+        self.observation_space, self.action_space = spaces_of(self.rules)
         self._episodes = Episodes(self.rules, 1)
         self._cursor = PromptCursor(len(self.rules.prompts), lambda: self.np_random)
         self._last_info: dict[str, Any] = {}
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode.
 
         Args:
@@ -89,7 +89,7 @@ class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
         self._last_info = {}
         return self._observation(), {}
 
-    def step(self, action: SupportsIndex) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: SupportsIndex) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Append one token.
 
         Raises:
@@ -121,5 +121,5 @@ class TextGenerationEnv(gym.Env[dict[str, np.ndarray], SupportsIndex]):
         """The native vector env with the same rules: prompts, tokenizer, rewards and reference are shared, not copied."""
         return TextGenerationVectorEnv.from_rules(self.rules, num_envs, **options)
 
-    def _observation(self) -> dict[str, np.ndarray]:
-        return {key: value[0] for key, value in self._episodes.observation().items()}
+    def _observation(self) -> Observation:
+        return pick(self._episodes.observation(), 0)

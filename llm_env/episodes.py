@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_env.observations import observe
 from llm_env.rules import Rules
 
 
@@ -78,11 +79,9 @@ class Episodes:
         self._logp[rows] = np.nan
         self._ref_logp[rows] = np.nan
 
-    def observation(self) -> dict[str, np.ndarray]:
-        """`input_ids` (B, L) int64 and `attention_mask` (B, L) int8, new arrays at every call."""
-        lengths = self.prompt_lengths + self.response_lengths
-        mask = np.arange(self.ids.shape[1]) < lengths[:, None]
-        return {"input_ids": self.ids.copy(), "attention_mask": mask.astype(np.int8)}
+    def observation(self) -> Any:
+        """What the agent sees of all rows, new arrays at every call; see `llm_env.observations`."""
+        return observe(self.rules.observation, self.ids, self.prompt_lengths + self.response_lengths)
 
     def prompt(self, row: int) -> np.ndarray:
         """The prompt's token ids, (P,)."""

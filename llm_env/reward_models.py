@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from llm_env.episodes import vocabulary_size
+from llm_env.rules import vocabulary_size
 from llm_env.scoring import pad
 
 Template = str | Callable[[str, str], str]

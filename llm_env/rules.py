@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from llm_env.constraints import TokenConstraint
 from llm_env.ends import Ends
+from llm_env.observations import FORMS
 from llm_env.prompts import PromptTable
 from llm_env.rewards import RewardFunction, RewardSum
 
@@ -38,6 +39,7 @@ class Rules:
         min_new_tokens: the end token is not allowed before this many tokens.
         length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: what an episode's end does to its score; see
             `llm_env.ends.Ends`.
+        observation: `"dict"`, or `"flat"` for agents that want one Box; see `llm_env.observations`.
         success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
             `is_success` appear in the last info.
 
@@ -60,6 +62,7 @@ class Rules:
         split: str | None = None,
         long_prompts: str = "error",
         success: str | None = None,
+        observation: str = "dict",
         allowed_tokens: Any = None,
         min_new_tokens: int = 0,
         length_stop: str = "score",
@@ -73,6 +76,9 @@ class Rules:
         self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
         if getattr(self.tokenizer, "eos_token_id", None) is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
+        if observation not in FORMS:
+            raise ValueError(f"observation={observation!r} must be one of {FORMS}")
+        self.observation = observation
         self.max_prompt_tokens = int(max_prompt_tokens)
         self.max_new_tokens = int(max_new_tokens)
         if not isinstance(min_new_tokens, (int, np.integer)) or not 0 <= min_new_tokens <= max_new_tokens:

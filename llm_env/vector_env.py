@@ -8,16 +8,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from llm_env.episodes import Episodes
+from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
-
-Observation = dict[str, np.ndarray]
 
 
 @dataclass
@@ -37,18 +35,6 @@ class Responses:
     truncated: np.ndarray
     ref_logprobs: list[np.ndarray] | None
     infos: list[dict[str, Any]]
-
-
-def spaces_of(rules: Rules) -> tuple[spaces.Dict, spaces.Discrete]:
-    """The observation and the action space of one episode."""
-    length = rules.max_tokens
-    observation = spaces.Dict(
-        {
-            "input_ids": spaces.Box(0, rules.vocab_size - 1, (length,), np.int64),
-            "attention_mask": spaces.Box(0, 1, (length,), np.int8),
-        }
-    )
-    return observation, spaces.Discrete(rules.vocab_size)
 
 
 class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
@@ -171,10 +157,10 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         ended = terminations | truncations
         infos: dict[str, Any] = {}
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
-        final = self.episodes.observation() if same_step and ended.any() else {}
+        final = self.episodes.observation() if same_step and ended.any() else None
         for row, info in outcome.infos.items():
             if same_step:
-                info = {"final_obs": {key: value[row].copy() for key, value in final.items()}, "final_info": info}
+                info = {"final_obs": pick(final, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         if same_step:
             self.restart_rows(np.flatnonzero(ended))

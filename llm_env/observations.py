@@ -1,0 +1,47 @@
+"""The two forms of an observation: a Dict of token ids and mask, and one flat Box in which padding is -1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium import spaces
+
+if TYPE_CHECKING:
+    from llm_env.rules import Rules
+
+Observation = dict[str, np.ndarray] | np.ndarray
+FORMS = ("dict", "flat")
+PADDING = -1
+
+
+def spaces_of(rules: Rules) -> tuple[spaces.Space, spaces.Discrete]:
+    """The observation and the action space of one episode."""
+    shape, last = (rules.max_tokens,), rules.vocab_size - 1
+    actions = spaces.Discrete(rules.vocab_size)
+    if rules.observation == "flat":
+        return spaces.Box(PADDING, last, shape, np.int64), actions
+    ids, mask = spaces.Box(0, last, shape, np.int64), spaces.Box(0, 1, shape, np.int8)
+    return spaces.Dict({"input_ids": ids, "attention_mask": mask}), actions
+
+
+def observe(form: str, ids: np.ndarray, lengths: np.ndarray) -> Any:
+    """What the agent sees of B rows, in new arrays.
+
+    Args:
+        form: `"dict"`: `input_ids` (B, L) int64 and `attention_mask` (B, L) int8; `"flat"`: the ids, (B, L) int64, -1 at
+            padding.
+        ids: (B, L) int64, padded on the right.
+        lengths: (B,), tokens that are no padding.
+    """
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    if form == "flat":
+        return np.where(mask, ids, PADDING)
+    return {"input_ids": ids.copy(), "attention_mask": mask.astype(np.int8)}
+
+
+def pick(observation: Any, index: Any) -> Any:
+    """`observation[index]` in either form, copied: an int takes a row, a list some rows, None makes a batch of one."""
+    if isinstance(observation, dict):
+        return {key: pick(value, index) for key, value in observation.items()}
+    return np.array(np.asarray(observation)[index])
