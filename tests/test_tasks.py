@@ -127,6 +127,7 @@ def test_hostile_answers_are_quick_and_worth_nothing(piece):
     start = time.perf_counter()
     assert not pays(text) and not pays(f"<answer>{text}</answer>") and not pays(text[:999])
     assert time.perf_counter() - start < 1
+    assert not pays("(" * 600 + "(3+5)*2" + ")" * 600)  # more than anyone needs
     assert not pays("(" * 400 + "(3+5)*2" + ")" * 399) and pays("(" * 400 + "(3+5)*2" + ")" * 400)
 
 
@@ -149,6 +150,7 @@ def test_every_row_is_solvable_and_its_own():
     assert rows != [CountdownProblems(size=300, largest=20, largest_target=50, seed=1)[i] for i in range(300)]
     for row in rows:
         assert pays(row["solution"], row["numbers"], row["target"])
+        assert row["numbers"] == sorted(row["numbers"])  # one problem, one text
         assert 1 <= row["target"] <= 50 and all(1 <= n <= 20 for n in row["numbers"]) and len(row["numbers"]) in (3, 4)
         assert [int(n) for n in re.findall("[0-9]+", row["prompt"])] == [*row["numbers"], row["target"]]
     assert all(solvable(row["numbers"], row["target"]) for row in rows[:40])
