@@ -184,7 +184,7 @@ class LanguageAgent(Inference):
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:
             self._stats_window_size = n_envs
-        self.policy.vocab_size = rules.vocab_size
+        self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
         if self.policy.tokenizer is None:
             self.policy.tokenizer = rules.tokenizer
         if rules.reference is not None:

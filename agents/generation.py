@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from llm_env.scoring import log_probs_of, model_inputs, pad
+from llm_env.constraints import TokenConstraint
+from llm_env.scoring import log_probs_of, model_inputs, pad, restrict
 
 StopRule = Callable[[Sequence[int]], bool]
 
@@ -72,6 +73,7 @@ def sample_responses(
     max_new_tokens: int,
     group_size: int = 1,
     completes_stop: StopRule | None = None,
+    constraint: TokenConstraint | None = None,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Draw `group_size` responses to every prompt.
 
@@ -86,6 +88,7 @@ def sample_responses(
         max_new_tokens: the longest response.
         group_size: G.
         completes_stop: whether the last token of a response completes a stop string.
+        constraint: which tokens may come next.
 
     Returns:
         N * G responses (lists of ids; those to prompt i at i*G..i*G+G-1) and the log-probs of their tokens in nats (float32).
@@ -102,7 +105,8 @@ def sample_responses(
     elif group_size > 1:
         cache.batch_repeat_interleave(group_size)
     for step in range(max_new_tokens):
-        tokens, logp = sampler(logits[:, :vocab_size])
+        states = ((prompts[row // group_size], responses[row]) for row in alive.tolist())
+        tokens, logp = sampler(restrict(logits[:, :vocab_size], masks_of(constraint, states)))
         for row, token, value in zip(alive.tolist(), tokens.tolist(), logp.tolist(), strict=True):
             responses[row].append(token)
             logps[row].append(value)
@@ -126,6 +130,11 @@ def sample_responses(
     return responses, [np.array(row, dtype=np.float32) for row in logps]
 
 
+def masks_of(constraint: TokenConstraint | None, states: Iterable[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray | None:
+    """(B, V) bool, what may come next in each of B states (prompt, response so far); None where anything may."""
+    return None if constraint is None else np.stack([constraint.next(*state) for state in states])
+
+
 def _has_cache(model: PreTrainedModel) -> bool:
     """Whether the model keeps keys and values that can be selected by row; state-space models do not."""
     return not getattr(model, "_is_stateful", False)
@@ -144,20 +153,22 @@ class StepState:
     """What `next_logits` remembers of a batch between two tokens: the recurrent state of `predict`.
 
     Attributes:
-        cache: keys and values, S slots a row.
+        cache: keys and values, S slots a row; None for a model whose cache cannot be used here.
         slots: (B, S) 0/1; slots of an episode that is over, and padding, are 0 and never attended to again.
         rows: the token ids whose keys and values are in the cache, one list a row.
         version: of the weights that made it; with other weights the cache is worthless.
+        prompt_lengths: how many tokens of each row were there when its episode was first seen.
     """
 
-    cache: DynamicCache
+    cache: DynamicCache | None
     slots: Tensor
     rows: list[list[int]]
     version: int
+    prompt_lengths: list[int]
 
     def serves(self, batch_size: int, version: int) -> bool:
         """Whether this state is of the same batch and weights, and its cache has not gone on with a later state."""
-        current = self.cache.get_seq_length() == self.slots.shape[1]
+        current = self.cache is not None and self.cache.get_seq_length() == self.slots.shape[1]
         return len(self.rows) == batch_size and self.version == version and current
 
 
@@ -167,16 +178,25 @@ def weights_version(model: torch.nn.Module) -> int:
 
 
 @torch.no_grad()
-def next_logits(model: PreTrainedModel, rows: list[list[int]], state: StepState | None) -> tuple[Tensor, StepState | None]:
+def next_logits(
+    model: PreTrainedModel, rows: list[list[int]], state: StepState | None, episode_start: Sequence[bool] | None = None
+) -> tuple[Tensor, StepState]:
     """Logits (B, V) of the token after each of the B rows, computing only what `state` does not hold already.
 
-    A row that does not go on from what the state holds of it (a new episode) begins anew: its old slots are masked out.
+    A row that does not go on from what the state holds of it (a new episode), or of which `episode_start` says so, begins
+    anew: its old slots are masked out.
     """
     version = weights_version(model)
+    starts = [False] * len(rows) if episode_start is None else list(episode_start)
+    told = [[]] * len(rows) if state is None or len(state.rows) != len(rows) else state.rows
+    goes_on = [
+        not start and 0 < len(old) < len(row) and row[: len(old)] == old
+        for row, old, start in zip(rows, told, starts, strict=True)
+    ]
+    lengths = [state.prompt_lengths[i] if state is not None and goes_on[i] else len(row) for i, row in enumerate(rows)]
     if state is not None and not state.serves(len(rows), version):
         state = None
-    known = [[] for _ in rows] if state is None else state.rows
-    known = [old if len(row) > len(old) and row[: len(old)] == old else [] for row, old in zip(rows, known, strict=True)]
+    known = [state.rows[i] if state is not None and goes_on[i] else [] for i in range(len(rows))]
     fresh, fresh_mask = pad([row[len(old) :] for row, old in zip(rows, known, strict=True)], "left", model.device)
     full = 2 * max(map(len, rows))
     if state is None or not any(known) or state.slots.shape[1] + fresh.shape[1] > full:
@@ -185,9 +205,9 @@ def next_logits(model: PreTrainedModel, rows: list[list[int]], state: StepState 
         logits = _forward(model, ids, mask, cache)
         # A sliding window counts slots, not positions, so that masked slots within it would shorten it.
         if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return logits, None
-        return logits, StepState(cache, mask, rows, version)
+            cache = None
+        return logits, StepState(cache, mask, rows, version, lengths)
     begun = torch.tensor([bool(old) for old in known], device=model.device)
     slots = torch.cat([state.slots * begun[:, None], fresh_mask], 1)
     logits = _forward(model, fresh, slots, state.cache)
-    return logits, StepState(state.cache, slots, rows, version)
+    return logits, StepState(state.cache, slots, rows, version, lengths)

@@ -33,13 +33,20 @@ class Inference(Checkpointed):
         state: StepState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, StepState | None]:
         """The next token for an observation or a batch of them, and the state (the KV cache) for the next call.
 
         See `LanguagePolicy.predict`; tokens are drawn at the agent's temperature.
         """
         return self.policy.predict(
-            observation, state, episode_start, deterministic, temperature=self.temperature, generator=self._generator
+            observation,
+            state,
+            episode_start,
+            deterministic,
+            action_masks=action_masks,
+            temperature=self.temperature,
+            generator=self._generator,
         )
 
     def generate(self, prompts: Sequence[str], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:

@@ -16,12 +16,13 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
+from agents.generation import Sampler, StepState, StopRule, masks_of, next_logits, sample_responses
 from agents.losses import entropy_of
 from agents.vec_env import ids_and_mask, rows_of
+from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
-from llm_env.scoring import log_probs_of, response_outputs
+from llm_env.scoring import log_probs_of, pad_masks, response_outputs, restrict
 
 PretrainedFiles = dict[str, bytes]
 
@@ -58,6 +59,7 @@ class LanguagePolicy(BasePolicy):
         value_head: `nn.Linear(H, 1)`, or None.
         tokenizer: the tokenizer, or None.
         vocab_size: V, how many token ids are actions; the env's once there is one.
+        constraint: which of them may come next; the env's once there is one, None for all.
 
     Raises:
         TypeError: `model` is none of these.
@@ -80,6 +82,7 @@ class LanguagePolicy(BasePolicy):
         self.lm = lm
         self.tokenizer = tokenizer
         self.vocab_size = size
+        self.constraint: TokenConstraint | None = None
         if tokenizer is not None:
             self.vocab_size = vocabulary_size(tokenizer)
             self.check_vocabulary(self.vocab_size)
@@ -129,6 +132,9 @@ class LanguagePolicy(BasePolicy):
         logits, targets, mask, hidden = response_outputs(
             self.lm, prompts, responses, self.vocab_size, hidden_states=self.value_head is not None
         )
+        if self.constraint is not None:
+            allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
+            logits = restrict(logits, pad_masks(allowed))
         values = None
         if self.value_head is not None:
             assert hidden is not None
@@ -181,12 +187,13 @@ class LanguagePolicy(BasePolicy):
             max_new_tokens=max_new_tokens,
             group_size=group_size,
             completes_stop=completes_stop,
+            constraint=self.constraint,
         )
 
     def respond(
         self, prompts: Sequence[Sequence[int]], rules: Rules, sampler: Sampler, group_size: int = 1
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """`sample` under an env's rules: its end token, stop strings and length limit."""
+        """`sample` under an env's rules: its end token, stop strings, length limit and allowed tokens."""
         return sample_responses(
             self.lm,
             prompts,
@@ -196,14 +203,26 @@ class LanguagePolicy(BasePolicy):
             max_new_tokens=rules.max_new_tokens,
             group_size=group_size,
             completes_stop=rules.completes_stop if rules.stop else None,
+            constraint=rules.constraint,
         )
 
     def next_tokens(
-        self, rows: list[list[int]], state: StepState | None, sampler: Sampler
-    ) -> tuple[np.ndarray, np.ndarray, StepState | None]:
-        """One more token for each of B rows: the tokens (B,), their log-probs (B,) in nats, and the state to go on with."""
-        logits, state = next_logits(self.lm, rows, state)
-        tokens, logp = sampler(logits[:, : self.vocab_size])
+        self,
+        rows: list[list[int]],
+        state: StepState | None,
+        sampler: Sampler,
+        episode_start: Sequence[bool] | None = None,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, StepState]:
+        """One more token for each of B rows: the tokens (B,), their log-probs (B,) in nats, and the state to go on with.
+
+        `action_masks`, (B, V) bool, takes the place of the policy's constraint.
+        """
+        logits, state = next_logits(self.lm, rows, state, episode_start)
+        if action_masks is None:
+            states = ((row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True))
+            action_masks = masks_of(self.constraint, states)
+        tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks))
         return tokens.cpu().numpy(), logp.cpu().numpy(), state
 
     def predict(  # type: ignore[override]
@@ -213,6 +232,7 @@ class LanguagePolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
         *,
+        action_masks: np.ndarray | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> tuple[np.ndarray, StepState | None]:
@@ -222,8 +242,10 @@ class LanguagePolicy(BasePolicy):
             observation: `input_ids` and `attention_mask`, (L,) or (B, L); or a flat one, the ids with -1 for padding.
             state: what the last call returned; it holds the keys and values computed so far. Rows that do not go on from it
                 are noticed by their tokens, and a state made by other weights is not used.
-            episode_start: not needed, for the same reason.
+            episode_start: (B,) bool; tells a new episode whose prompt happens to go on from the last one's tokens.
             deterministic: take the likeliest token instead of drawing one.
+            action_masks: (V,) or (B, V) bool, what may be drawn, as sb3-contrib gives it. By default what the env allows,
+                where the state (or a first observation without one) tells prompt and response apart.
             temperature: divides the logits when drawing.
             generator: source of the randomness; torch's global one by default.
 
@@ -233,7 +255,9 @@ class LanguagePolicy(BasePolicy):
         single = ids_and_mask(observation)[0].ndim == 1
         batch = pick(observation, None) if single else observation
         sampler = Sampler(temperature, deterministic=deterministic, generator=generator)
-        tokens, _, state = self.next_tokens(rows_of(batch), state, sampler)
+        masks = None if action_masks is None else np.asarray(action_masks, dtype=bool).reshape(-1, self.vocab_size)
+        starts = None if episode_start is None else np.atleast_1d(episode_start).astype(bool).tolist()
+        tokens, _, state = self.next_tokens(rows_of(batch), state, sampler, starts, masks)
         return (tokens[0] if single else tokens), state
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:

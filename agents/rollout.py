@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.generation import Sampler, StepState
+from agents.generation import Sampler
 from agents.policy import LanguagePolicy
 from agents.vec_env import TextVecEnv, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
@@ -154,21 +154,15 @@ def collect_by_tokens(
         sampler: draws a token.
 
     Raises:
-        ValueError: a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions; or the env shapes
-            the reward with a KL, which needs log pi and so the response clock.
+        ValueError: a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions.
     """
     rules = rules_of_vec_env(vec_env)
-    if rules.kl is not None:
-        raise ValueError(
-            "kl_coef in the env needs the log-probs of the actions, which a wrapped env cannot be told; drop the wrappers, or "
-            "use GRPO with its own kl_coef"
-        )
     episodes: list[_Episode] = []
     for begin in range(0, len(indexes), vec_env.num_envs):
         chunk = indexes[begin : begin + vec_env.num_envs]
         episodes += _play(policy, vec_env, chunk, sampler)
     prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
-    ref_logps = rules.reference.log_probs(prompts, responses) if rules.reference is not None else None
+    ref_logps = rules.reference_log_probs(prompts, responses, [0] * len(prompts)) if rules.reference is not None else None
     return _assemble(
         prompts,
         responses,
@@ -209,10 +203,15 @@ def _play(policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], sampler: 
     observation: Any = vec_env.reset()
     contexts = rows_of(observation)
     episodes = [_Episode(context) for context in contexts[: len(indexes)]]
-    state: StepState | None = None
+    rules, state, starts = rules_of_vec_env(vec_env), None, [True] * vec_env.num_envs
     while any(episode.info is None for episode in episodes):
-        tokens, logp, state = policy.next_tokens(rows_of(observation), state, sampler)
+        masks = None if rules.constraint is None else np.stack(vec_env.env_method("action_masks"))
+        tokens, logp, state = policy.next_tokens(rows_of(observation), state, sampler, starts, masks)
+        if rules.reference is not None:
+            for i, value in enumerate(logp.tolist()):
+                vec_env.env_method("tell_logprob", value, indices=[i])
         observation, rewards, dones, infos = vec_env.step(tokens)
+        starts = dones.tolist()
         for i, episode in enumerate(episodes):
             if episode.info is not None:
                 continue

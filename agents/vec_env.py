@@ -88,10 +88,14 @@ class Face(VecEnv):
         setattr(self.venv, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the vector env once a row; of `action_masks` each row gets its own."""
+        """Call a method of the vector env once a row; of `action_masks` and `tell_logprob` each row has its own."""
         if method_name == "action_masks":
             masks = self.venv.action_masks()
             return [masks[i] for i in self._get_indices(indices)]
+        if method_name == "tell_logprob":
+            for row in self._get_indices(indices):
+                self.venv.tell_logprob(row, args[0])
+            return []
         return [getattr(self.venv, method_name)(*args, **kwargs) for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
@@ -112,7 +116,7 @@ class TextVecEnv(Face):
     def step_wait(self) -> VecEnvStepReturn:
         """Append the tokens; rows that end are reset, their last observation in the info as `terminal_observation`."""
         episodes, rows = self.venv.episodes, np.arange(self.num_envs)
-        outcome = episodes.advance(rows, self._actions[:, None], np.ones_like(rows))
+        outcome = episodes.advance(rows, self._actions[:, None], np.ones_like(rows), self.venv.told_logprobs(rows))
         rewards = outcome.rewards[:, 0].astype(np.float32)
         self._returns += rewards
         dones = outcome.terminated | outcome.truncated

@@ -73,6 +73,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         self._episodes = Episodes(self.rules, 1)
         self._cursor = PromptCursor(len(self.rules.prompts), lambda: self.np_random)
         self._last_info: dict[str, Any] = {}
+        self._told: float | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode.
@@ -86,7 +87,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             self._cursor.restart()
         index = (options or {}).get("index")
         self._episodes.start([0], [self._cursor.next() if index is None else operator.index(index)])
-        self._last_info = {}
+        self._last_info, self._told = {}, None
         return self._observation(), {}
 
     def step(self, action: SupportsIndex) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -96,17 +97,29 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             ValueError: the action is no token id, or the episode has ended.
         """
         token = np.array([[operator.index(action)]])
-        outcome = self._episodes.advance(np.array([0]), token, np.array([1]))
+        told, self._told = self._told, None
+        outcome = self._episodes.advance(np.array([0]), token, np.array([1]), None if told is None else np.array([[told]]))
         self._last_info = outcome.infos.get(0, {})
         reward = float(outcome.rewards[0, 0])
         return self._observation(), reward, bool(outcome.terminated[0]), bool(outcome.truncated[0]), dict(self._last_info)
+
+    def tell_logprob(self, logprob: float) -> None:
+        """Say log pi, in nats, of the next action, so that the KL penalty in its reward is exact.
+
+        An agent that stays silent is paid the part that an env can know, `kl_coef * log pi_ref`.
+        """
+        if not np.isfinite(logprob):
+            raise ValueError(f"logprob={logprob} must be finite")
+        self._told = float(logprob)
 
     def action_masks(self) -> np.ndarray:
         """(V,) bool, True for the tokens that may come next."""
         return self._episodes.action_masks()[0]
 
     def render(self) -> str | None:
-        """The prompt and what has been written so far, with the reward components once the episode has ended."""
+        """The prompt and what has been written so far; once the episode has ended also every reward component and, with a
+        reference, for every token log pi_ref and (where the agent told log pi) the KL, in nats.
+        """
         if self.render_mode is None:
             gym.logger.warn("render() needs render_mode='ansi' at construction")
             return None
@@ -114,8 +127,19 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             return ""
         prompt = self.rules.prompts.texts[self._episodes.prompt_indexes[0]]
         (completion,) = self.rules.decode([self._episodes.response(0).tolist()])
-        components = [f"{key}: {value:g}" for key, value in self._last_info.items() if key.startswith("reward/")]
-        return "\n".join([f"{prompt}{completion}", *components])
+        lines = [f"{prompt}{completion}"]
+        lines += [f"{key}: {value:g}" for key, value in self._last_info.items() if key.startswith("reward")]
+        if self._last_info and self.rules.reference is not None:
+            lines += self._token_lines()
+        return "\n".join(lines)
+
+    def _token_lines(self) -> list[str]:
+        """One line a token: its text, log pi, log pi_ref and their difference; `-` where log pi was not told."""
+        lines = [f"{'token':>12} {'log pi':>9} {'log pi_ref':>11} {'kl':>9}"]
+        for token, logp, ref_logp in zip(self._episodes.response(0).tolist(), *self._episodes.log_probs(0), strict=True):
+            known = [f"{x:.4f}" if np.isfinite(x) else "-" for x in (logp, ref_logp, logp - ref_logp)]
+            lines.append(f"{self.rules.tokenizer.decode([token])!r:>12} {known[0]:>9} {known[1]:>11} {known[2]:>9}")
+        return lines
 
     def vectorize(self, num_envs: int, **options: Any) -> TextGenerationVectorEnv:
         """The native vector env with the same rules: prompts, tokenizer, rewards and reference are shared, not copied."""

@@ -91,6 +91,11 @@ class Episodes:
         """The action tokens so far, (T,)."""
         return self.ids[row, self.prompt_lengths[row] :][: self.response_lengths[row]]
 
+    def log_probs(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Log pi and log pi_ref of the action tokens so far, (T,) each, in nats; NaN where not known."""
+        at = slice(0, self.response_lengths[row])
+        return self._logp[row, at], self._ref_logp[row, at]
+
     def advance(
         self,
         rows: np.ndarray,
@@ -247,7 +252,7 @@ class Episodes:
             if self.rules.success is not None:
                 info["is_success"] = bool(components[self.rules.success][i] >= 1)
             if self.rules.reference is not None:
-                logp, ref_logp = (x[row, : len(responses[i])] for x in (self._logp, self._ref_logp))
+                logp, ref_logp = self.log_probs(row)
                 info["ref_logprob"] = float(ref_logp.sum(dtype=np.float64))
                 if np.isfinite(logp).all():
                     info["kl"] = float((logp - ref_logp).sum())

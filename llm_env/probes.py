@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from llm_env.answers import final_answer
-from llm_env.episodes import Rules
 from llm_env.prompts import Row
+from llm_env.rules import Rules
 
 Gold = str | Callable[[Row], Any] | None
 GOLD_COLUMNS = ("solution", "answer")

@@ -15,8 +15,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from llm_env.episodes import Rules
 from llm_env.probes import GOLD_COLUMNS, Gold, Sample, choose_prompts, known_answers, make_probes
+from llm_env.rules import Rules
 
 PASSED, FAILED, NOTE, NOT_RUN, NOT_APPLICABLE = "passed", "FAILED", "note", "not run", "not applicable"
 ROUNDS, SECONDS = 3, 0.3  # calls per thread, at least, and how long quick functions are called

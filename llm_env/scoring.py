@@ -78,19 +78,18 @@ def log_probs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Te
     return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)
 
 
-def restrict(logits: Tensor, allowed: Sequence[np.ndarray] | None) -> Tensor:
-    """Logits of the distribution over the allowed tokens only.
-
-    Args:
-        logits: (B, T, V).
-        allowed: for each row (n, V) bool with n up to T; None leaves the logits as they are.
-
-    Returns:
-        (B, T, V), in float32 where something is forbidden.
-    """
+def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
+    """Logits of the distribution over the allowed tokens, where `allowed`, a bool array of their shape, is given; float32 then."""
     if allowed is None:
         return logits
-    forbidden = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    for row, masks in zip(forbidden, allowed, strict=True):
-        row[: len(masks)] = torch.as_tensor(~masks, device=logits.device)
-    return logits.float().masked_fill(forbidden, FORBIDDEN)
+    return logits.float().masked_fill(torch.as_tensor(~allowed, device=logits.device), FORBIDDEN)
+
+
+def pad_masks(allowed: Sequence[np.ndarray] | None) -> np.ndarray | None:
+    """(n, V) bool arrays, one a row, as one of (B, longest n, V), all True at the padding; None stays None."""
+    if allowed is None:
+        return None
+    table = np.ones((len(allowed), max(map(len, allowed)), allowed[0].shape[1]), dtype=bool)
+    for row, masks in zip(table, allowed, strict=True):
+        row[: len(masks)] = masks
+    return table

@@ -93,6 +93,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._row_cursors = [PromptCursor(len(rules.prompts), partial(self._row_rng, i)) for i in range(num_envs)]
         self._group_cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._pending = np.zeros(num_envs, dtype=bool)
+        self._told = np.full(num_envs, np.nan)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -148,7 +149,9 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             raise ValueError(f"actions must be {self.num_envs} integers, one a row; got shape {tokens.shape} of {tokens.dtype}")
         renewed = np.flatnonzero(self._pending)
         rows = np.flatnonzero(~self._pending)
-        logp = None if logprobs is None else _finite(np.asarray(logprobs, dtype=np.float64), (self.num_envs,))[rows, None]
+        logp = self.told_logprobs(rows)
+        if logprobs is not None:
+            logp = _finite(np.asarray(logprobs, dtype=np.float64), (self.num_envs,))[rows, None]
         outcome = self.episodes.advance(rows, tokens[rows, None].astype(np.int64), np.ones(len(rows), dtype=np.int64), logp)
         self.restart_rows(renewed)
         rewards, terminations, truncations = np.zeros(self.num_envs), *np.zeros((2, self.num_envs), dtype=bool)
@@ -206,6 +209,15 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             ref_logprobs=None if outcome.ref_logp is None else cut(outcome.ref_logp),
             infos=[outcome.infos.get(row, {}) for row in range(self.num_envs)],
         )
+
+    def tell_logprob(self, row: int, logprob: float) -> None:
+        """Say log pi, in nats, of the action that `row` takes in the next step: what wrappers have no argument for."""
+        self._told[row] = logprob
+
+    def told_logprobs(self, rows: np.ndarray) -> np.ndarray | None:
+        """(R, 1) log pi of the next step's actions as told, None unless all are; they are forgotten with this call."""
+        told, self._told = self._told[rows, None], np.full(self.num_envs, np.nan)
+        return told if np.isfinite(told).all() else None
 
     def action_masks(self) -> np.ndarray:
         """(B, V) bool, True for the tokens that may come next."""

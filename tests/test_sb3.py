@@ -4,7 +4,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit, TransformReward
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit, TransformReward, vector
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CheckpointCallback,
@@ -19,6 +20,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from agents import GRPO, PPO, REINFORCE, TextVecEnv
+from agents.rollout import collect_by_tokens
+from tests.conftest import make_model
 from tests.probes import make_env
 from tests.test_agents import AGENTS, TOKENIZER, make_agent, same, weights
 
@@ -174,12 +177,25 @@ def test_a_wrapper_that_rewrites_actions_is_refused():
             agent.learn(20)
 
 
-def test_kl_shaping_needs_the_response_clock():
-    env = make_env(TOKENIZER, reference=make_agent("GRPO").policy.lm, kl_coef=0.1)
+@pytest.mark.parametrize("wrap", ["single", "vector"])
+def test_kl_shaping_is_exact_through_wrappers(wrap):
+    reference = make_model("llama", len(TOKENIZER), seed=9)
+    env = make_env(TOKENIZER, reference=reference, kl_coef=0.1, max_new_tokens=3)
+    if wrap == "single":
+        env = TransformReward(env, lambda r: r)
+    else:
+        env = vector.TransformReward(env.vectorize(4, autoreset_mode=AutoresetMode.SAME_STEP), lambda r: r)
     with pytest.warns(UserWarning):
-        agent = make_agent("PPO", env=TransformReward(env, lambda r: r), n_envs=4)
-    with pytest.raises(ValueError, match="drop the wrappers, or use GRPO"):
-        agent.learn(10)
+        agent = make_agent("PPO", env=env, n_envs=4)
+    rollout = collect_by_tokens(agent.policy, agent.env, [0, 1, 1, 0], 1, agent.sampler())
+    for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+        logp = agent.policy.log_probs([prompt], [response])[0].detach()
+        whole = reference(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        ref = torch.stack([whole[len(prompt) - 1 + t, token] for t, token in enumerate(response)])
+        expected = -0.1 * (logp - ref)
+        expected[-1] += rollout.infos[i]["completion"].count("a") / 4
+        torch.testing.assert_close(rollout.rewards[i, : len(response)], expected, atol=1e-5, rtol=1e-4)
+        assert rollout.infos[i]["kl"] == pytest.approx((logp - ref).sum().item(), abs=1e-4)
 
 
 def test_the_sb3_face_resets_rows_with_their_own_options():
