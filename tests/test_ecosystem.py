@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env, data_equivalence
+from gymnasium.utils.env_match import check_environments_match
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import vector as vector_wrappers
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -230,6 +231,11 @@ def test_make_vec_gives_the_same_episodes_in_every_vectorization_mode(env_id):
     assert isinstance(native, TextGenerationVectorEnv)
     others = [gym.make_vec(env_id, 3, vectorization_mode=mode) for mode in ("sync", "async")]
     assert same_steps([native, *others], [native.rules.eos_id, 5, 9, 12], 11) > 10
+
+
+def test_an_env_made_from_its_spec_matches_by_gymnasiums_own_check():
+    env = gym.make("llm_env/Addition-v0", observation="flat", render_mode="ansi")
+    check_environments_match(env, gym.make(env.spec), num_steps=40, seed=3)
 
 
 # --- the flat observation --------------------------------------------------------------------------------------------
