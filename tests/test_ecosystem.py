@@ -1,11 +1,13 @@
 """Gymnasium's tools around the envs: vector wrappers, autoreset modes, its own vectorizers, and the flat observation."""
 
+import multiprocessing
 import warnings
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env, data_equivalence
+from gymnasium.utils.env_match import check_environments_match
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import vector as vector_wrappers
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -18,6 +20,9 @@ from tests.test_agents import TOKENIZER, make_agent, same, weights
 EOS, A, B = 0, 3, 4
 MODES = list(AutoresetMode)
 NOT_SAME_STEP = [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED]  # Gymnasium's observation wrappers refuse SAME_STEP
+
+# TorchRL, once imported, makes "spawn" the default, and every worker would load torch anew.
+FORK = {"context": "fork"} if "fork" in multiprocessing.get_all_start_methods() else {}
 
 # Two episodes a row; `value` pays 1 for an a and 0.25 for a b, so that returns, lengths and kinds of end are known by hand.
 PLANS = [[[A, A, EOS], [EOS]], [[B, B, A, A], [A, EOS]]]
@@ -219,7 +224,7 @@ def same_steps(envs, tokens, seed):
 def test_the_native_vector_env_gives_the_episodes_of_gymnasiums_vectorizers(mode, observation):
     makers = [lambda: TextGenerationEnv(**arguments(prompts=list("abcdefgh"), observation=observation)) for _ in range(3)]
     native = make(mode, 3, prompts=list("abcdefgh"), observation=observation)
-    others = [kind(makers, autoreset_mode=mode) for kind in (SyncVectorEnv, AsyncVectorEnv)]
+    others = [SyncVectorEnv(makers, autoreset_mode=mode), AsyncVectorEnv(makers, autoreset_mode=mode, **FORK)]
     assert all(other.observation_space == native.observation_space for other in others)
     assert same_steps([native, *others], [EOS, A, B], 5) > 10
 
@@ -228,8 +233,13 @@ def test_the_native_vector_env_gives_the_episodes_of_gymnasiums_vectorizers(mode
 def test_make_vec_gives_the_same_episodes_in_every_vectorization_mode(env_id):
     native = gym.make_vec(env_id, 3)
     assert isinstance(native, TextGenerationVectorEnv)
-    others = [gym.make_vec(env_id, 3, vectorization_mode=mode) for mode in ("sync", "async")]
+    others = [gym.make_vec(env_id, 3, vectorization_mode=m, vector_kwargs=k) for m, k in (("sync", {}), ("async", FORK))]
     assert same_steps([native, *others], [native.rules.eos_id, 5, 9, 12], 11) > 10
+
+
+def test_an_env_made_from_its_spec_matches_by_gymnasiums_own_check():
+    env = gym.make("llm_env/Addition-v0", observation="flat", render_mode="ansi")
+    check_environments_match(env, gym.make(env.spec), num_steps=40, seed=3)
 
 
 # --- the flat observation --------------------------------------------------------------------------------------------

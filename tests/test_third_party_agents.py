@@ -19,14 +19,14 @@ from llm_env.observations import spaces_of
 from tests.conftest import make_tokenizer
 from tests.probes import make_env
 
-LETTERS = "abcdefghijkl"
-CODE = dict(zip(LETTERS, "gkbjaeldhcfi", strict=True))  # no letter stands for itself or for a neighbour of itself
+LETTERS = "abcdefghijklmnop"
+CODE = dict(zip(LETTERS, "gkobjnaeldphcmfi", strict=True))
 TOKENIZER = make_tokenizer(LETTERS)
 EMBEDDED = {"features_extractor_class": TokenEmbeddingExtractor}
 
 
 def coded(prompts, completions, **kwargs):
-    """1 for the letter that the prompt's letter stands for: at most 1, and 1/15 by chance."""
+    """1 for the letter that the prompt's letter stands for: at most 1, and 1/19 by chance."""
     return [float(c[:1] == CODE[p]) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -95,7 +95,7 @@ def test_sb3_ppo_learns_with_embedded_tokens(observation):
 
 @pytest.mark.slow
 def test_token_ids_as_plain_numbers_teach_sb3_ppo_little():
-    assert before_and_after({})[1] < 0.65
+    assert before_and_after({})[1] < 0.6
 
 
 class Masked(TextGenerationEnv):

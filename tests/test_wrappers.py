@@ -59,8 +59,9 @@ def test_agents_learn_a_users_wrapper(name):
         return collect_by_tokens(agent.policy, envs, [0] * 128, 1, agent.sampler()).scores.mean()
 
     before = score()
-    agent.learn(10_000)
-    assert before < 1.0 and score() > 1.7  # the optimum is cccc: 2
+    agent.learn(6000)
+    after = score()
+    assert before < 1.0 and after > 1.7, (before, after)  # the optimum is cccc: 2
 
 
 def test_clip_reward():
