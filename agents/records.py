@@ -35,6 +35,10 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
     components = {key for info in rollout.infos for key in info if key.startswith("reward/")}
     for key in sorted(components):
         record(f"rollout/{key}", safe_mean([info[key] for info in rollout.infos if key in info]))
+    if agent.rules.rewards.replaces_errors:
+        record("rollout/reward_errors", float(np.mean(["reward_error" in info for info in rollout.infos])))
+    for name, seconds in agent.rules.rewards.take_seconds().items():
+        record(f"time/reward/{name}", seconds)
     kls = [info["kl"] for info in rollout.infos if "kl" in info]
     if kls:
         record("rollout/kl", safe_mean(kls))

@@ -5,19 +5,25 @@ from typing import Any
 from llm_env.env import TextGenerationEnv
 from llm_env.prompts import PromptSource
 from llm_env.pupil import PUPIL
+from llm_env.recorder import rescore
 from llm_env.reward_check import check_reward
+from llm_env.reward_pool import PooledReward
+from llm_env.rewards import process_reward
 from llm_env.tasks import register_tasks
 from llm_env.vector_env import TextGenerationVectorEnv
 
 __version__ = "0.1.0"
 __all__ = [
     "PUPIL",
+    "PooledReward",
     "PromptSource",
     "RewardModel",
     "TextGenerationEnv",
     "TextGenerationVectorEnv",
     "check_reward",
+    "process_reward",
     "register_tasks",
+    "rescore",
 ]
 
 register_tasks()

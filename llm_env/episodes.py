@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from llm_env.observations import observe
+from llm_env.recorder import known
+from llm_env.reward_calls import Steps
 from llm_env.rules import Rules
 
 
@@ -47,6 +49,7 @@ class Episodes:
         response_lengths: (B,) int64, action tokens so far.
         finished: (B,) bool, True until a row is started.
         prompt_indexes: (B,) int64, which prompt of `rules.prompts` a row has.
+        scores: (B,) float64, what rewards and ends paid for the last episode that ended in a row, without a KL.
     """
 
     def __init__(self, rules: Rules, num_rows: int) -> None:
@@ -58,6 +61,8 @@ class Episodes:
         self.prompt_indexes = np.zeros(num_rows, dtype=np.int64)
         self._logp = np.full((num_rows, rules.max_new_tokens), np.nan, dtype=np.float64)
         self._ref_logp = np.full((num_rows, rules.max_new_tokens), np.nan, dtype=np.float32)
+        self._paid_steps = np.zeros(num_rows)
+        self.scores = np.full(num_rows, np.nan)
 
     def start(self, rows: Sequence[int] | np.ndarray, prompt_indexes: Sequence[int]) -> None:
         """Begin new episodes in `rows` with the prompts `prompt_indexes`.
@@ -78,6 +83,7 @@ class Episodes:
         self.finished[rows] = False
         self._logp[rows] = np.nan
         self._ref_logp[rows] = np.nan
+        self._paid_steps[rows] = 0.0
 
     def observation(self) -> Any:
         """What the agent sees of all rows, new arrays at every call; see `llm_env.observations`."""
@@ -137,19 +143,41 @@ class Episodes:
             if shaped:
                 for i, row in enumerate(rows):
                     rewards[i, : lengths[i]] = self._kl_rewards(row, before[i], lengths[i], logprobs is not None)
-            scores, infos = self._pay(rows[ended], truncated[ended])
+            infos = self._pay(rows, before, lengths, ended, truncated, rewards)
         except BaseException:
             self.response_lengths[rows] = before
             self.ids[at] = self.rules.pad_id
             self._logp[actions_at] = self._ref_logp[actions_at] = np.nan
             raise
-        rewards[ended, lengths[ended] - 1] += scores
         self.finished[rows[ended]] = True
+        if self.rules.recorder is not None:
+            now = np.flatnonzero(ended)
+            self.rules.recorder.write([self._record(int(rows[i]), infos[int(rows[i])], bool(terminated[i])) for i in now])
         ref_logp = None
         if self.rules.reference is not None:
             ref_logp = np.full(tokens.shape, np.nan, dtype=np.float32)
             ref_logp[written] = self._ref_logp[actions_at]
         return Outcome(rewards, terminated, truncated, ref_logp, infos)
+
+    def _record(self, row: int, info: dict[str, Any], terminated: bool) -> dict[str, Any]:
+        """What `Recorder` writes of an episode."""
+        logp, ref_logp = self.log_probs(row)
+        table, index = self.rules.prompts, info["prompt_index"]
+        return {
+            "prompt_index": index,
+            "prompt": info["prompt"],
+            "completion": info["completion"],
+            "prompt_ids": self.prompt(row).tolist(),
+            "completion_ids": self.response(row).tolist(),
+            "columns": table.row(index),
+            "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
+            "score": float(self.scores[row]),
+            "terminated": terminated,
+            "truncated": not terminated,
+            "logprobs": known(logp),
+            "ref_logprobs": known(ref_logp),
+            **{key: info[key] for key in ("is_success", "reward_error") if key in info},
+        }
 
     def _check(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, written: np.ndarray) -> None:
         over = self.finished[rows] & (lengths > 0)
@@ -234,21 +262,73 @@ class Episodes:
         logp = self._logp[row, at] if known else 0.0
         return -self.rules.kl.value * (logp - self._ref_logp[row, at])
 
-    def _pay(self, rows: np.ndarray, truncated: np.ndarray) -> tuple[np.ndarray, dict[int, dict[str, Any]]]:
-        """Scores, (R,), and last infos of rows that have just ended."""
-        if not len(rows):
-            return np.zeros(0), {}
-        table, indexes = self.rules.prompts, self.prompt_indexes[rows].tolist()
-        responses = [self.response(row).tolist() for row in rows]
-        prompts, completions = [table.texts[i] for i in indexes], self.rules.decode(responses)
-        columns = {name: table.column(name, indexes) for name in table.columns}
-        scores, components = self.rules.rewards(prompts, completions, responses, columns)
-        scores, penalties = self.rules.ends.settle(scores, self.response_lengths[rows], truncated)
-        components = {**components, **penalties}
+    def _pay(
+        self,
+        rows: np.ndarray,
+        before: np.ndarray,
+        lengths: np.ndarray,
+        ended: np.ndarray,
+        truncated: np.ndarray,
+        rewards: np.ndarray,
+    ) -> dict[int, dict[str, Any]]:
+        """Add to `rewards`, (R, n), what the reward functions pay for the tokens just written; the infos of rows that end."""
         infos: dict[int, dict[str, Any]] = {}
-        for i, row in enumerate(rows.tolist()):
-            info = {"prompt": prompts[i], "completion": completions[i], "prompt_index": indexes[i]}
+        paid = self._paid_steps[rows]
+        open_rows = np.flatnonzero(~ended & (lengths > 0))
+        if self.rules.rewards.stepwise and len(open_rows):
+            steps = self.rules.rewards.steps_so_far(*self._given(rows[open_rows]))
+            for i, row_steps in zip(open_rows, steps, strict=True):
+                paid[i] += self._pay_steps(row_steps, before[i], paid[i], rewards[i])
+        if ended.any():
+            given = self._given(rows[ended])
+            scores = self.rules.rewards(*given)
+            outcome, penalties = self.rules.ends.settle(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
+            for k, i in enumerate(np.flatnonzero(ended)):
+                self._pay_steps(scores.live_steps[k], before[i], paid[i], rewards[i])
+                for end, score in scores.steps[k]:
+                    rewards[i, end - before[i] if end >= before[i] else lengths[i] - 1] += score
+                rewards[i, lengths[i] - 1] += outcome[k]
+            self.scores[rows[ended]] = scores.total - scores.outcome + outcome
+            components = {**scores.components, **penalties}
+            infos = self._infos(rows[ended].tolist(), given[0], given[1], components, scores.errors)
+        self._paid_steps[rows] = paid
+        return infos
+
+    def _pay_steps(self, steps: Steps, before: int, paid: float, rewards: np.ndarray) -> float:
+        """Pay the steps that end at new tokens, (n,) `rewards`; what was paid, which the earlier ones must have been."""
+        earlier = sum(score for end, score in steps if end < before)
+        if not np.isclose(earlier, paid):
+            raise ValueError(
+                f"a reward marked with process_reward was paid {paid:g} for the first {before} tokens and now says "
+                f"{earlier:g}: its steps depend on what comes after them; take the mark off"
+            )
+        new = [(end - before, score) for end, score in steps if end >= before]
+        for at, score in new:
+            rewards[at] += score
+        return sum(score for _, score in new)
+
+    def _given(self, rows: np.ndarray) -> tuple[list[str], list[str], list[list[int]], dict[str, list[Any]]]:
+        """Prompts, completions, their token ids and the columns of `rows`: what rewards are called with."""
+        table, indexes = self.rules.prompts, self.prompt_indexes[rows].tolist()
+        responses = [self.response(row).tolist() for row in rows.tolist()]
+        columns = {name: table.column(name, indexes) for name in table.columns}
+        return [table.texts[i] for i in indexes], self.rules.decode(responses), responses, columns
+
+    def _infos(
+        self,
+        rows: list[int],
+        prompts: list[str],
+        completions: list[str],
+        components: dict[str, np.ndarray],
+        errors: dict[int, str],
+    ) -> dict[int, dict[str, Any]]:
+        """The last infos of rows that end."""
+        infos: dict[int, dict[str, Any]] = {}
+        for i, row in enumerate(rows):
+            info = {"prompt": prompts[i], "completion": completions[i], "prompt_index": int(self.prompt_indexes[row])}
             info.update({f"reward/{name}": float(v[i]) for name, v in components.items() if np.isfinite(v[i])})
+            if i in errors:
+                info["reward_error"] = errors[i]
             if self.rules.success is not None:
                 info["is_success"] = bool(components[self.rules.success][i] >= 1)
             if self.rules.reference is not None:
@@ -257,4 +337,4 @@ class Episodes:
                 if np.isfinite(logp).all():
                     info["kl"] = float((logp - ref_logp).sum())
             infos[row] = info
-        return scores, infos
+        return infos

@@ -178,6 +178,10 @@ class PromptTable:
         """The values of column `name` in the prompts `indexes`."""
         return [self._rows[self._kept[i]].get(name) for i in indexes]
 
+    def row(self, index: int) -> Row:
+        """The columns of prompt `index` that it has, "prompt" aside."""
+        return {name: value for name, value in self._rows[self._kept[index]].items() if name != "prompt"}
+
     def _survey(self) -> tuple[list[str], dict[str, int]]:
         rows = {i: set(self._rows[i]) - {"prompt"} for i in self._kept}
         columns = sorted(set().union(*rows.values()))

@@ -156,7 +156,7 @@ class _Lint:
     def pay(self, given: tuple[Any, ...]) -> np.ndarray:
         """(B,) of the component that says success, or of the weighted sum: the one place that calls the reward."""
         scored = self.rules.rewards(*given)
-        return np.asarray(scored[0] if self.rules.success is None else scored[1][self.rules.success])
+        return scored.total if self.rules.success is None else scored.components[self.rules.success]
 
     def score(self, sample: Sample) -> np.ndarray:
         """(B,) scores of a sample."""

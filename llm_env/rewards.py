@@ -3,23 +3,85 @@
 A reward function is any callable `f(prompts, completions, **columns) -> list[float]`: `prompts` and `completions` are
 lists of str of one length, every column of the prompts comes as a keyword with a list of that length, and so does
 `completion_ids` (lists of token ids). Of these it is given what its signature names, or all of them with `**kwargs`.
-It returns one number a completion; None says "not applicable to this one".
+It returns one number a completion; None says "not applicable to this one". A process reward returns, for a completion, a list
+of steps `(end, score)`, `end` being the index of the step's last token among `completion_ids`; each is paid with that token.
+Functions may be asynchronous. Slow or failing ones are put into a `llm_env.reward_pool.PooledReward`.
 """
 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llm_env.answers import final_answer as final_answer
 from llm_env.answers import parse_number as parse_number
+from llm_env.reward_calls import BadValue, Called, Steps, Value, call
+from llm_env.reward_pool import PooledReward
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Sequence[Value]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
 NAME_LIMIT = 24  # SB3 cuts log keys at 36 characters and refuses two that collide
+
+
+def process_reward(function: RewardFunction) -> RewardFunction:
+    """Mark a reward function whose steps depend on nothing that comes after their end.
+
+    On the token clock such a function is asked after every token, so that each step is paid at its token as on the response
+    clock. Steps of an unmarked function are known, and paid, only at the end of an episode that is stepped token by token.
+
+    >>> @process_reward
+    ... def even(completion_ids):
+    ...     return [[(i, 1.0) for i, token in enumerate(ids) if token % 2 == 0] for ids in completion_ids]
+    >>> even([[3, 4, 6]])
+    [[(1, 1.0), (2, 1.0)]]
+    """
+    function.stepwise = True  # type: ignore[attr-defined]
+    return function
+
+
+@dataclass
+class Scores:
+    """What B completions are worth.
+
+    Attributes:
+        outcome: (B,) float64, weighted sum of the plain scores, to be paid with the last token.
+        components: (B,) float64 by name, before weighting; NaN for None, the sum of its steps for a process reward.
+        steps: B lists of (index of the step's last token, weighted score), of functions that see whole responses.
+        live_steps: the same of functions marked with `process_reward`.
+        errors: by row, what went wrong where a policy put a value in a score's place.
+    """
+
+    outcome: np.ndarray
+    components: dict[str, np.ndarray]
+    steps: list[Steps]
+    live_steps: list[Steps]
+    errors: dict[int, str]
+
+    @property
+    def total(self) -> np.ndarray:
+        """(B,) float64: outcome and steps together."""
+        paid = [sum(score for _, score in [*a, *b]) for a, b in zip(self.steps, self.live_steps, strict=True)]
+        return self.outcome + np.array(paid, dtype=np.float64)
+
+    def add(self, name: str, called: Called, weight: float, live: bool) -> None:
+        """Take in what one function said."""
+        component = np.full(len(called.values), np.nan)
+        for row, value in enumerate(called.values):
+            if isinstance(value, list):
+                component[row] = sum(score for _, score in value)
+                kept = self.live_steps if live else self.steps
+                kept[row] += [(end, weight * score) for end, score in value]
+            elif value is not None:
+                component[row] = value
+                self.outcome[row] += weight * value
+        self.components[name] = component
+        for row, error in called.errors.items():
+            self.errors[row] = "; ".join(filter(None, [self.errors.get(row), error]))
 
 
 class RewardSum:
@@ -33,6 +95,8 @@ class RewardSum:
 
     Attributes:
         names: one name a function, unique and short enough for a log key.
+        stepwise: whether some function is marked with `process_reward`.
+        replaces_errors: whether some function has a policy that pays a number where it failed.
 
     Raises:
         TypeError: a function is not callable.
@@ -61,35 +125,76 @@ class RewardSum:
         if not np.isfinite(self.weights).all():
             raise ValueError(f"reward_weights={weights} must be finite numbers")
         self.names = _unique_names(self.functions)
+        self._seconds = dict.fromkeys(self.names, 0.0)
+        self.stepwise = any(getattr(function, "stepwise", False) for function in self.functions)
+        self.replaces_errors = any(getattr(function, "on_error", "raise") != "raise" for function in self.functions)
         self._columns = [
             _wanted_columns(f, name, columns, incomplete or {}) for f, name in zip(self.functions, self.names, strict=True)
         ]
 
     def __call__(
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Score a batch.
-
-        Returns:
-            The weighted sums, shape (B,), and the components before weighting by name, each (B,), NaN for None.
+    ) -> Scores:
+        """Score a batch of B completions.
 
         Raises:
             ValueError: a function raised, or returned another number of values, a NaN or an infinity, or no function
                 scored some completion. The message names the function and the row.
         """
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        components = {
-            name: _call(function, name, {key: given[key] for key in wanted}, prompts)
-            for function, name, wanted in zip(self.functions, self.names, self._columns, strict=True)
-        }
-        scores = np.stack(list(components.values()))
-        unscored = np.flatnonzero(np.isnan(scores).all(axis=0))
+        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {})
+        for k, name in enumerate(self.names):
+            called = self._call(k, given)
+            scores.add(name, called, self.weights[k], getattr(self.functions[k], "stepwise", False))
+        unscored = np.flatnonzero(np.isnan(np.stack(list(scores.components.values()))).all(axis=0))
         if len(unscored):
             raise ValueError(
                 f"no reward function of {self.names} scored row {unscored[0]} of {len(prompts)} (all returned None): "
                 f"prompt {prompts[unscored[0]]!r}, completion {completions[unscored[0]]!r}; at least one must return a number"
             )
-        return np.nansum(scores * self.weights[:, None], axis=0), components
+        return scores
+
+    def steps_so_far(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+    ) -> list[Steps]:
+        """The weighted steps that the functions marked with `process_reward` see in B responses under way."""
+        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {})
+        for k, function in enumerate(self.functions):
+            if getattr(function, "stepwise", False):
+                scores.add(self.names[k], self._call(k, given), self.weights[k], True)
+        return scores.live_steps
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in each function since this was last asked."""
+        taken, self._seconds = self._seconds, dict.fromkeys(self.names, 0.0)
+        return taken
+
+    def _call(self, k: int, given: dict[str, Any]) -> Called:
+        function, name = self.functions[k], self.names[k]
+        wanted = {key: given[key] for key in self._columns[k]}
+        prompts, ids = given["prompts"], given["completion_ids"]
+        lengths = [len(row) for row in ids]
+        begin = time.perf_counter()
+        try:
+            if isinstance(function, PooledReward):
+                return function.run(wanted, list(zip(prompts, map(tuple, ids), strict=True)), lengths)
+            return Called(call(function, wanted, lengths))
+        except ValueError as error:
+            if isinstance(error, BadValue):
+                raise ValueError(f"reward {name!r} {error}; the first prompt of the batch is {prompts[0]!r}") from error
+            raise ValueError(_raised(name, error, prompts)) from error
+        except Exception as error:
+            raise ValueError(_raised(name, error, prompts)) from error
+        finally:
+            self._seconds[name] += time.perf_counter() - begin
+
+
+def _raised(name: str, error: Exception, prompts: list[str]) -> str:
+    return (
+        f"reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(prompts)} completions, the first "
+        f"to the prompt {prompts[0]!r}"
+    )
 
 
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
@@ -127,33 +232,6 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
         return on_offer
     named = {p.name for p in parameters}
     return [key for key in on_offer if key in named]
-
-
-def _call(function: RewardFunction, name: str, given: dict[str, Any], prompts: list[str]) -> np.ndarray:
-    try:
-        values = function(**given)
-    except Exception as error:
-        raise ValueError(
-            f"reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(prompts)} completions, the first "
-            f"to the prompt {prompts[0]!r}"
-        ) from error
-    if values is None:
-        raise ValueError(f"reward {name!r} returned None for all {len(prompts)} completions; it must return one number each")
-    try:
-        scores = np.array([np.nan if value is None else float(value) for value in values])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"reward {name!r} must return one number a completion, but returned {values!r}"[:500]) from error
-    if len(scores) != len(prompts):
-        raise ValueError(
-            f"reward {name!r} returned {len(scores)} values for {len(prompts)} completions; it must return one each"
-        )
-    for row, value in enumerate(values):
-        if value is not None and not np.isfinite(scores[row]):
-            raise ValueError(
-                f"reward {name!r} returned {value} for row {row} of {len(prompts)}, the prompt {prompts[row]!r}; rewards must "
-                "be finite (return None where the function does not apply)"
-            )
-    return scores
 
 
 # --- reward functions that ship ---------------------------------------------------------------------------------------

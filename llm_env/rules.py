@@ -13,6 +13,7 @@ from llm_env.constraints import TokenConstraint
 from llm_env.ends import Ends
 from llm_env.observations import FORMS
 from llm_env.prompts import PromptTable
+from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Rules:
         kl_coef: beta of the KL penalty in the reward, in reward per nat: a number or a KL controller. Needs a reference.
         split: `"train"` or `"test"`, a tenth of the prompts by a hash of their text; None for all.
         long_prompts: `"error"` or `"drop"`, for prompts of more than `max_prompt_tokens` tokens.
+        record: a file to which every episode is appended as a line of JSON; see `llm_env.recorder`.
         allowed_tokens: which tokens may come next: ids, a (V,) bool array or a function of the state; see
             `llm_env.constraints.TokenConstraint`. Action masks, sampling, training and the reference all keep to it.
         min_new_tokens: the end token is not allowed before this many tokens.
@@ -63,6 +65,7 @@ class Rules:
         long_prompts: str = "error",
         success: str | None = None,
         observation: str = "dict",
+        record: str | Path | None = None,
         allowed_tokens: Any = None,
         min_new_tokens: int = 0,
         length_stop: str = "score",
@@ -102,6 +105,10 @@ class Rules:
         if success is not None and success not in self.rewards.names:
             raise ValueError(f"success={success!r} is not one of the reward components {self.rewards.names}")
         self.success = success
+        self.recorder = None
+        if record is not None:
+            self.recorder = Recorder(record)
+            self.recorder.check(self.prompts.row(0))
         self.reference, self.kl = _reference_and_kl(reference, kl_coef)
         if self.reference is not None:
             self.reference.check_vocabulary(self.vocab_size)

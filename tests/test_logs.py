@@ -64,7 +64,7 @@ def test_the_readme_explains_every_key(name):
     agent = run(name)
     agent.set_logger(Recorder(logged))
     agent.learn(50)
-    keys = {re.sub("rollout/reward/.*", "rollout/reward/<name>", key) for key in logged[-1]}
+    keys = {re.sub("/reward/.*", "/reward/<name>", key) for key in logged[-1]}
     assert keys <= documented, keys - documented
 
 

@@ -16,7 +16,8 @@ def is_a(completions):
 
 def score(reward, completions=("a", "bb"), **columns):
     prompts = ["p"] * len(completions)
-    return reward(prompts, list(completions), [[1]] * len(completions), {k: list(v) for k, v in columns.items()})
+    scores = reward(prompts, list(completions), [[1]] * len(completions), {k: list(v) for k, v in columns.items()})
+    return scores.total, scores.components
 
 
 def test_weighted_sum_and_components():
@@ -43,8 +44,8 @@ def test_functions_get_what_their_signature_names():
 
 def test_a_column_cannot_take_the_place_of_what_the_model_wrote():
     reward = RewardSum(length, columns=["completions"])
-    total, _ = reward(["p", "p"], ["a", "bb"], [[1], [1]], {"completions": ["gold gold", "gold gold"]})
-    assert total.tolist() == [1.0, 2.0]
+    scores = reward(["p", "p"], ["a", "bb"], [[1], [1]], {"completions": ["gold gold", "gold gold"]})
+    assert scores.total.tolist() == [1.0, 2.0]
 
 
 def test_a_column_that_a_row_lacks_is_noticed_at_construction(tokenizer):

@@ -1,0 +1,121 @@
+"""Episodes as lines of JSON: written as they end, and scored again later by other rewards, without a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_env.prompts import read_jsonl
+from llm_env.rewards import RewardFunction, RewardSum
+
+logger = logging.getLogger("llm_env")
+
+BATCH = 1024
+
+
+class Recorder:
+    """Appends one JSON object an episode to a file.
+
+    Every object has `prompt_index`, `prompt`, `completion`, `prompt_ids`, `completion_ids`, `columns` (the prompt's),
+    `components` (by name, before weighting), `score` (what rewards and ends paid, without a KL), `terminated`, `truncated`,
+    `logprobs` and `ref_logprobs` (one a completion token, in nats; null where not known), and `is_success` and
+    `reward_error` where the last info has them.
+
+    Args:
+        path: the file; made with its folders if it is not there. A last line that was cut off is taken away.
+
+    Raises:
+        TypeError: a prompt's column holds what JSON cannot.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            logger.warning("%s ends in the middle of a line: its last %d bytes are cut", self.path, len(content) - len(whole))
+            self.path.write_bytes(whole)
+
+    def check(self, columns: dict[str, Any]) -> None:
+        """Refuse columns that cannot be written, before any episode has ended."""
+        json.dumps(columns, default=_plain)
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append records."""
+        lines = "".join(json.dumps(record, default=_plain) + "\n" for record in records)
+        with self.path.open("ab") as file:
+            file.write(lines.encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"a column of the prompts holds {value!r} ({type(value).__name__}), which JSON cannot; it is not recorded")
+
+
+def known(logprobs: np.ndarray) -> list[float] | None:
+    """Log-probs as a list, None unless all are known."""
+    return [float(x) for x in logprobs] if np.isfinite(logprobs).all() else None
+
+
+def rescore(
+    path: str | Path,
+    reward: RewardFunction | Sequence[RewardFunction],
+    reward_weights: Sequence[float] | None = None,
+    out: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Score recorded episodes with other reward functions.
+
+    Args:
+        path: a file that a `Recorder` wrote.
+        reward: a reward function or several; they are given what the recorded ones were given.
+        reward_weights: one weight a function; all 1 by default.
+        out: a file to write the new records to.
+
+    Returns:
+        The records with new `components` and `score` (the ends' penalties are not applied again); a `reward_error` of the
+        old reward is gone.
+
+    Raises:
+        ValueError: the file is no record of episodes, or a function fails; the message says where.
+
+    Examples:
+        >>> import tempfile, llm_env
+        >>> path = tempfile.mkdtemp() + "/episodes.jsonl"
+        >>> env = llm_env.TextGenerationEnv(["2+3="], lambda completions: [0.0], llm_env.PUPIL, record=path)
+        >>> _ = env.reset()
+        >>> for token in env.rules.tokenizer.convert_tokens_to_ids(["5", "<eos>"]):
+        ...     _ = env.step(token)
+        >>> [record["score"] for record in rescore(path, lambda completions: [float(c == "5") for c in completions])]
+        [1.0]
+    """
+    records = read_jsonl(path)
+    for number, record in enumerate(records, start=1):
+        if missing := {"prompt", "completion", "completion_ids", "columns"} - record.keys():
+            raise ValueError(f"{path}:{number} is no recorded episode: it has no {sorted(missing)}")
+    names = sorted(set().union(*(record["columns"] for record in records)))
+    lacking = {name: next((i for i, r in enumerate(records) if name not in r["columns"]), None) for name in names}
+    incomplete = {name: row for name, row in lacking.items() if row is not None}
+    rewards = RewardSum(reward, reward_weights, names, incomplete)
+    scored: list[dict[str, Any]] = []
+    for begin in range(0, len(records), BATCH):
+        batch = records[begin : begin + BATCH]
+        prompts, completions, ids = ([r[key] for r in batch] for key in ("prompt", "completion", "completion_ids"))
+        scores = rewards(prompts, completions, ids, {name: [r["columns"].get(name) for r in batch] for name in names})
+        for i, record in enumerate(batch):
+            components = {name: float(v[i]) for name, v in scores.components.items() if np.isfinite(v[i])}
+            new = {**record, "components": components, "score": float(scores.total[i])}
+            new.pop("reward_error", None)
+            new.pop("is_success", None)
+            scored.append({**new, "reward_error": scores.errors[i]} if i in scores.errors else new)
+    if out is not None:
+        Path(out).unlink(missing_ok=True)
+        Recorder(out).write(scored)
+    return scored

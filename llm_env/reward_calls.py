@@ -1,0 +1,113 @@
+"""One call of a reward function: plain or awaited, and what may come back."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+class BadValue(ValueError):
+    """What a reward function returned is no score."""
+
+
+Steps = list[tuple[int, float]]
+Value = float | Steps | None
+
+
+@dataclass
+class Called:
+    """What a reward function said of B completions.
+
+    Attributes:
+        values: one a completion: a number, the steps of a process reward, or None for "not applicable".
+        errors: by row, what went wrong where the policy put a value in the score's place.
+    """
+
+    values: list[Value]
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+def call(function: Callable[..., Any], given: dict[str, Any], lengths: Sequence[int]) -> list[Value]:
+    """Call a reward function on a batch, await it if it is asynchronous, and check what comes back.
+
+    Args:
+        function: the reward function.
+        given: its keyword arguments.
+        lengths: tokens of each completion.
+
+    Raises:
+        BadValue: what it returned is not one finite number, list of steps or None a completion.
+    """
+    values = function(**given)
+    if inspect.isawaitable(values):
+        values = wait_for(values)
+    return checked(values, lengths)
+
+
+def wait_for(awaitable: Any) -> Any:
+    """The result of an awaitable, also where a loop is running already."""
+
+    async def result() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(result())
+    with ThreadPoolExecutor(1) as thread:  # a notebook has a loop of its own running
+        return thread.submit(asyncio.run, result()).result()
+
+
+def checked(values: Any, lengths: Sequence[int]) -> list[Value]:
+    """One value a completion, numbers as floats.
+
+    Raises:
+        BadValue: it is not one finite number, list of steps or None a completion; the message names the row.
+    """
+    if values is None:
+        raise BadValue(f"returned None for all {len(lengths)} completions; it must return one number each")
+    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+        raise BadValue(f"must return one number a completion, but returned {values!r}"[:500])
+    values = list(values)
+    if len(values) != len(lengths):
+        raise BadValue(f"returned {len(values)} values for {len(lengths)} completions; it must return one each")
+    return [_checked_value(value, row, lengths) for row, value in enumerate(values)]
+
+
+def _checked_value(value: Any, row: int, lengths: Sequence[int]) -> Value:
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        steps = [_checked_step(step, row, lengths[row]) for step in value]
+        if [end for end, _ in steps] != sorted({end for end, _ in steps}):
+            raise BadValue(f"returned the steps {value!r} for row {row}; their ends must be different and in order"[:500])
+        return steps
+    return _number(value, row, len(lengths))
+
+
+def _checked_step(step: Any, row: int, length: int) -> tuple[int, float]:
+    if not isinstance(step, (list, tuple)) or len(step) != 2 or not isinstance(step[0], (int, np.integer)):
+        raise BadValue(f"returned {step!r} as a step for row {row}; a step is (index of its last token, score)"[:500])
+    if not 0 <= step[0] < length:
+        raise BadValue(
+            f"returned a step that ends at token {step[0]} for row {row}, whose completion has the tokens 0..{length - 1}"
+        )
+    return int(step[0]), _number(step[1], row, 1)
+
+
+def _number(value: Any, row: int, count: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise BadValue(f"must return one number a completion, but returned {value!r} for row {row}"[:500]) from error
+    if not np.isfinite(number):
+        raise BadValue(
+            f"returned {value} for row {row} of {count}; rewards must be finite (return None where the function does not apply)"
+        )
+    return number

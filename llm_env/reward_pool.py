@@ -1,0 +1,291 @@
+"""Reward functions in a pool of workers, with time-outs, a policy for errors and a cache."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import multiprocessing
+import pickle
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from llm_env.reward_calls import BadValue, Called, Value, call, checked, wait_for
+
+logger = logging.getLogger("llm_env")
+
+LONG = 10**9  # tokens, where a completion's length is not known
+
+
+class PooledReward:
+    """A reward function that runs in a pool of workers: a reward function again, for the env's `reward`.
+
+    The batch is cut into calls of `batch_size` completions, of which `workers` run at once; an asynchronous function is
+    awaited in its worker. A call that raises, returns what is no score or takes too long is an error of its completions:
+    with `on_error="raise"` the env raises and nothing is lost; with a number they are paid that number, the last info says
+    why under `reward_error`, and the share of such episodes is logged as `rollout/reward_errors`.
+
+    Args:
+        function: a reward function; see `llm_env.rewards`.
+        workers: calls at the same time.
+        processes: use processes in the threads' place, for functions that keep Python busy, or crash. The function must be
+            importable (no lambda, nothing local), and a script must start its work under `if __name__ == "__main__":`.
+        timeout: seconds that a call may take, counted from its own start and not from when it was put in line; None for no
+            limit. A process is killed then; a thread cannot be, and runs on unheard.
+        on_error: `"raise"`, or the score of a completion whose call failed.
+        batch_size: completions in a call; None for the whole batch in one.
+        cache_size: how many scores to remember, by prompt, token ids and columns; 0 for none. The function must be a function
+            of these alone.
+
+    Raises:
+        ValueError, TypeError: an argument is unusable; the message says how.
+
+    Examples:
+        >>> import time
+        >>> def judge(completions):
+        ...     time.sleep(10.0 if "slow" in completions[0] else 0.0)
+        ...     return [1.0]
+        >>> PooledReward(judge, timeout=0.2, on_error=-1.0)(completions=["quick", "slow"])
+        [1.0, -1.0]
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        workers: int = 4,
+        *,
+        processes: bool = False,
+        timeout: float | None = None,
+        on_error: str | float = "raise",
+        batch_size: int | None = 1,
+        cache_size: int = 0,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"reward {function!r} is a {type(function).__name__}; it must be callable")
+        for name, value, least in (("workers", workers, 1), ("batch_size", batch_size, 1), ("cache_size", cache_size, 0)):
+            if (name, value) != ("batch_size", None) and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout={timeout!r} must be a positive number of seconds, or None")
+        if on_error != "raise" and (isinstance(on_error, str) or not np.isfinite(on_error)):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or a finite number")
+        self.function, self.workers, self.processes, self.timeout = function, workers, processes, timeout
+        self.on_error, self.batch_size, self.cache_size = on_error, batch_size, cache_size
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.stepwise = getattr(function, "stepwise", False)
+        try:
+            self.__signature__ = inspect.signature(function)
+        except (TypeError, ValueError):  # a builtin without a signature
+            pass
+        if processes:
+            _check_importable(function, self.__name__)
+        self._start()
+
+    def _start(self) -> None:
+        self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[Any, Value] = OrderedDict()
+        self._children: queue.Queue[_Child] = queue.Queue()
+        for _ in range(self.workers if self.processes else 0):
+            self._children.put(_Child(self.function))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_threads", "_lock", "_cache", "_children")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    def __call__(self, **given: Any) -> list[Value]:
+        """The scores, as the function itself would return them."""
+        count = len(next(iter(given.values())))
+        return self.run(given, [()] * count, [LONG] * count).values
+
+    def run(self, given: dict[str, Any], states: Sequence[Any], lengths: Sequence[int]) -> Called:
+        """Score a batch of B completions.
+
+        Args:
+            given: the function's keyword arguments, lists of length B.
+            states: B hashable things for the cache, besides `given`: prompt and token ids.
+            lengths: B numbers of tokens, for the steps of process rewards.
+
+        Raises:
+            ValueError: a call failed and `on_error` is `"raise"`.
+        """
+        keys = self._keys(given, states)
+        with self._lock:
+            known = {key: self._cache[key] for key in keys if key in self._cache}
+        todo = list({key: row for row, key in enumerate(keys) if key not in known}.values())
+        size = self.batch_size or max(1, len(todo))
+        calls = [todo[i : i + size] for i in range(0, len(todo), size)]
+        failed: dict[Any, str] = {}
+        for rows, result in zip(calls, self._pool().map(lambda rows: self._attempt(given, lengths, rows), calls), strict=True):
+            if isinstance(result, str):
+                failed.update({keys[row]: result for row in rows})
+            else:
+                known.update({keys[row]: value for row, value in zip(rows, result, strict=True)})
+        self._remember({keys[row]: known[keys[row]] for row in todo if keys[row] in known})
+        if failed:
+            self._report(failed, keys)
+        values = [self.on_error if key in failed else known[key] for key in keys]
+        errors = {row: f"{self.__name__}: {failed[key]}" for row, key in enumerate(keys) if key in failed}
+        return Called(values, errors)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Stop the worker processes; the next call starts new ones."""
+        while not self._children.empty():
+            self._children.get().kill()
+        for _ in range(self.workers if self.processes else 0):
+            self._children.put(_Child(self.function))
+
+    def _keys(self, given: dict[str, Any], states: Sequence[Any]) -> list[Any]:
+        if not self.cache_size:
+            return list(range(len(states)))
+        columns = [given[key] for key in sorted(given)]
+        return [(state, pickle.dumps([column[row] for column in columns])) for row, state in enumerate(states)]
+
+    def _remember(self, scored: dict[Any, Value]) -> None:
+        with self._lock:
+            if self.cache_size:
+                self._cache.update(scored)
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+
+    def _report(self, failed: dict[Any, str], keys: list[Any]) -> None:
+        first = next(row for row, key in enumerate(keys) if key in failed)
+        what = f"failed for {sum(key in failed for key in keys)} of {len(keys)} completions, the first in row {first}: "
+        what += failed[keys[first]]
+        if self.on_error == "raise":
+            raise BadValue(f"{what} (PooledReward's on_error= can put a number in its place)")
+        logger.warning("reward %r %s; they are paid on_error=%s", self.__name__, what, self.on_error)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix=f"reward-{self.__name__}")
+            return self._threads
+
+    def _attempt(self, given: dict[str, Any], lengths: Sequence[int], rows: list[int]) -> list[Value] | str:
+        """The values of one call, or what went wrong. Its time begins here, in the worker."""
+        part = {key: [column[row] for row in rows] for key, column in given.items()}
+        spans = [lengths[row] for row in rows]
+        try:
+            if self.processes:
+                child = self._children.get()
+                try:
+                    return checked(child.call(part, self.timeout), spans)
+                finally:
+                    self._children.put(child)
+            if self.timeout is None:
+                return call(self.function, part, spans)
+            return _within(self.timeout, lambda: call(self.function, part, spans))
+        except TimeoutError as error:
+            return f"TimeoutError: {error}" if str(error) else "TimeoutError"
+        except Exception as error:
+            return str(error) if isinstance(error, (BadValue, _ChildError)) else f"{type(error).__name__}: {error}"
+
+
+def _late(timeout: float | None) -> TimeoutError:
+    return TimeoutError(f"no answer within {timeout} s of the call's start")
+
+
+def _within(timeout: float, work: Callable[[], Any]) -> Any:
+    """The result of `work`, run in a thread that is left behind when it takes longer than `timeout` seconds."""
+    results: queue.Queue[tuple[bool, Any]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            results.put((True, work()))
+        except BaseException as error:
+            results.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        worked, result = results.get(timeout=timeout)
+    except queue.Empty:
+        raise _late(timeout) from None
+    if not worked:
+        raise result
+    return result
+
+
+class _ChildError(Exception):
+    """What a worker process said of its failure."""
+
+
+class _Child:
+    """A worker process, started when it is first needed and again after it was killed or died."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._process: Any = None
+
+    def call(self, given: dict[str, Any], timeout: float | None) -> Any:
+        """The function's result; its time does not include the start of the process."""
+        if self._process is None or not self._process.is_alive():
+            self._begin()
+        try:
+            self._pipe.send(given)
+            if not self._pipe.poll(timeout):
+                self.kill()
+                raise _late(timeout)
+            worked, result = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join(1.0)
+            code = self._process.exitcode
+            self.kill()
+            raise _ChildError(f"the worker process died with exit code {code}") from None
+        if not worked:
+            raise _ChildError(result)
+        return result
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")  # fork and torch's threads do not go together
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self._pipe.recv()
+        except EOFError:
+            raise _ChildError(
+                "the worker process ended before it was ready; start the work of your script under "
+                'if __name__ == "__main__":, or use processes=False'
+            ) from None
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+
+def _serve(pipe: Any, function: Callable[..., Any]) -> None:
+    pipe.send("ready")
+    while True:
+        try:
+            given = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            values = function(**given)
+            pipe.send((True, wait_for(values) if inspect.isawaitable(values) else values))
+        except Exception as error:
+            pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _check_importable(function: Callable[..., Any], name: str) -> None:
+    try:
+        pickle.dumps(function)
+    except Exception as error:
+        raise TypeError(
+            f"reward {name!r} cannot be sent to a worker process ({error}); define it at the top of a module, or use "
+            "processes=False"
+        ) from error
