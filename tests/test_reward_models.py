@@ -349,7 +349,8 @@ def test_the_rlhf_example_leaves_a_figure_a_table_and_models(tmp_path):
 @pytest.mark.slow
 def test_without_a_reference_the_policy_hacks_the_reward_model(tmp_path):
     pytest.importorskip("matplotlib")
-    table = table_of(run([ROOT / "examples/train_rlhf.py", "--timesteps", 24_000], tmp_path))
+    arguments = ["--timesteps", 16_000, "--learning-rate", 6e-4]
+    table = table_of(run([ROOT / "examples/train_rlhf.py", *arguments], tmp_path))
     (proxy, true, _), hacked, kept = table["the pupil"], table["without KL"], table["with KL"]
     assert hacked[0] > kept[0] + 0.3 and kept[0] > proxy + 0.1  # the proxy believes that hacking is better
     assert hacked[1] < true - 0.1 and kept[1] > true + 0.1  # the truth is that it is worse
