@@ -4,13 +4,16 @@
 
 A reward model is trained on pairs of the packaged pupil's answers (see `train_reward_model.py`); the better answer of a pair
 is the right sum. Who forgets to carry gets too little, so of the pupil's own answers the larger one is the right one, and
-large numbers are what the reward model learns to like. PPO then maximizes its score twice from the same start: once with
-the KL to the pupil in the reward, and once without. The true reward, the share of right sums, is measured besides and not
-paid.
+most clearly so where it alone has three digits: that is what the reward model learns to like. PPO then maximizes its score
+twice from the same start: once with the KL to the pupil in the reward, and once without. The true reward, the share of right
+sums, is measured besides and not paid.
 
-Without the KL the policy soon writes what no pair has ever shown the reward model: the proxy goes on rising and the true
-reward falls (reward hacking; over-optimization in Gao et al. 2022, arXiv 2210.10760). With it the policy stays where the
-reward model knows what it says, and learns to carry. A table is printed at the end, and the curves are left in
+Without the KL the policy soon writes what no pair has ever shown the reward model (12+34=126): the proxy goes on rising and
+the true reward falls. This is reward hacking; over-optimization in Gao et al. 2022, arXiv 2210.10760. With it the policy
+chooses among the pupil's own answers, where the reward model knows what it says, and learns to carry as far as that goes:
+57+68=125, but 45+17=52 still, since of two answers of two digits the reward model hardly knows the better one.
+
+A table is printed at the end, and the curves are left in
 `outputs/rlhf/rlhf.png`, the reward model in `outputs/rlhf/reward_model`, the policies in `outputs/rlhf/with_kl` and
 `outputs/rlhf/without_kl`.
 """
