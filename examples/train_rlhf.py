@@ -3,14 +3,17 @@
     python examples/train_rlhf.py --seed 0
 
 A reward model is trained on pairs of the packaged pupil's answers (see `train_reward_model.py`); the better answer of a pair
-is the right sum. Carrying makes a sum larger, so that among the pupil's answers the larger one is the right one, and a
-larger number, best of all one of three digits, is what the reward model learns to like. PPO then maximizes the reward
-model twice from the same start: once with the KL to the pupil in the reward, and once without. The true reward, the share
-of right sums, is measured besides and not paid.
+is the right sum. Who forgets to carry gets too little, so of the pupil's own answers the larger one is the right one, and
+most clearly so where it alone has three digits: that is what the reward model learns to like. PPO then maximizes its score
+twice from the same start: once with the KL to the pupil in the reward, and once without. The true reward, the share of right
+sums, is measured besides and not paid.
 
-Without the KL the policy soon writes what no pair has ever shown the reward model: the proxy goes on rising and the true
-reward falls (reward hacking; over-optimization in Gao et al. 2022, arXiv 2210.10760). With it the policy stays where the
-reward model knows what it says, and learns to carry. A table is printed at the end, and the curves are left in
+Without the KL the policy soon writes what no pair has ever shown the reward model (12+34=126): the proxy goes on rising and
+the true reward falls. This is reward hacking; over-optimization in Gao et al. 2022, arXiv 2210.10760. With it the policy
+chooses among the pupil's own answers, where the reward model knows what it says, and learns to carry as far as that goes:
+57+68=125, but 45+17=52 still, since of two answers of two digits the reward model hardly knows the better one.
+
+A table is printed at the end, and the curves are left in
 `outputs/rlhf/rlhf.png`, the reward model in `outputs/rlhf/reward_model`, the policies in `outputs/rlhf/with_kl` and
 `outputs/rlhf/without_kl`.
 """
@@ -19,6 +22,7 @@ import argparse
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +43,9 @@ except ImportError as error:
     raise SystemExit("this example draws a figure and needs matplotlib: pip install matplotlib") from error
 
 MEASURES = ("reward/reward_model", "reward/exact_match", "kl")
+SHOWN = ["12+34=", "57+68=", "8+7=", "45+17="]
+CALIBRATED_ON = 1000  # answers of the pupil
+LAST = 4  # rollouts whose mean is the result
 Point = tuple[float, ...]  # tokens, and the means of MEASURES
 
 
@@ -63,13 +70,21 @@ def make_env(reward: RewardModel, kl_coef: float) -> TextGenerationEnv:
     return TextGenerationEnv(**rules)
 
 
-def learn(reward: RewardModel, kl_coef: float, timesteps: int, seed: int, logs: Path, name: str) -> tuple[PPO, list[Point]]:
-    """PPO from the pupil, and its curves."""
-    env, curves = make_env(reward, kl_coef), Curves()
-    settings = {"learning_rate": 3e-4, "n_envs": 256, "batch_size": 64, "n_epochs": 1}
-    agent = PPO(llm_env.PUPIL, env, seed=seed, tensorboard_log=str(logs), **settings)
-    agent.learn(timesteps, callback=curves, tb_log_name=name, progress_bar=True)
-    return agent, curves.points
+def make_agent(env: TextGenerationEnv, **settings: Any) -> PPO:
+    """PPO from the pupil: 256 problems a rollout, one pass over it in four optimizer steps."""
+    return PPO(llm_env.PUPIL, env, n_envs=256, batch_size=64, n_epochs=1, **settings)
+
+
+def make_reward(pairs: int, seed: int, out: Path) -> RewardModel:
+    """Train the reward model, say how good it is, save it, and calibrate it on answers of the pupil."""
+    judge = Judge(seed)
+    reward = train(llm_env.PUPIL, judge.pairs(pairs), seed)
+    share = accuracy(reward, Judge(seed, "test").pairs(HELD_OUT))
+    print(f"The reward model agrees with {share:.1%} of {HELD_OUT} held-out pairs, after {pairs} to learn from.")
+    reward.model.save_pretrained(out)
+    reward.tokenizer.save_pretrained(out)
+    rows, answers, _ = judge.answers(CALIBRATED_ON)
+    return reward.calibrate([row["prompt"] for row in rows], answers)
 
 
 def draw(runs: dict[str, list[Point]], path: Path) -> None:
@@ -93,6 +108,14 @@ def draw(runs: dict[str, list[Point]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def report(table: list[tuple[str, Point]]) -> None:
+    """Print proxy, share of right sums and KL in nats."""
+    print(f"\n{'':12}  {'proxy':>6}  {'true':>6}  {'KL':>6}")
+    for name, (_, *values) in table:
+        print(f"{name:12}  " + "  ".join(f"{value:6.2f}" for value in values))
+    print(f"(the pupil: the first rollout; the others: mean of the last {LAST})\n")
+
+
 def main() -> None:
     """Parse the command line; pairs, reward model, PPO twice, figure and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,6 +123,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=500, help="preference pairs (default 500)")
     parser.add_argument("--timesteps", type=int, default=36_000, help="action tokens of each of the two runs (default 36000)")
     parser.add_argument("--kl-coef", type=float, default=0.3, help="of the run with KL, in reward per nat (default 0.3)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard (default runs)")
     parser.add_argument("--out", type=Path, default=Path("outputs/rlhf"), help="folder for figure and models")
     arguments = parser.parse_args()
@@ -109,31 +133,25 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=TqdmExperimentalWarning)
 
     start = time.monotonic()
-    judge, seed = Judge(arguments.seed), arguments.seed
-    reward = train(llm_env.PUPIL, judge.pairs(arguments.pairs), seed)
-    share = accuracy(reward, Judge(seed, "test").pairs(HELD_OUT))
-    print(f"The reward model agrees with {share:.1%} of {HELD_OUT} held-out pairs, after {arguments.pairs} to learn from.")
-    rows, answers, _ = judge.answers(512)
-    reward.calibrate([row["prompt"] for row in rows], answers)
-    reward.model.save_pretrained(arguments.out / "reward_model")
-    reward.tokenizer.save_pretrained(arguments.out / "reward_model")
-
-    runs, shown = {}, ["12+34=", "57+68=", "8+7=", "45+17="]
-    lines = []
+    reward = make_reward(arguments.pairs, arguments.seed, arguments.out / "reward_model")
+    runs: dict[str, list[Point]] = {}
+    table: list[tuple[str, Point]] = []
     for name, kl_coef in (("without KL", 0.0), ("with KL", arguments.kl_coef)):
         print(f"PPO {name} ...", flush=True)
-        folder = name.replace(" ", "_")
-        agent, points = learn(reward, kl_coef, arguments.timesteps, seed, arguments.logs, f"RLHF_{folder}")
+        folder, curves = name.lower().replace(" ", "_"), Curves()
+        settings = {"learning_rate": arguments.learning_rate, "seed": arguments.seed, "tensorboard_log": str(arguments.logs)}
+        agent = make_agent(make_env(reward, kl_coef), **settings)
+        agent.learn(arguments.timesteps, callback=curves, tb_log_name=f"RLHF_{folder}", progress_bar=True)
         agent.policy.save_pretrained(arguments.out / folder)
-        runs[name if kl_coef == 0 else f"{name} ({kl_coef:g} per nat)"] = points
-        lines += [("the pupil", points[0])] if not lines else []
-        lines += [(name, np.mean(points[-4:], axis=0))]
-        print("  ".join(f"{prompt}{answer}" for prompt, answer in zip(shown, agent.generate(shown, True), strict=True)))
+        runs[f"{name} ({kl_coef:g} per nat)" if kl_coef else name] = curves.points
+        table += [("the pupil", curves.points[0])] if not table else []
+        table += [(name, tuple(np.mean(curves.points[-LAST:], axis=0)))]
+        print("  ".join(map("".join, zip(SHOWN, agent.generate(SHOWN, deterministic=True), strict=True))))
     draw(runs, arguments.out / "rlhf.png")
-    print(f"\n{'':12}  {'proxy':>6}  {'true':>6}  {'KL':>6}")
-    for name, (_, *values) in lines:
-        print(f"{name:12}  " + "  ".join(f"{value:6.2f}" for value in values))
-    print(f"\nmeans over the last rollouts; {time.monotonic() - start:.0f} s in all; curves: {arguments.out / 'rlhf.png'}")
+    report(table)
+    print(
+        f"{time.monotonic() - start:.0f} s; saved {arguments.out / 'rlhf.png'}, and beside it the reward model and the policies"
+    )
 
 
 if __name__ == "__main__":

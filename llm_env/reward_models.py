@@ -63,8 +63,7 @@ class RewardModel:
         ValueError: the checkpoint has no (or not the whole) classification head, several labels and no `index`, a tokenizer
             that does not fit, or an argument is unusable.
 
-    Limits: models whose head reads at the last position whether it is padding or not (XLNet), and recurrent ones that run
-    on over padding, need `batch_size=1`.
+    Limits: a model whose head reads at the last position whether it is padding or not (XLNet) needs `batch_size=1`.
 
     Examples:
         >>> import llm_env, torch
@@ -139,7 +138,7 @@ class RewardModel:
     def calibrate(self, prompts: Sequence[str], completions: Sequence[str]) -> RewardModel:
         """Set `mean` and `std` so that these completions score 0 in the mean with a standard deviation of 1.
 
-        Ziegler et al. 2019 (arXiv 1909.08593, section 2.1) normalize so over completions of the policy before it is trained.
+        Ziegler et al. 2019 (arXiv 1909.08593, section 2) normalize so over completions of the policy before it is trained.
         The standard deviation is that of these completions (divided by n).
 
         Returns:
@@ -250,7 +249,9 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _load_classifier(
     model: str | Path | PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | str | None
 ) -> PreTrainedModel:
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} must be a torch dtype or the name of one, such as 'bfloat16'")
     if isinstance(model, (str, Path)):
         name = str(model)
         model, info = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)

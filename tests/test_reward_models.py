@@ -33,10 +33,7 @@ DECODERS = {
     "llama": (LlamaForSequenceClassification, LlamaConfig),
     "qwen2": (Qwen2ForSequenceClassification, Qwen2Config),
 }
-ENCODERS = {
-    "bert": (BertForSequenceClassification, BertConfig),
-    "roberta": (RobertaForSequenceClassification, RobertaConfig),
-}
+ENCODERS = {"bert": (BertForSequenceClassification, BertConfig), "roberta": (RobertaForSequenceClassification, RobertaConfig)}
 PROMPTS = ["a", "abcdefgh", "12+3", "", "hgfe", "b<eos>", "c"]
 COMPLETIONS = ["b", "8765", "=", "d", "ab<eos>", "<eos>", "<eos><eos>"]
 
@@ -69,14 +66,11 @@ def by_hand(model, tokenizer, prompts, completions):
                 skipped = model.config.pad_token_id
                 last = max((i for i, token in enumerate(ids) if token != skipped), default=0)
                 scores.append(float(hidden[last] @ model.score.weight[0]))
-            elif isinstance(model, BertForSequenceClassification):
-                dense, head = model.bert.pooler.dense, model.classifier
-                pooled = torch.tanh(dense.weight @ hidden[0] + dense.bias)
-                scores.append(float(head.weight[0] @ pooled + head.bias[0]))
             else:
-                dense, head = model.classifier.dense, model.classifier.out_proj
-                pooled = torch.tanh(dense.weight @ hidden[0] + dense.bias)
-                scores.append(float(head.weight[0] @ pooled + head.bias[0]))
+                bert = isinstance(model, BertForSequenceClassification)
+                dense = model.bert.pooler.dense if bert else model.classifier.dense
+                head = model.classifier if bert else model.classifier.out_proj
+                scores.append(float(head.weight[0] @ torch.tanh(dense.weight @ hidden[0] + dense.bias) + head.bias[0]))
     return scores
 
 
@@ -277,9 +271,16 @@ def test_unusable_models_are_refused(adder, tmp_path):
         RewardModel(model)
     with pytest.raises(ValueError, match=r"vocabulary has 10 tokens, the tokenizer's"):
         RewardModel(make_classifier("llama", 10), tokenizer)
-    for bad in ({"truncation": "middle"}, {"batch_size": 0}, {"max_tokens": -1}):
+    for bad in ({"truncation": "middle"}, {"batch_size": 0}, {"max_tokens": -1}, {"dtype": "fp32"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             RewardModel(model, tokenizer, **bad)
+
+
+def test_it_is_imported_when_asked_for(tmp_path):
+    code = "import sys, llm_env; assert 'llm_env.reward_models' not in sys.modules; print(llm_env.RewardModel.__name__)"
+    assert run(["-c", code], tmp_path) == "RewardModel\n"
+    with pytest.raises(AttributeError, match="has no attribute 'RewardModels'"):
+        llm_env.RewardModels  # noqa: B018
 
 
 def test_in_an_env_it_is_one_component_by_its_name(adder):
@@ -349,7 +350,8 @@ def test_the_rlhf_example_leaves_a_figure_a_table_and_models(tmp_path):
 @pytest.mark.slow
 def test_without_a_reference_the_policy_hacks_the_reward_model(tmp_path):
     pytest.importorskip("matplotlib")
-    table = table_of(run([ROOT / "examples/train_rlhf.py", "--timesteps", 24_000], tmp_path))
+    arguments = ["--timesteps", 16_000, "--learning-rate", 6e-4]
+    table = table_of(run([ROOT / "examples/train_rlhf.py", *arguments], tmp_path))
     (proxy, true, _), hacked, kept = table["the pupil"], table["without KL"], table["with KL"]
     assert hacked[0] > kept[0] + 0.3 and kept[0] > proxy + 0.1  # the proxy believes that hacking is better
     assert hacked[1] < true - 0.1 and kept[1] > true + 0.1  # the truth is that it is worse
