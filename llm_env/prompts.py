@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ class PromptSource(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Row:
         """Row `index`: a dict with `prompt` (a str) or `messages` (a chat), and any columns for the reward functions."""
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows; a source need not raise at the end, which is what Python's own way through a sequence relies on."""
+        return (self[index] for index in range(len(self)))
 
 
 def split_of(text: str) -> str:

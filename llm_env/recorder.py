@@ -28,12 +28,14 @@ class Recorder:
 
     Args:
         path: the file; made with its folders if it is not there. A last line that was cut off is taken away.
+        columns: those of a prompt, to see before any episode has ended that they can be written.
 
     Raises:
         TypeError: a prompt's column holds what JSON cannot.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, columns: dict[str, Any] | None = None) -> None:
+        json.dumps(columns, default=_plain)
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
@@ -42,10 +44,6 @@ class Recorder:
         if len(whole) < len(content):
             logger.warning("%s ends in the middle of a line: its last %d bytes are cut", self.path, len(content) - len(whole))
             self.path.write_bytes(whole)
-
-    def check(self, columns: dict[str, Any]) -> None:
-        """Refuse columns that cannot be written, before any episode has ended."""
-        json.dumps(columns, default=_plain)
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Append records."""

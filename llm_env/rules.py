@@ -73,21 +73,13 @@ class Rules:
         overlong_penalty: float = 1.0,
         missing_eos_penalty: float = 0.0,
     ) -> None:
-        for name, value in (("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
-        if getattr(self.tokenizer, "eos_token_id", None) is None:
-            raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
+        self.max_prompt_tokens = _whole("max_prompt_tokens", max_prompt_tokens, 1)
+        self.max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1)
+        min_new_tokens = _whole("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
+        self.tokenizer = _tokenizer(tokenizer)
         if observation not in FORMS:
             raise ValueError(f"observation={observation!r} must be one of {FORMS}")
         self.observation = observation
-        self.max_prompt_tokens = int(max_prompt_tokens)
-        self.max_new_tokens = int(max_new_tokens)
-        if not isinstance(min_new_tokens, (int, np.integer)) or not 0 <= min_new_tokens <= max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens={min_new_tokens!r} must be a whole number from 0 to max_new_tokens={max_new_tokens}"
-            )
         self.ends = Ends(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
         self.stop = [stop] if isinstance(stop, str) else list(stop or [])
         if not all(isinstance(s, str) and s for s in self.stop):
@@ -99,19 +91,16 @@ class Rules:
         self.vocab_size = vocabulary_size(self.tokenizer)
         self.constraint: TokenConstraint | None = None
         if allowed_tokens is not None or min_new_tokens:
-            self.constraint = TokenConstraint(allowed_tokens, int(min_new_tokens), self.vocab_size, self.eos_id)
+            self.constraint = TokenConstraint(allowed_tokens, min_new_tokens, self.vocab_size, self.eos_id)
         self.prompts = PromptTable(prompts, self.tokenizer, self.max_prompt_tokens, split, long_prompts)
         self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
         if success is not None and success not in self.rewards.names:
             raise ValueError(f"success={success!r} is not one of the reward components {self.rewards.names}")
         self.success = success
-        self.recorder = None
-        if record is not None:
-            self.recorder = Recorder(record)
-            self.recorder.check(self.prompts.row(0))
         self.reference, self.kl = _reference_and_kl(reference, kl_coef)
         if self.reference is not None:
             self.reference.check_vocabulary(self.vocab_size)
+        self.recorder = None if record is None else Recorder(record, self.prompts.row(0))
 
     @property
     def max_tokens(self) -> int:
@@ -156,6 +145,20 @@ class Rules:
             return False
         (text,) = self.decode([response[-self._stop_window :]])
         return any(stop in text for stop in self.stop)
+
+
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    if not isinstance(value, (int, np.integer)) or value < least or (most is not None and value > most):
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}" + (f", at most {most}" if most else ""))
+    return int(value)
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
+    return tokenizer
 
 
 def vocabulary_size(tokenizer: Any) -> int:
