@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributions import Categorical
 
 from agents import TextVecEnv, TokenEmbeddingExtractor
-from llm_env import TextGenerationEnv
 from llm_env.observations import spaces_of
 from tests.conftest import make_tokenizer
 from tests.probes import make_env
@@ -98,14 +97,13 @@ def test_token_ids_as_plain_numbers_teach_sb3_ppo_little():
     assert before_and_after({})[1] < 0.6
 
 
-class Masked(TextGenerationEnv):
+def masked(reward, prompts=("a",)):
     """Only letters may be written, and the prompt's own letter may not: the mask follows the state."""
 
-    def action_masks(self):
-        mask = np.zeros(self.rules.vocab_size, dtype=bool)
-        mask[3:] = True
-        mask[self._episodes.prompt(0)] = False
-        return mask
+    def letters_but_the_prompts(prompt, response):
+        return [token for token in range(3, len(TOKENIZER)) if token not in prompt]
+
+    return make_env(TOKENIZER, reward, prompts, max_prompt_tokens=1, allowed_tokens=letters_but_the_prompts)
 
 
 def masked_answers(seed=0):
@@ -118,8 +116,7 @@ def masked_answers(seed=0):
         return [c.count("b") / 4 for c in completions]
 
     def make():
-        kwargs = dict(max_prompt_tokens=1, max_new_tokens=4)
-        return Masked(["a", "b", "c"], share_of_b, TOKENIZER, **kwargs)
+        return masked(share_of_b, ("a", "b", "c"))
 
     model = contrib.MaskablePPO(
         "MultiInputPolicy",
@@ -153,7 +150,7 @@ def test_sb3_contrib_finds_the_masks_through_wrappers_and_vec_envs():
     from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 
     def make():
-        return Monitor(TimeLimit(Masked(["a"], lambda completions: [0.0], TOKENIZER, max_prompt_tokens=1, max_new_tokens=4), 3))
+        return Monitor(TimeLimit(masked(lambda completions: [0.0]), 3))
 
     expected = [False] * 4 + [True] * (len(TOKENIZER) - 4)  # <eos>, <pad>, <unk> and a are forbidden
     vec_env = make_vec_env(make, 2)
