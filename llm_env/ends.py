@@ -58,7 +58,7 @@ class Ends:
         penalties: dict[str, np.ndarray] = {}
         if self.overlong_buffer:
             over = np.clip(lengths - (self.max_new_tokens - self.overlong_buffer), 0, None) / self.overlong_buffer
-            penalties["overlong"] = -self.overlong_penalty * over
+            penalties["overlong"] = 0.0 - self.overlong_penalty * over
         if self.missing_eos_penalty:
-            penalties["missing_eos"] = -self.missing_eos_penalty * truncated
+            penalties["missing_eos"] = 0.0 - self.missing_eos_penalty * truncated
         return sum(penalties.values(), start=scores), penalties

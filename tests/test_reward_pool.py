@@ -1,0 +1,244 @@
+"""Rewards in workers: time-outs, errors, caches and awaiting, and what the env and the logs say of them."""
+
+import asyncio
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from llm_env import PooledReward, TextGenerationEnv, TextGenerationVectorEnv
+from llm_env.rewards import RewardSum
+from tests.conftest import make_tokenizer
+from tests.test_agents import make_agent
+
+TOKENIZER = make_tokenizer("abcdefgh")
+EOS, A, B = 0, 3, 4
+
+
+def letters(completions, **kwargs):
+    return [float(len(c)) for c in completions]
+
+
+def picky(completions):
+    """Fails on b, sleeps on c, lives in a module so that a process can import it."""
+    if "b" in completions[0]:
+        raise RuntimeError(f"cannot read {completions[0]!r}")
+    if "c" in completions[0]:
+        time.sleep(30)
+    if "d" in completions[0]:
+        os._exit(7)
+    return [float(len(completions[0]))]
+
+
+async def awaited(completions):
+    await asyncio.sleep(30 if "c" in completions[0] else 0.05)
+    return [float(len(c)) for c in completions]
+
+
+def score(reward, completions, **columns):
+    ids = [TOKENIZER(c)["input_ids"] for c in completions]
+    return reward(["p"] * len(completions), list(completions), ids, columns)
+
+
+def test_a_pool_changes_no_score_and_keeps_the_order():
+    def slow_first(completions):
+        time.sleep(0.05 if completions[0] == "a" else 0.0)
+        return [float(len(c)) for c in completions]
+
+    completions = ["a", "bb", "ccc", "dddd", "eeeee"]
+    for settings in ({}, {"batch_size": 2}, {"batch_size": None}, {"workers": 1}, {"timeout": 5.0}, {"cache_size": 10}):
+        scores = score(RewardSum(PooledReward(slow_first, **settings)), completions)
+        assert scores.total.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0] and scores.errors == {}
+        assert list(scores.components) == ["slow_first"]
+
+
+def test_workers_run_at_once():
+    barrier = threading.Barrier(4, timeout=10)
+
+    def together(completions):
+        barrier.wait()  # goes on only when four calls are under way
+        return [1.0]
+
+    assert score(RewardSum(PooledReward(together, workers=4)), "abcd").total.tolist() == [1.0] * 4
+
+
+def test_the_time_out_begins_with_the_call_and_not_in_the_line():
+    def quarter(completions):
+        time.sleep(0.25)
+        return [1.0]
+
+    begin = time.monotonic()
+    scores = score(RewardSum(PooledReward(quarter, workers=1, timeout=0.75, on_error=-1.0)), "abcdef")
+    assert time.monotonic() - begin > 1.4  # the last call waited for longer than the time-out
+    assert scores.errors == {} and scores.total.tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+def test_errors_and_time_outs_hit_their_own_rows(processes):
+    reward = PooledReward(picky, workers=2, processes=processes, timeout=3.0, on_error=-5.0)
+    begin = time.monotonic()
+    scores = score(RewardSum(reward), ["a", "b", "aa", "c", "aaa"])
+    assert time.monotonic() - begin < 25
+    assert scores.total.tolist() == [1.0, -5.0, 2.0, -5.0, 3.0]
+    assert scores.errors == {
+        1: "picky: RuntimeError: cannot read 'b'",
+        3: "picky: TimeoutError: no answer within 3.0 s of the call's start",
+    }
+    assert score(RewardSum(reward), ["aaaa", "a"]).total.tolist() == [4.0, 1.0]  # the pool is whole again
+    if processes:
+        assert score(RewardSum(reward), ["d", "a"]).errors == {0: "picky: the worker process died with exit code 7"}
+    reward.close()
+
+
+def test_raise_is_the_default_and_loses_nothing():
+    fails = [True]
+
+    def sometimes(completions):
+        if fails[0]:
+            raise RuntimeError("no network")
+        return [7.0]
+
+    env = TextGenerationEnv(["a"], PooledReward(sometimes), TOKENIZER, max_new_tokens=3)
+    env.reset(seed=0)
+    env.step(A)
+    with pytest.raises(
+        ValueError, match="'sometimes' failed for 1 of 1 completions, the first in row 0: RuntimeError: no network"
+    ):
+        env.step(EOS)
+    fails[0] = False
+    assert env.step(EOS)[1] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([float("nan")], "returned nan for row 0"),
+        ([1.0, 2.0], "returned 2 values for 1 completions"),
+        (None, "returned None for all"),
+    ],
+)
+def test_what_is_no_score_is_an_error_too(returned, message):
+    scores = score(RewardSum(PooledReward(lambda completions: returned, on_error=-1.0)), ["a"])
+    assert scores.total.tolist() == [-1.0] and message in scores.errors[0]
+
+
+def test_the_cache_knows_prompt_ids_and_columns():
+    calls = []
+
+    def counted(completions, answer):
+        calls.append(completions[0])
+        return [float(len(completions[0]) + answer[0])]
+
+    reward = RewardSum(PooledReward(counted, cache_size=3), columns=["answer"])
+    assert score(reward, ["a", "a", "bb"], answer=[0, 0, 0]).total.tolist() == [1.0, 1.0, 2.0]
+    assert sorted(calls) == ["a", "bb"]  # twins of one batch are asked for once
+    assert score(reward, ["a", "bb"], answer=[0, 5]).total.tolist() == [1.0, 7.0]
+    assert sorted(calls) == ["a", "bb", "bb"]
+    score(reward, ["ccc"], answer=[0])  # the oldest leaves
+    score(reward, ["a"], answer=[0])
+    assert calls.count("a") == 2
+
+
+def test_an_error_is_not_remembered():
+    fails = [True]
+
+    def sometimes(completions):
+        if fails[0]:
+            raise RuntimeError("busy")
+        return [1.0]
+
+    reward = RewardSum(PooledReward(sometimes, on_error=0.0, cache_size=5))
+    assert score(reward, ["a"]).errors
+    fails[0] = False
+    assert score(reward, ["a"]).total.tolist() == [1.0] and not score(reward, ["a"]).errors
+
+
+def test_asynchronous_functions_plain_and_pooled():
+    assert score(RewardSum(awaited), ["a", "bb"]).total.tolist() == [1.0, 2.0]
+
+    async def in_a_running_loop():
+        return score(RewardSum(awaited), ["a", "bb"]).total.tolist()
+
+    assert asyncio.run(in_a_running_loop()) == [1.0, 2.0]
+    begin = time.monotonic()
+    scores = score(RewardSum(PooledReward(awaited, workers=8, timeout=1.0, on_error=0.5)), "abcdefgh")
+    assert scores.total.tolist() == [1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0] and time.monotonic() - begin < 5
+
+
+def test_steps_come_through_a_pool():
+    def steps(completion_ids):
+        return [[(0, 1.0), (len(ids) - 1, 2.0)] for ids in completion_ids]
+
+    venv = TextGenerationVectorEnv(2, ["a"], PooledReward(steps), TOKENIZER, max_new_tokens=4)
+    venv.reset(seed=0)
+    assert [row.tolist() for row in venv.step_responses([[A, B, EOS], [A, EOS]]).rewards] == [[1.0, 0.0, 2.0], [1.0, 2.0]]
+
+
+def test_the_info_and_the_logs_tell_of_errors_and_of_time():
+    def fails_on_a(completions):
+        time.sleep(0.01)
+        if completions[0].startswith("a"):
+            raise RuntimeError("no a")
+        return [1.0]
+
+    env = TextGenerationEnv(
+        ["a", "b"], [PooledReward(fails_on_a, on_error=0.25), letters], TOKENIZER, max_prompt_tokens=1, max_new_tokens=2
+    )
+    env.reset(seed=0)
+    env.step(A)
+    info = env.step(EOS)[4]
+    assert info["reward_error"] == "fails_on_a: RuntimeError: no a" and info["reward/fails_on_a"] == 0.25
+    agent = make_agent("GRPO", env=env, n_envs=32)
+    agent.learn(10, log_interval=None)  # one rollout, not dumped
+    logged = agent.logger.name_to_value
+    expected = (logged["rollout/reward/fails_on_a"] - 1.0) / (0.25 - 1.0)  # a share p of errors makes a mean of 1 - 0.75 p
+    assert logged["rollout/reward_errors"] == pytest.approx(expected) and 0 < expected < 1
+    assert logged["time/reward/fails_on_a"] >= 0.01 * 32 / 4 and logged["time/reward/letters"] < 0.1
+
+
+def test_a_pool_can_be_pickled_and_is_a_function_by_itself():
+    reward = pickle.loads(pickle.dumps(PooledReward(picky, timeout=1.0, on_error=2.0)))
+    assert reward(completions=["a", "b"]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"function": 3}, TypeError, "reward 3 is a int"),
+        ({"workers": 0}, ValueError, "workers=0 must be"),
+        ({"batch_size": 0}, ValueError, "batch_size=0 must be"),
+        ({"timeout": 0}, ValueError, "timeout=0 must be"),
+        ({"on_error": "zero"}, ValueError, "on_error='zero' must be 'raise' or a finite number"),
+        ({"on_error": float("nan")}, ValueError, "on_error=nan"),
+        ({"cache_size": -1}, ValueError, "cache_size=-1"),
+        ({"function": lambda completions: [0.0], "processes": True}, TypeError, "cannot be sent to a worker process"),
+    ],
+)
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        PooledReward(**{"function": picky, **kwargs})
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from llm_env import PooledReward\n"
+        "def one(completions):\n    return [1.0]\n"
+        "print(PooledReward(one, processes=True)(completions=['a']))\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and 'if __name__ == "__main__"' in done.stderr.splitlines()[-1]
+
+
+def test_hung_threads_do_not_keep_a_script_from_ending(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import time\nfrom llm_env import PooledReward\n"
+        "print(PooledReward(lambda completions: time.sleep(60), timeout=0.2, on_error=0.0)(completions=['a']))\n"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.stdout == "[0.0]\n" and time.monotonic() - begin < 40
+    assert "no answer within 0.2 s" in done.stderr  # never silent
