@@ -141,7 +141,7 @@ def test_a_mark_that_is_not_true_is_noticed():
     env = make(liar)
     env.reset(seed=0)
     assert env.step(A)[1] == 1.0
-    with pytest.raises(ValueError, match="was paid 1 for the first 1 tokens and now says 2.*take the mark off"):
+    with pytest.raises(ValueError, match=r"was paid 1 for the first 1 tokens and now says 2.*take the mark off"):
         env.step(A)
 
 

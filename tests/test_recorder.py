@@ -120,7 +120,7 @@ def test_a_line_that_was_cut_off_is_taken_away_and_the_file_goes_on(tmp_path, ca
 
 
 def test_columns_that_json_cannot_hold_are_refused_at_once(tmp_path):
-    with pytest.raises(TypeError, match="a column of the prompts holds .*complex.*, which JSON cannot"):
+    with pytest.raises(TypeError, match=r"a column of the prompts holds .*complex.*, which JSON cannot"):
         TextGenerationEnv([{"prompt": "a", "z": 1j}], length, TOKENIZER, record=tmp_path / "e.jsonl")
     env = TextGenerationEnv(
         [{"prompt": "a", "z": np.arange(2)}], length, TOKENIZER, record=tmp_path / "e.jsonl", max_new_tokens=1
