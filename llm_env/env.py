@@ -23,7 +23,8 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
     only, and never tokenized again.
 
     ## Action Space
-    `Discrete(V)`, V the size of the tokenizer's vocabulary: the next token.
+    `Discrete(V)`, V the size of the tokenizer's vocabulary: the next token. With `allowed_tokens` or `min_new_tokens` some
+    are forbidden, an error to take; `action_masks()` says which may come next.
 
     ## Observation Space
     `Dict(input_ids: Box(int64, (L,)), attention_mask: Box(int8, (L,)))`, L = max_prompt_tokens + max_new_tokens: the tokens
@@ -31,9 +32,10 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
     `Box(-1, V - 1, (L,), int64)`: the same tokens, and -1 for padding.
 
     ## Rewards
-    The weighted sum of the reward functions, paid with the last action. With `kl_coef` every action earns
+    The weighted sum of the reward functions, paid with the last action (steps of a process reward with theirs; see
+    `llm_env.rewards`), less what the end costs (see `llm_env.ends`). With `kl_coef` every action earns
     `kl_coef * log pi_ref(action)` besides: the part of the KL penalty that an env can know; the rest, an entropy bonus, is
-    the agent's (the vector env, told log pi, pays the whole).
+    the agent's. Told log pi by `tell_logprob`, the env pays the whole.
 
     ## Starting State
     The next prompt in a shuffled order that `reset(seed=)` begins anew, or the prompt `reset(options={"index": i})`.
@@ -41,7 +43,8 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
     ## Episode End
     `terminated`: the action is the end token, or completes a stop string. `truncated`: it is action number max_new_tokens
     and does not terminate. The last info has `prompt`, `completion`, `prompt_index`, `reward/<name>` for every component,
-    `is_success` where `success` names a component, and with a reference `ref_logprob`, the sum of log pi_ref in nats.
+    `is_success` where `success` names a component, `reward_error` where a reward failed and was paid a number in its
+    place, and with a reference `ref_logprob`, the sum of log pi_ref, and (told log pi) `kl`, in nats.
 
     ## Arguments
     prompts, reward, tokenizer and the keywords of `llm_env.rules.Rules`; `render_mode="ansi"` renders the text so far.

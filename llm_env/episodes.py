@@ -5,6 +5,7 @@ Both clocks of every env go through `Episodes.advance`: a token is a response of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -284,7 +285,8 @@ class Episodes:
             scores = self.rules.rewards(*given)
             outcome, penalties = self.rules.ends.settle(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
             for k, i in enumerate(np.flatnonzero(ended)):
-                self._pay_steps(scores.live_steps[k], before[i], paid[i], rewards[i])
+                if self.rules.rewards.stepwise:
+                    self._pay_steps(scores.live_steps[k], before[i], paid[i], rewards[i])
                 for end, score in scores.steps[k]:
                     rewards[i, end - before[i] if end >= before[i] else lengths[i] - 1] += score
                 rewards[i, lengths[i] - 1] += outcome[k]
@@ -297,7 +299,7 @@ class Episodes:
     def _pay_steps(self, steps: Steps, before: int, paid: float, rewards: np.ndarray) -> float:
         """Pay the steps that end at new tokens, (n,) `rewards`; what was paid, which the earlier ones must have been."""
         earlier = sum(score for end, score in steps if end < before)
-        if not np.isclose(earlier, paid):
+        if not math.isclose(earlier, paid, rel_tol=1e-9, abs_tol=1e-9):
             raise ValueError(
                 f"a reward marked with process_reward was paid {paid:g} for the first {before} tokens and now says "
                 f"{earlier:g}: its steps depend on what comes after them; take the mark off"

@@ -65,8 +65,8 @@ class Scores:
     @property
     def total(self) -> np.ndarray:
         """(B,) float64: outcome and steps together."""
-        paid = [sum(score for _, score in [*a, *b]) for a, b in zip(self.steps, self.live_steps, strict=True)]
-        return self.outcome + np.array(paid, dtype=np.float64)
+        paid = [sum((score for _, score in a + b), 0.0) for a, b in zip(self.steps, self.live_steps, strict=True)]
+        return self.outcome + np.array(paid)
 
     def add(self, name: str, called: Called, weight: float, live: bool) -> None:
         """Take in what one function said."""
