@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +18,7 @@ from agents.generation import Sampler
 from agents.inference import Inference
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
-from agents.records import record_rollout, record_time
+from agents.records import episode_infos, record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
@@ -291,7 +290,7 @@ class LanguageAgent(Inference):
             indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
             rollout = collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler())
         self._feed_kl_controller(rollout)
-        infos = self._episode_infos(rollout)
+        infos = episode_infos(self, rollout)
         rewards, dones = rollout.scores.cpu().numpy(), np.ones(len(rollout), dtype=bool)
         self._update_info_buffer(infos, dones)
         tokens = self._tokens_left_over + int(rollout.lengths.sum())
@@ -311,15 +310,6 @@ class LanguageAgent(Inference):
         callback.on_rollout_end()
         record_rollout(self, rollout)
         return rollout
-
-    def _episode_infos(self, rollout: Rollout) -> list[dict[str, Any]]:
-        """The last infos with what SB3's `Monitor` adds, for its callbacks."""
-        seconds = round((time.time_ns() - self.start_time) / 1e9, 6)
-        returns = rollout.scores.tolist()
-        return [
-            {"episode": {"r": returns[i], "l": len(rollout.responses[i]), "t": seconds}, **info}
-            for i, info in enumerate(rollout.infos)
-        ]
 
     def _feed_kl_controller(self, rollout: Rollout) -> None:
         kls = [info["kl"] for info in rollout.infos if "kl" in info]

@@ -47,6 +47,16 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
     record("rollout/samples", samples_table(rollout), exclude=TEXT_ONLY_FOR_TENSORBOARD)
 
 
+def episode_infos(agent: LanguageAgent, rollout: Rollout) -> list[dict[str, Any]]:
+    """The last infos with what SB3's `Monitor` adds, for its callbacks."""
+    seconds = round((time.time_ns() - agent.start_time) / 1e9, 6)
+    returns = rollout.scores.tolist()
+    return [
+        {"episode": {"r": returns[i], "l": len(rollout.responses[i]), "t": seconds}, **info}
+        for i, info in enumerate(rollout.infos)
+    ]
+
+
 def samples_table(rollout: Rollout) -> str:
     """Prompts and completions from all over a rollout (not of one group) with their returns, as a Markdown table."""
     lines = ["| prompt | completion | return |", "| --- | --- | --- |"]
