@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from llm_env import PooledReward, TextGenerationEnv, TextGenerationVectorEnv
+from llm_env import PooledReward, TextGenerationEnv, TextGenerationVectorEnv, process_reward
+from llm_env.prompts import read_jsonl
 from llm_env.rewards import RewardSum
 from tests.conftest import make_tokenizer
 from tests.test_agents import make_agent
@@ -176,6 +177,33 @@ def test_steps_come_through_a_pool():
     venv = TextGenerationVectorEnv(2, ["a"], PooledReward(steps), TOKENIZER, max_new_tokens=4)
     venv.reset(seed=0)
     assert [row.tolist() for row in venv.step_responses([[A, B, EOS], [A, EOS]]).rewards] == [[1.0, 0.0, 2.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "paid", "score"),
+    [
+        ((), [1.0, 0.0, 1.0, 0.0], 2.0),
+        ((1,), [0.0, 1.0, 1.0, 0.0], 2.0),  # what the failed call did not say comes with the next
+        ((1, 2), [0.0, 0.0, 2.0, 0.0], 2.0),
+        ((4,), [1.0, 0.0, 1.0, -5.0], -3.0),  # what was paid stays, and the episode gets the number of the policy
+        ((1, 4), [0.0, 1.0, 1.0, -5.0], -3.0),
+    ],
+)
+def test_a_live_reward_that_fails_under_way_is_told_and_its_steps_are_paid_later(fails_at, paid, score, tmp_path):
+    def steps(completion_ids):
+        if len(completion_ids[0]) in fails_at:
+            raise RuntimeError(f"down at {len(completion_ids[0])}")
+        return [[(i, 1.0) for i, token in enumerate(ids) if token == B] for ids in completion_ids]
+
+    reward = PooledReward(process_reward(steps), on_error=-5.0)
+    env = TextGenerationEnv(["a"], reward, TOKENIZER, max_new_tokens=6, record=tmp_path / "episodes.jsonl")
+    for _ in range(2):  # nothing is left over for the next episode
+        env.reset(seed=0)
+        outcomes = [env.step(token) for token in (B, A, B, EOS)]
+        assert [outcome[1] for outcome in outcomes] == paid
+        errors = "; ".join(f"steps: RuntimeError: down at {n}" for n in fails_at if n in (fails_at[0], 4))
+        assert outcomes[-1][4].get("reward_error", "") == errors
+    assert [record["score"] for record in read_jsonl(tmp_path / "episodes.jsonl")] == [score, score]
 
 
 def test_the_info_and_the_logs_tell_of_errors_and_of_time():
