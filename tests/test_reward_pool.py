@@ -1,6 +1,7 @@
 """Rewards in workers: time-outs, errors, caches and awaiting, and what the env and the logs say of them."""
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -231,6 +232,61 @@ def test_the_info_and_the_logs_tell_of_errors_and_of_time():
 def test_a_pool_can_be_pickled_and_is_a_function_by_itself():
     reward = pickle.loads(pickle.dumps(PooledReward(picky, timeout=1.0, on_error=2.0)))
     assert reward(completions=["a", "b"]) == [1.0, 2.0]
+
+
+
+def in_a_fork(work, daemon):
+    """What `work()` returns or raises in a forked process, as text."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def run():
+        try:
+            results.put(str(work()))
+        except Exception as error:
+            results.put(str(error))
+
+    process = context.Process(target=run, daemon=daemon)
+    process.start()
+    try:
+        return results.get(timeout=40)
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+def test_a_forked_process_has_workers_of_its_own(processes):
+    reward = PooledReward(picky, workers=1, processes=processes)
+    assert reward(completions=["a"]) == [1.0]  # workers are there before the fork
+
+    def work():
+        reward.close()  # leaves the parent's worker alone
+        return reward(completions=["aa"])
+
+    assert in_a_fork(work, daemon=False) == "[2.0]"
+    (child,) = reward._children.queue if processes else (None,)
+    before = child._process.pid if processes else None
+    assert reward(completions=["aaa"]) == [3.0] and (not processes or child._process.pid == before)
+    reward.close()
+
+
+def test_where_no_worker_can_be_started_no_policy_pays():
+    reward = RewardSum(PooledReward(picky, processes=True, on_error=0.0))
+    assert "cannot start a worker process from a daemonic one; use processes=False" in in_a_fork(
+        lambda: score(reward, ["a"]).total, daemon=True
+    )
+
+
+def test_close_during_a_call_leaves_as_many_workers_as_before():
+    reward = PooledReward(picky, workers=2, processes=True, timeout=2.0, on_error=-1.0)
+    call = threading.Thread(target=lambda: reward(completions=["c"]))
+    call.start()
+    while reward._children.qsize() == 2:
+        time.sleep(0.01)
+    reward.close()
+    call.join()
+    assert reward._children.qsize() == 2
 
 
 @pytest.mark.parametrize(
