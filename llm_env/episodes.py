@@ -123,11 +123,11 @@ class Episodes:
 
         Raises:
             ValueError: a row has ended, or a token is out of range, comes after the end token, or exceeds the limit; or a
-                reward function failed. No row has changed then.
+                reward function failed. No row has changed then, and none where the recorder fails.
         """
         written = np.arange(tokens.shape[1]) < lengths[:, None]
         self._check(rows, tokens, lengths, written)
-        before = self.response_lengths[rows]
+        before, paid = self.response_lengths[rows], self._paid_steps[rows]
         columns = (self.prompt_lengths[rows] + before)[:, None] + np.arange(tokens.shape[1])
         at = (np.repeat(rows, lengths), columns[written])
         actions_at = (at[0], (before[:, None] + np.arange(tokens.shape[1]))[written])
@@ -146,15 +146,16 @@ class Episodes:
                 for i, row in enumerate(rows):
                     rewards[i, : lengths[i]] = self._kl_rewards(row, before[i], lengths[i], logprobs is not None)
             infos = self._pay(rows, before, lengths, ended, truncated, rewards)
+            if self.rules.recorder is not None:
+                now = np.flatnonzero(ended)
+                self.rules.recorder.write([self._record(int(rows[i]), infos[int(rows[i])], bool(terminated[i])) for i in now])
         except BaseException:
+            self._paid_steps[rows] = paid
             self.response_lengths[rows] = before
             self.ids[at] = self.rules.pad_id
             self._logp[actions_at] = self._ref_logp[actions_at] = np.nan
             raise
         self.finished[rows[ended]] = True
-        if self.rules.recorder is not None:
-            now = np.flatnonzero(ended)
-            self.rules.recorder.write([self._record(int(rows[i]), infos[int(rows[i])], bool(terminated[i])) for i in now])
         ref_logp = None
         if self.rules.reference is not None:
             ref_logp = np.full(tokens.shape, np.nan, dtype=np.float32)
