@@ -192,8 +192,6 @@ class Episodes:
             raise ValueError(
                 f"action {tokens[i, t]} in row {rows[i]} is not a token id: the vocabulary is 0..{self.rules.vocab_size - 1}"
             )
-        if self.rules.constraint is not None:
-            self._check_allowed(rows, tokens, lengths)
         total = self.response_lengths[rows] + lengths
         long = total > self.rules.max_new_tokens
         if long.any():
@@ -201,6 +199,8 @@ class Episodes:
                 f"the response in row {rows[long][0]} has {total[long][0]} tokens, more than "
                 f"max_new_tokens={self.rules.max_new_tokens}; cut it there"
             )
+        if self.rules.constraint is not None:
+            self._check_allowed(rows, tokens, lengths)
 
     def action_masks(self) -> np.ndarray:
         """(B, V) bool, True for the tokens that may come next; all where a row's episode is over."""
@@ -214,8 +214,10 @@ class Episodes:
         assert self.rules.constraint is not None
         for row, new, length in zip(rows, tokens, lengths, strict=True):
             before = self.response(row).tolist()
-            masks = self.rules.constraint.along(self.prompt(row).tolist(), before + new[:length].tolist(), len(before))
-            bad = np.flatnonzero(~masks[np.arange(length), new[:length]])
+            ends = np.flatnonzero(new[:length] == self.rules.eos_id)
+            new = new[: ends[0] + 1 if len(ends) else length]  # nothing is asked of what comes after the end
+            masks = self.rules.constraint.along(self.prompt(row).tolist(), before + new.tolist(), len(before))
+            bad = np.flatnonzero(~masks[np.arange(len(new)), new])
             if len(bad):
                 t = bad[0]
                 some = np.flatnonzero(masks[t])[:8].tolist()
