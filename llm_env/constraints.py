@@ -34,7 +34,7 @@ class TokenConstraint:
         self._eos_id = eos_id
         self._min_new_tokens = min_new_tokens
         everything = np.ones(vocab_size, dtype=bool)
-        self._always = everything if allowed is None or callable(allowed) else self._as_mask(allowed, "allowed_tokens")
+        self._always = everything if allowed is None or callable(allowed) else self._as_mask(allowed)
         if not self._always[eos_id]:
             logger.warning(
                 "allowed_tokens is without the end token %d: only a stop string or the limit ends a response", eos_id
@@ -58,7 +58,7 @@ class TokenConstraint:
             masks = np.broadcast_to(self._always, (len(response) - begin, self._vocab_size))
         else:
             states = [(list(prompt), list(response[:t])) for t in range(begin, len(response))]
-            rows = [self._as_mask(self._function(*state), f"allowed_tokens{state}") for state in states]
+            rows = [self._as_mask(self._function(*state), *state) for state in states]
             masks = np.stack(rows) if rows else np.ones((0, self._vocab_size), dtype=bool)
         early = self._min_new_tokens - begin
         if early > 0:
@@ -71,20 +71,26 @@ class TokenConstraint:
                 )
         return masks
 
-    def _as_mask(self, allowed: Any, origin: str) -> np.ndarray:
+    def _as_mask(self, allowed: Any, *state: list[int]) -> np.ndarray:
+        try:
+            return self._checked(allowed)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"allowed_tokens{state or ''} {error}") from None
+
+    def _checked(self, allowed: Any) -> np.ndarray:
         found = np.asarray(allowed if isinstance(allowed, np.ndarray) else list(allowed))
         if found.dtype == bool:
             if found.shape != (self._vocab_size,):
-                raise ValueError(f"{origin} is a bool array of shape {found.shape}; its shape must be ({self._vocab_size},)")
+                raise ValueError(f"is a bool array of shape {found.shape}; its shape must be ({self._vocab_size},)")
             mask = found
         elif found.ndim != 1 or (len(found) and not np.issubdtype(found.dtype, np.integer)):
-            raise TypeError(f"{origin} must give token ids or a bool array; got {str(allowed)[:200]}")
+            raise TypeError(f"must give token ids or a bool array; got {str(allowed)[:200]}")
         else:
             if len(found) and not 0 <= found.min() <= found.max() < self._vocab_size:
                 outside = found[(found < 0) | (found >= self._vocab_size)][0]
-                raise ValueError(f"{origin} holds {outside}, which is no token id: the vocabulary is 0..{self._vocab_size - 1}")
+                raise ValueError(f"holds {outside}, which is no token id: the vocabulary is 0..{self._vocab_size - 1}")
             mask = np.zeros(self._vocab_size, dtype=bool)
             mask[found.astype(np.int64)] = True
         if not mask.any():
-            raise ValueError(f"{origin} allows no token; at least one must be left")
+            raise ValueError("allows no token; at least one must be left")
         return mask

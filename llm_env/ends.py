@@ -40,6 +40,12 @@ class Ends:
             if not np.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a finite number of at least 0: it is taken off the score")
 
+    @property
+    def names(self) -> list[str]:
+        """The penalties in use."""
+        in_use = {"overlong": self.overlong_buffer, "missing_eos": self.missing_eos_penalty}
+        return [name for name, value in in_use.items() if value]
+
     def settle(
         self, scores: np.ndarray, lengths: np.ndarray, truncated: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:

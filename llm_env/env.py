@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any, SupportsIndex
 
 import gymnasium as gym
@@ -74,7 +75,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         self.render_mode = render_mode
         self.observation_space, self.action_space = spaces_of(self.rules)
         self._episodes = Episodes(self.rules, 1)
-        self._cursor = PromptCursor(len(self.rules.prompts), lambda: self.np_random)
+        self._cursor = PromptCursor(len(self.rules.prompts), partial(getattr, self, "np_random"))
         self._last_info: dict[str, Any] = {}
         self._told: float | None = None
 
@@ -97,11 +98,13 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         """Append one token.
 
         Raises:
-            ValueError: the action is no token id, or the episode has ended.
+            ValueError: the action is no token id or not allowed, the episode has ended, or a reward function failed. Nothing
+                has changed then.
         """
         token = np.array([[operator.index(action)]])
-        told, self._told = self._told, None
-        outcome = self._episodes.advance(np.array([0]), token, np.array([1]), None if told is None else np.array([[told]]))
+        told = None if self._told is None else np.array([[self._told]])
+        outcome = self._episodes.advance(np.array([0]), token, np.array([1]), told)
+        self._told = None  # only now: after an error the same step may be tried again
         self._last_info = outcome.infos.get(0, {})
         reward = float(outcome.rewards[0, 0])
         return self._observation(), reward, bool(outcome.terminated[0]), bool(outcome.truncated[0]), dict(self._last_info)

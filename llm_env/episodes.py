@@ -14,7 +14,7 @@ import numpy as np
 
 from llm_env.observations import observe
 from llm_env.recorder import known
-from llm_env.reward_calls import Steps
+from llm_env.rewards import Scores
 from llm_env.rules import Rules
 
 
@@ -63,6 +63,7 @@ class Episodes:
         self._logp = np.full((num_rows, rules.max_new_tokens), np.nan, dtype=np.float64)
         self._ref_logp = np.full((num_rows, rules.max_new_tokens), np.nan, dtype=np.float32)
         self._paid_steps = np.zeros(num_rows)
+        self._step_errors = [""] * num_rows
         self.scores = np.full(num_rows, np.nan)
 
     def start(self, rows: Sequence[int] | np.ndarray, prompt_indexes: Sequence[int]) -> None:
@@ -80,6 +81,7 @@ class Episodes:
             self.ids[row, : len(prompt)] = prompt
             self.prompt_lengths[row] = len(prompt)
             self.prompt_indexes[row] = index
+            self._step_errors[row] = ""
         self.response_lengths[rows] = 0
         self.finished[rows] = False
         self._logp[rows] = np.nan
@@ -122,11 +124,11 @@ class Episodes:
 
         Raises:
             ValueError: a row has ended, or a token is out of range, comes after the end token, or exceeds the limit; or a
-                reward function failed. No row has changed then.
+                reward function failed. No row has changed then, and none where the recorder fails.
         """
         written = np.arange(tokens.shape[1]) < lengths[:, None]
         self._check(rows, tokens, lengths, written)
-        before = self.response_lengths[rows]
+        before, paid = self.response_lengths[rows], self._paid_steps[rows]
         columns = (self.prompt_lengths[rows] + before)[:, None] + np.arange(tokens.shape[1])
         at = (np.repeat(rows, lengths), columns[written])
         actions_at = (at[0], (before[:, None] + np.arange(tokens.shape[1]))[written])
@@ -145,15 +147,16 @@ class Episodes:
                 for i, row in enumerate(rows):
                     rewards[i, : lengths[i]] = self._kl_rewards(row, before[i], lengths[i], logprobs is not None)
             infos = self._pay(rows, before, lengths, ended, truncated, rewards)
+            if self.rules.recorder is not None:
+                now = np.flatnonzero(ended)
+                self.rules.recorder.write([self._record(int(rows[i]), infos[int(rows[i])], bool(terminated[i])) for i in now])
         except BaseException:
+            self._paid_steps[rows] = paid
             self.response_lengths[rows] = before
             self.ids[at] = self.rules.pad_id
             self._logp[actions_at] = self._ref_logp[actions_at] = np.nan
             raise
         self.finished[rows[ended]] = True
-        if self.rules.recorder is not None:
-            now = np.flatnonzero(ended)
-            self.rules.recorder.write([self._record(int(rows[i]), infos[int(rows[i])], bool(terminated[i])) for i in now])
         ref_logp = None
         if self.rules.reference is not None:
             ref_logp = np.full(tokens.shape, np.nan, dtype=np.float32)
@@ -190,8 +193,6 @@ class Episodes:
             raise ValueError(
                 f"action {tokens[i, t]} in row {rows[i]} is not a token id: the vocabulary is 0..{self.rules.vocab_size - 1}"
             )
-        if self.rules.constraint is not None:
-            self._check_allowed(rows, tokens, lengths)
         total = self.response_lengths[rows] + lengths
         long = total > self.rules.max_new_tokens
         if long.any():
@@ -199,6 +200,8 @@ class Episodes:
                 f"the response in row {rows[long][0]} has {total[long][0]} tokens, more than "
                 f"max_new_tokens={self.rules.max_new_tokens}; cut it there"
             )
+        if self.rules.constraint is not None:
+            self._check_allowed(rows, tokens, lengths)
 
     def action_masks(self) -> np.ndarray:
         """(B, V) bool, True for the tokens that may come next; all where a row's episode is over."""
@@ -212,8 +215,10 @@ class Episodes:
         assert self.rules.constraint is not None
         for row, new, length in zip(rows, tokens, lengths, strict=True):
             before = self.response(row).tolist()
-            masks = self.rules.constraint.along(self.prompt(row).tolist(), before + new[:length].tolist(), len(before))
-            bad = np.flatnonzero(~masks[np.arange(length), new[:length]])
+            ends = np.flatnonzero(new[:length] == self.rules.eos_id)
+            new = new[: ends[0] + 1 if len(ends) else length]  # nothing is asked of what comes after the end
+            masks = self.rules.constraint.along(self.prompt(row).tolist(), before + new.tolist(), len(before))
+            bad = np.flatnonzero(~masks[np.arange(len(new)), new])
             if len(bad):
                 t = bad[0]
                 some = np.flatnonzero(masks[t])[:8].tolist()
@@ -274,40 +279,54 @@ class Episodes:
     ) -> dict[int, dict[str, Any]]:
         """Add to `rewards`, (R, n), what the reward functions pay for the tokens just written; the infos of rows that end."""
         infos: dict[int, dict[str, Any]] = {}
-        paid = self._paid_steps[rows]
+        paid, step_errors = self._paid_steps[rows], {}
         open_rows = np.flatnonzero(~ended & (lengths > 0))
         if self.rules.rewards.stepwise and len(open_rows):
-            steps = self.rules.rewards.steps_so_far(*self._given(rows[open_rows]))
-            for i, row_steps in zip(open_rows, steps, strict=True):
-                paid[i] += self._pay_steps(row_steps, before[i], paid[i], rewards[i])
+            so_far = self.rules.rewards.steps_so_far(*self._given(rows[open_rows]))
+            for k, i in enumerate(open_rows):
+                paid[i] += self._pay_steps(so_far, k, rows[i], before[i], rewards[i])
+            step_errors = {int(rows[open_rows[k]]): error for k, error in so_far.errors.items()}
         if ended.any():
             given = self._given(rows[ended])
             scores = self.rules.rewards(*given)
             outcome, penalties = self.rules.ends.settle(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
             for k, i in enumerate(np.flatnonzero(ended)):
                 if self.rules.rewards.stepwise:
-                    self._pay_steps(scores.live_steps[k], before[i], paid[i], rewards[i])
+                    paid[i] += self._pay_steps(scores, k, rows[i], before[i], rewards[i])
+                if (earlier := self._step_errors[rows[i]]) and earlier != scores.errors.get(k):
+                    scores.errors[k] = "; ".join(filter(None, [earlier, scores.errors.get(k)]))
                 for end, score in scores.steps[k]:
                     rewards[i, end - before[i] if end >= before[i] else lengths[i] - 1] += score
                 rewards[i, lengths[i] - 1] += outcome[k]
-            self.scores[rows[ended]] = scores.total - scores.outcome + outcome
+            whole = [sum(score for _, score in steps) for steps in scores.steps]
+            self.scores[rows[ended]] = paid[ended] + np.array(whole) + outcome
             components = {**scores.components, **penalties}
             infos = self._infos(rows[ended].tolist(), given[0], given[1], components, scores.errors)
         self._paid_steps[rows] = paid
+        for row, error in step_errors.items():
+            self._step_errors[row] = self._step_errors[row] or error
         return infos
 
-    def _pay_steps(self, steps: Steps, before: int, paid: float, rewards: np.ndarray) -> float:
-        """Pay the steps that end at new tokens, (n,) `rewards`; what was paid, which the earlier ones must have been."""
+    def _pay_steps(self, scores: Scores, k: int, row: int, before: int, rewards: np.ndarray) -> float:
+        """Pay the live steps of entry k of `scores` that end at new tokens, (n,) `rewards`; returns the sum.
+
+        Those that end earlier must have been paid, unless a call failed: what it did not say is paid by the next that does.
+        """
+        steps, paid = scores.live_steps[k], self._paid_steps[row]
         earlier = sum(score for end, score in steps if end < before)
-        if not math.isclose(earlier, paid, rel_tol=1e-9, abs_tol=1e-9):
-            raise ValueError(
-                f"a reward marked with process_reward was paid {paid:g} for the first {before} tokens and now says "
-                f"{earlier:g}: its steps depend on what comes after them; take the mark off"
-            )
-        new = [(end - before, score) for end, score in steps if end >= before]
-        for at, score in new:
-            rewards[at] += score
-        return sum(score for _, score in new)
+        owed = 0.0
+        if k not in scores.lost_steps and not math.isclose(earlier, paid, rel_tol=1e-9, abs_tol=1e-9):
+            if not self._step_errors[row]:
+                raise ValueError(
+                    f"a reward marked with process_reward was paid {paid:g} for the first {before} tokens and now says "
+                    f"{earlier:g}: its steps depend on what comes after them; take the mark off"
+                )
+            owed = earlier - paid
+            rewards[0] += owed
+        for end, score in steps:
+            if end >= before:
+                rewards[end - before] += score
+        return owed + sum(score for end, score in steps if end >= before)
 
     def _given(self, rows: np.ndarray) -> tuple[list[str], list[str], list[list[int]], dict[str, list[Any]]]:
         """Prompts, completions, their token ids and the columns of `rows`: what rewards are called with."""

@@ -16,6 +16,7 @@ from llm_env.rewards import RewardFunction, RewardSum
 logger = logging.getLogger("llm_env")
 
 BATCH = 1024
+BEGINNING = b'{"prompt_index": '  # of every record
 
 
 class Recorder:
@@ -32,6 +33,7 @@ class Recorder:
 
     Raises:
         TypeError: a prompt's column holds what JSON cannot.
+        ValueError: the file ends in the middle of a line that is no record.
     """
 
     def __init__(self, path: str | Path, columns: dict[str, Any] | None = None) -> None:
@@ -41,9 +43,23 @@ class Recorder:
         self.path.touch()
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            logger.warning("%s ends in the middle of a line: its last %d bytes are cut", self.path, len(content) - len(whole))
+        if last := content[len(whole) :]:
+            self._mend(whole, last)
+
+    def _mend(self, whole: bytes, last: bytes) -> None:
+        """Make the last line whole, or take it away; but only where it is a record that was cut off."""
+        try:
+            json.loads(last)
+        except ValueError:
+            if not (last.startswith(BEGINNING) or BEGINNING.startswith(last)):
+                raise ValueError(
+                    f"{self.path} ends with {last[:60]!r}, which is no recorded episode; give record= another file"
+                ) from None
+            logger.warning("%s ends in the middle of a line: its last %d bytes are cut", self.path, len(last))
             self.path.write_bytes(whole)
+        else:
+            with self.path.open("ab") as file:
+                file.write(b"\n")
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Append records."""

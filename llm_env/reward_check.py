@@ -156,6 +156,8 @@ class _Lint:
     def pay(self, given: tuple[Any, ...]) -> np.ndarray:
         """(B,) of the component that says success, or of the weighted sum: the one place that calls the reward."""
         scored = self.rules.rewards(*given)
+        for error in scored.errors.values():  # a number in a score's place is none
+            raise ValueError(f"the reward failed: {error}")
         return scored.total if self.rules.success is None else scored.components[self.rules.success]
 
     def score(self, sample: Sample) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import multiprocessing
+import os
 import pickle
 import queue
 import threading
@@ -20,6 +21,7 @@ from llm_env.reward_calls import BadValue, Called, Value, call, checked, wait_fo
 logger = logging.getLogger("llm_env")
 
 LONG = 10**9  # tokens, where a completion's length is not known
+NOT_PICKLED = ("_process_id", "_threads", "_lock", "_cache", "_children")
 
 
 class PooledReward:
@@ -87,6 +89,7 @@ class PooledReward:
         self._start()
 
     def _start(self) -> None:
+        self._process_id = os.getpid()
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._cache: OrderedDict[Any, Value] = OrderedDict()
@@ -94,8 +97,12 @@ class PooledReward:
         for _ in range(self.workers if self.processes else 0):
             self._children.put(_Child(self.function))
 
+    def _start_if_forked(self) -> None:
+        if os.getpid() != self._process_id:  # here are no threads, and the workers are those of the process it came from
+            self._start()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_threads", "_lock", "_cache", "_children")}
+        return {key: value for key, value in vars(self).items() if key not in NOT_PICKLED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -117,6 +124,7 @@ class PooledReward:
         Raises:
             ValueError: a call failed and `on_error` is `"raise"`.
         """
+        self._start_if_forked()
         keys = self._keys(given, states)
         with self._lock:
             known = {key: self._cache[key] for key in keys if key in self._cache}
@@ -137,11 +145,12 @@ class PooledReward:
         return Called(values, errors)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Stop the worker processes; the next call starts new ones."""
-        while not self._children.empty():
-            self._children.get().kill()
-        for _ in range(self.workers if self.processes else 0):
-            self._children.put(_Child(self.function))
+        """Stop the worker processes that are not at work; the next call starts new ones."""
+        self._start_if_forked()
+        idle = [self._children.get() for _ in range(self._children.qsize())]
+        for child in idle:
+            child.kill()
+            self._children.put(child)
 
     def _keys(self, given: dict[str, Any], states: Sequence[Any]) -> list[Any]:
         if not self.cache_size:
@@ -184,6 +193,8 @@ class PooledReward:
             if self.timeout is None:
                 return call(self.function, part, spans)
             return _within(self.timeout, lambda: call(self.function, part, spans))
+        except _NoWorker:
+            raise
         except TimeoutError as error:
             return f"TimeoutError: {error}" if str(error) else "TimeoutError"
         except Exception as error:
@@ -218,6 +229,10 @@ class _ChildError(Exception):
     """What a worker process said of its failure."""
 
 
+class _NoWorker(BadValue):
+    """There is no worker process to call: no failure of a call, so that no policy for errors applies."""
+
+
 class _Child:
     """A worker process, started when it is first needed and again after it was killed or died."""
 
@@ -245,6 +260,11 @@ class _Child:
         return result
 
     def _begin(self) -> None:
+        if multiprocessing.current_process().daemon:
+            raise _NoWorker(
+                "cannot start a worker process from a daemonic one; use processes=False, or daemon=False where the env's own "
+                "process is started (gymnasium's AsyncVectorEnv)"
+            )
         context = multiprocessing.get_context("spawn")  # fork and torch's threads do not go together
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
@@ -253,8 +273,8 @@ class _Child:
         try:
             self._pipe.recv()
         except EOFError:
-            raise _ChildError(
-                "the worker process ended before it was ready; start the work of your script under "
+            raise _NoWorker(
+                "has no worker: the process ended before it was ready; start the work of your script under "
                 'if __name__ == "__main__":, or use processes=False'
             ) from None
 

@@ -54,6 +54,7 @@ class Scores:
         steps: B lists of (index of the step's last token, weighted score), of functions that see whole responses.
         live_steps: the same of functions marked with `process_reward`.
         errors: by row, what went wrong where a policy put a value in a score's place.
+        lost_steps: rows in which that happened to a function marked with `process_reward`: its steps are not known.
     """
 
     outcome: np.ndarray
@@ -61,6 +62,7 @@ class Scores:
     steps: list[Steps]
     live_steps: list[Steps]
     errors: dict[int, str]
+    lost_steps: set[int]
 
     @property
     def total(self) -> np.ndarray:
@@ -82,6 +84,8 @@ class Scores:
         self.components[name] = component
         for row, error in called.errors.items():
             self.errors[row] = "; ".join(filter(None, [self.errors.get(row), error]))
+        if live:
+            self.lost_steps.update(called.errors)
 
 
 class RewardSum:
@@ -142,7 +146,7 @@ class RewardSum:
                 scored some completion. The message names the function and the row.
         """
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {})
+        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {}, set())
         for k, name in enumerate(self.names):
             called = self._call(k, given)
             scores.add(name, called, self.weights[k], getattr(self.functions[k], "stepwise", False))
@@ -156,14 +160,14 @@ class RewardSum:
 
     def steps_so_far(
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
-    ) -> list[Steps]:
-        """The weighted steps that the functions marked with `process_reward` see in B responses under way."""
+    ) -> Scores:
+        """What the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {})
+        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {}, set())
         for k, function in enumerate(self.functions):
             if getattr(function, "stepwise", False):
                 scores.add(self.names[k], self._call(k, given), self.weights[k], True)
-        return scores.live_steps
+        return scores
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in each function since this was last asked."""

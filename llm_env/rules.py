@@ -94,6 +94,8 @@ class Rules:
             self.constraint = TokenConstraint(allowed_tokens, min_new_tokens, self.vocab_size, self.eos_id)
         self.prompts = PromptTable(prompts, self.tokenizer, self.max_prompt_tokens, split, long_prompts)
         self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
+        if taken := set(self.ends.names) & set(self.rewards.names):
+            raise ValueError(f"a reward function has the name {taken.pop()!r}, under which a penalty is reported; rename it")
         if success is not None and success not in self.rewards.names:
             raise ValueError(f"success={success!r} is not one of the reward components {self.rewards.names}")
         self.success = success

@@ -91,7 +91,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.episodes = Episodes(rules, num_envs)
         self._row_rngs: list[np.random.Generator | None] = [None] * num_envs
         self._row_cursors = [PromptCursor(len(rules.prompts), partial(self._row_rng, i)) for i in range(num_envs)]
-        self._group_cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
+        self._group_cursor = PromptCursor(len(rules.prompts), partial(getattr, self, "np_random"))
         self._pending = np.zeros(num_envs, dtype=bool)
         self._told = np.full(num_envs, np.nan)
 

@@ -104,6 +104,18 @@ def test_a_function_that_leaves_nothing_is_named_with_its_state():
         env.step(EOS)
 
 
+def test_what_comes_after_the_end_is_refused_as_that():
+    def only_before_the_end(prompt, response):
+        return [] if EOS in response else [EOS, A]
+
+    venv = make_env(TOKENIZER, prompts=("a",), max_new_tokens=4, allowed_tokens=only_before_the_end).vectorize(1)
+    venv.reset(seed=0)
+    with pytest.raises(ValueError, match="goes on for 1 tokens after its end at token 1"):
+        venv.step_responses([[A, EOS, A]])
+    with pytest.raises(ValueError, match="has 5 tokens, more than max_new_tokens=4"):
+        venv.step_responses([[A, EOS, A, A, A]])
+
+
 def slow_log_probs(model, prompt, response, allowed, temperature):
     """One unpadded forward pass a token, renormalized over the allowed tokens in float64; and the entropies."""
     logps, entropies = [], []

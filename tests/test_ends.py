@@ -93,6 +93,15 @@ def test_bad_ends_are_refused(kwargs, message):
         make(**kwargs)
 
 
+def test_a_reward_cannot_take_the_name_of_a_penalty_in_use():
+    def overlong(completions):
+        return [5.0 for _ in completions]
+
+    assert play(make(overlong), [EOS])[1]["reward/overlong"] == 5.0
+    with pytest.raises(ValueError, match="the name 'overlong', under which a penalty is reported; rename it"):
+        make(overlong, overlong_buffer=2)
+
+
 # --- process rewards --------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The env by itself: Gymnasium's contract, the rules of an episode, bad input."""
 
+import copy
+import pickle
 import warnings
 
 import gymnasium as gym
@@ -10,6 +12,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import llm_env
 from llm_env import TextGenerationEnv
+from tests.conftest import make_model
 
 EOS, PAD, A, B = 0, 1, 3, 4  # ids in the tests' tokenizer
 
@@ -139,6 +142,38 @@ def test_render_shows_text_and_components(tokenizer):
     assert env.render() == "aba"
     env.step(EOS)
     assert env.render() == "aba\nreward/count_a: 1"
+
+
+def test_what_was_told_of_an_action_holds_until_the_action_is_taken(tokenizer):
+    broken = [True]
+
+    def sometimes(completions):
+        if broken[0]:
+            raise RuntimeError("boom")
+        return [0.0]
+
+    model = make_model("llama", len(tokenizer))
+    env = make(tokenizer, reward=sometimes, reference=model, kl_coef=1.0)
+    env.reset(seed=0)
+    env.tell_logprob(-1.0)
+    with pytest.raises(ValueError, match="boom"):
+        env.step(0)
+    broken[0] = False
+    _, reward, *_, info = env.step(0)
+    assert reward == pytest.approx(1.0 + info["ref_logprob"]) and info["kl"] == pytest.approx(-reward)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["deepcopy", "pickle"])
+def test_a_copy_meets_the_prompts_that_the_env_would_have_met_and_leaves_it_alone(tokenizer, copied):
+    prompts = [f"{a}{b}" for a in "abc" for b in "abc"]
+
+    def met(env):
+        return [env.reset()[0]["input_ids"][..., :2].tolist() for _ in range(30)]
+
+    for env in (make(tokenizer, prompts), make(tokenizer, prompts).vectorize(2)):
+        env.reset(seed=0)
+        twins = copied(env), copied(env)
+        assert met(twins[0]) == met(twins[1]) == met(env)
 
 
 def test_a_failing_reward_loses_nothing(tokenizer):

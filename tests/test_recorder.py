@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from llm_env import PooledReward, TextGenerationEnv, rescore
+from llm_env import PooledReward, TextGenerationEnv, process_reward, rescore
 from llm_env.rewards import numeric_answer
 from tests.conftest import make_model, make_tokenizer
 from tests.test_agents import make_agent
@@ -128,3 +128,37 @@ def test_columns_that_json_cannot_hold_are_refused_at_once(tmp_path):
     env.reset(seed=0)
     env.step(EOS)
     assert lines(tmp_path / "e.jsonl")[0]["columns"] == {"z": [0, 1]}
+
+
+def test_a_file_that_is_no_record_stays_as_it_is(tmp_path):
+    path = tmp_path / "notes.txt"
+    for text in ("my only copy", '{"prompt": "a"}\n{"prompt": "b'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"notes.txt ends with .* which is no recorded episode; give record= another file"):
+            make(path)
+        assert path.read_text() == text
+
+
+def test_a_last_line_without_a_line_break_is_kept(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    for _ in range(2):
+        env = make(path)
+        env.reset(seed=0)
+        env.step(EOS)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+    make(path)
+    assert path.read_bytes() == whole and len(lines(path)) == 2
+
+
+def test_an_episode_that_cannot_be_written_is_not_over(tmp_path):
+    steps = process_reward(lambda completion_ids: [[(0, 1.0)] for _ in completion_ids])
+    rows = [{"prompt": "a", "z": 1}, {"prompt": "b", "z": {1, 2}}]
+    env = TextGenerationEnv(rows, steps, TOKENIZER, record=tmp_path / "e.jsonl", max_new_tokens=2)
+    env.reset(options={"index": 1})
+    assert env.step(3)[1] == 1.0
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"a column of the prompts holds \{1, 2\}"):
+            env.step(EOS)
+    env.rules.recorder = None
+    assert env.step(EOS)[1:3] == (0.0, True)

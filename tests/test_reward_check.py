@@ -212,6 +212,15 @@ def test_without_a_success_the_gold_answer_must_beat_the_junk():
     assert failed(right, success=None) == set()
 
 
+def test_a_number_in_the_place_of_a_score_does_not_pass():
+    def down(completions):
+        raise RuntimeError("the judge is down")
+
+    env = llm_env.TextGenerationEnv(["a", "b"], llm_env.PooledReward(down, on_error=0.0), llm_env.PUPIL)
+    report = check_reward(env, quiet=True)
+    assert not report.passed and "the judge is down" in report["a finite number for any text"].detail
+
+
 def test_gold_may_be_a_column_or_a_function():
     rows = [{"prompt": f"{a}+1= ", "result": str(a + 1)} for a in range(20)]
 

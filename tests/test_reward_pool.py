@@ -1,6 +1,7 @@
 """Rewards in workers: time-outs, errors, caches and awaiting, and what the env and the logs say of them."""
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -10,7 +11,8 @@ import time
 
 import pytest
 
-from llm_env import PooledReward, TextGenerationEnv, TextGenerationVectorEnv
+from llm_env import PooledReward, TextGenerationEnv, TextGenerationVectorEnv, process_reward
+from llm_env.prompts import read_jsonl
 from llm_env.rewards import RewardSum
 from tests.conftest import make_tokenizer
 from tests.test_agents import make_agent
@@ -178,6 +180,33 @@ def test_steps_come_through_a_pool():
     assert [row.tolist() for row in venv.step_responses([[A, B, EOS], [A, EOS]]).rewards] == [[1.0, 0.0, 2.0], [1.0, 2.0]]
 
 
+@pytest.mark.parametrize(
+    ("fails_at", "paid", "score"),
+    [
+        ((), [1.0, 0.0, 1.0, 0.0], 2.0),
+        ((1,), [0.0, 1.0, 1.0, 0.0], 2.0),  # what the failed call did not say comes with the next
+        ((1, 2), [0.0, 0.0, 2.0, 0.0], 2.0),
+        ((4,), [1.0, 0.0, 1.0, -5.0], -3.0),  # what was paid stays, and the episode gets the number of the policy
+        ((1, 4), [0.0, 1.0, 1.0, -5.0], -3.0),
+    ],
+)
+def test_a_live_reward_that_fails_under_way_is_told_and_its_steps_are_paid_later(fails_at, paid, score, tmp_path):
+    def steps(completion_ids):
+        if len(completion_ids[0]) in fails_at:
+            raise RuntimeError(f"down at {len(completion_ids[0])}")
+        return [[(i, 1.0) for i, token in enumerate(ids) if token == B] for ids in completion_ids]
+
+    reward = PooledReward(process_reward(steps), on_error=-5.0)
+    env = TextGenerationEnv(["a"], reward, TOKENIZER, max_new_tokens=6, record=tmp_path / "episodes.jsonl")
+    for _ in range(2):  # nothing is left over for the next episode
+        env.reset(seed=0)
+        outcomes = [env.step(token) for token in (B, A, B, EOS)]
+        assert [outcome[1] for outcome in outcomes] == paid
+        errors = "; ".join(f"steps: RuntimeError: down at {n}" for n in fails_at if n in (fails_at[0], 4))
+        assert outcomes[-1][4].get("reward_error", "") == errors
+    assert [record["score"] for record in read_jsonl(tmp_path / "episodes.jsonl")] == [score, score]
+
+
 def test_the_info_and_the_logs_tell_of_errors_and_of_time():
     def fails_on_a(completions):
         time.sleep(0.01)
@@ -203,6 +232,61 @@ def test_the_info_and_the_logs_tell_of_errors_and_of_time():
 def test_a_pool_can_be_pickled_and_is_a_function_by_itself():
     reward = pickle.loads(pickle.dumps(PooledReward(picky, timeout=1.0, on_error=2.0)))
     assert reward(completions=["a", "b"]) == [1.0, 2.0]
+
+
+
+def in_a_fork(work, daemon):
+    """What `work()` returns or raises in a forked process, as text."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def run():
+        try:
+            results.put(str(work()))
+        except Exception as error:
+            results.put(str(error))
+
+    process = context.Process(target=run, daemon=daemon)
+    process.start()
+    try:
+        return results.get(timeout=40)
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+def test_a_forked_process_has_workers_of_its_own(processes):
+    reward = PooledReward(picky, workers=1, processes=processes)
+    assert reward(completions=["a"]) == [1.0]  # workers are there before the fork
+
+    def work():
+        reward.close()  # leaves the parent's worker alone
+        return reward(completions=["aa"])
+
+    assert in_a_fork(work, daemon=False) == "[2.0]"
+    (child,) = reward._children.queue if processes else (None,)
+    before = child._process.pid if processes else None
+    assert reward(completions=["aaa"]) == [3.0] and (not processes or child._process.pid == before)
+    reward.close()
+
+
+def test_where_no_worker_can_be_started_no_policy_pays():
+    reward = RewardSum(PooledReward(picky, processes=True, on_error=0.0))
+    assert "cannot start a worker process from a daemonic one; use processes=False" in in_a_fork(
+        lambda: score(reward, ["a"]).total, daemon=True
+    )
+
+
+def test_close_during_a_call_leaves_as_many_workers_as_before():
+    reward = PooledReward(picky, workers=2, processes=True, timeout=2.0, on_error=-1.0)
+    call = threading.Thread(target=lambda: reward(completions=["c"]))
+    call.start()
+    while reward._children.qsize() == 2:
+        time.sleep(0.01)
+    reward.close()
+    call.join()
+    assert reward._children.qsize() == 2
 
 
 @pytest.mark.parametrize(
