@@ -32,9 +32,10 @@ def addition(split: str | None = "train", largest: int = 99, **overrides: Any) -
         largest: the largest summand.
         overrides: any argument of `TextGenerationEnv`, to replace those set here.
     """
+    problems = AdditionProblems(largest)
     digits = len(str(2 * largest))
     defaults = {
-        "prompts": AdditionProblems(largest),
+        "prompts": problems,
         "reward": exact_match,
         "tokenizer": PUPIL,
         "split": split,
