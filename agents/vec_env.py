@@ -67,7 +67,9 @@ class Face(VecEnv):
         Raises:
             ValueError: there are more or fewer, or they are no whole numbers.
         """
-        self._actions = self.venv.checked_actions(np.asarray(actions).squeeze(axis=tuple(range(1, np.ndim(actions)))))
+        if isinstance(actions, np.ndarray) and actions.shape == (self.num_envs, 1):
+            actions = actions[:, 0]
+        self._actions = self.venv.checked_actions(actions)
 
     def _end_info(self, row: int, final: Any, length: int, truncated: bool) -> dict[str, Any]:
         """What SB3 and its `Monitor` add to the last info of an episode, whose return is then counted from 0 again."""

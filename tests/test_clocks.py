@@ -313,5 +313,5 @@ def test_bad_steps_and_resets():
         venv.reset(options={"group_size": 2, "index": [0, 1, 2]})
     with pytest.raises(ValueError, match="seed has 2 numbers for num_envs=4"):
         venv.reset(seed=[0, 1])
-    with pytest.raises(ValueError, match="num_envs=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_envs=0 must be a whole number of at least 1"):
         venv_of(0)
