@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.checks import check_counts, check_fit, check_groups, default_learning_rate
+from agents.checks import check_counts, check_fit, check_groups, check_numbers, default_learning_rate, only
 from agents.generation import Sampler
 from agents.inference import Inference
 from agents.losses import token_weights
@@ -22,6 +22,7 @@ from agents.records import episode_infos, record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
+from llm_env.arguments import as_whole, whole
 from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
 
@@ -88,6 +89,8 @@ class LanguageAgent(Inference):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        if seed is not None:
+            seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
         super().__init__(
             policy=LanguagePolicy,
             env=None,
@@ -101,6 +104,8 @@ class LanguageAgent(Inference):
             seed=seed,
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, micro_batch_size=micro_batch_size)
+        check_counts(stats_window_size=stats_window_size)
+        check_numbers(0.0, max_grad_norm=max_grad_norm)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
         Sampler(temperature, top_k, top_p)
         if n_envs is not None:
@@ -242,12 +247,16 @@ class LanguageAgent(Inference):
             total_timesteps: number of action tokens; 100,000 by default.
             env: an env to train on.
         """
-        if isinstance(env_or_timesteps, (int, float, np.integer)):
-            total_timesteps = int(env_or_timesteps)
+        check_counts(log_interval=log_interval)
+        if as_whole(env_or_timesteps) is not None or isinstance(env_or_timesteps, float):
+            total_timesteps = only("total_timesteps", env_or_timesteps, total_timesteps)
         elif env_or_timesteps is not None:
-            env = env_or_timesteps
-        if isinstance(callback, (int, np.integer)):  # learn(env, 10_000)
-            callback, total_timesteps = None, int(callback)
+            env = only("env", env_or_timesteps, env)
+        if as_whole(callback) is not None:  # learn(env, 10_000)
+            callback, total_timesteps = None, only("total_timesteps", callback, total_timesteps)
+        if total_timesteps is not None:
+            check_numbers(0.0, total_timesteps=total_timesteps)
+            total_timesteps = int(total_timesteps)
         if env is not None:
             self._attach(as_vec_env(env, self.n_envs))
         self.rules  # noqa: B018 - raises without an env

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_env.arguments import whole
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from agents.base import LanguageAgent
     from agents.policy import LanguagePolicy
 
@@ -17,8 +21,45 @@ if TYPE_CHECKING:
 def check_counts(**counts: int | None) -> None:
     """Refuse what is neither None nor a whole number of at least 1."""
     for name, value in counts.items():
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if value is not None:
+            whole(name, value, 1)
+
+
+def check_numbers(least: float = -np.inf, **numbers: Any) -> None:
+    """Refuse what is not a finite number of at least `least`; None and what can be called (a schedule) pass."""
+    for name, value in numbers.items():
+        if value is None or callable(value):
+            continue
+        if not isinstance(value, (int, float, np.number)) or not np.isfinite(value) or value < least:
+            raise ValueError(
+                f"{name}={value!r} must be a finite number" + (f" of at least {least:g}" if np.isfinite(least) else "")
+            )
+
+
+def only(name: str, given: Any, again: Any) -> Any:
+    """`given`, unless it was given again by another argument."""
+    if again is not None:
+        raise ValueError(f"{name} was given twice: {given!r} and {again!r}; drop one of them")
+    return given
+
+
+def check_tokens(rows: Sequence[Sequence[int]], new: int, vocab_size: int, model: PreTrainedModel) -> None:
+    """Refuse contexts that the model cannot read, or after which it has not room for `new` more tokens.
+
+    Raises:
+        ValueError: a row holds what is no token id, or is too long.
+    """
+    for i, row in enumerate(rows):
+        if not 0 <= min(row) <= max(row) < vocab_size:
+            bad = next(token for token in row if not 0 <= token < vocab_size)
+            raise ValueError(f"token {bad} in row {i} is not a token id: the vocabulary is 0..{vocab_size - 1}")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, rows))
+    if limit is not None and longest + new > limit:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens={new}, together more than the model's {limit} "
+            "positions; shorten it or lower max_new_tokens"
+        )
 
 
 def check_groups(group_size: int, n_envs: int) -> None:

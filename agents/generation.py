@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from llm_env.arguments import as_whole
 from llm_env.constraints import TokenConstraint
 from llm_env.scoring import log_probs_of, model_inputs, pad, restrict
 
@@ -36,9 +37,9 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not isinstance(self.temperature, (int, float, np.number)) or not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive; for greedy decoding set deterministic=True")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
+        if (as_whole(self.top_k) or 0) != self.top_k or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off) and top_p={self.top_p} in (0, 1] (1 is off)")
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:

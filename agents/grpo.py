@@ -11,9 +11,11 @@ from torch import Tensor
 
 from agents.advantages import group_relative
 from agents.base import LanguageAgent, LossTerms
+from agents.checks import check_numbers
 from agents.losses import clipped_terms, kl_k3, ratio_statistics, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
+from llm_env.arguments import whole
 
 
 class GRPO(LanguageAgent):
@@ -52,10 +54,9 @@ class GRPO(LanguageAgent):
         **common: Any,
     ) -> None:
         group_relative(torch.zeros(2), 2, scale)
-        if not isinstance(group_size, int) or group_size < 2:
-            raise ValueError(f"group_size={group_size!r} must be a whole number of at least 2: a group is its own baseline")
-        if kl_coef < 0:
-            raise ValueError(f"kl_coef={kl_coef} must be at least 0")
+        group_size = whole("group_size", group_size, 2)  # a group is its own baseline
+        check_numbers(0.0, kl_coef=kl_coef, clip_range=clip_range, clip_range_high=clip_range_high)
+        check_numbers(ent_coef=ent_coef)
         self.group_size = group_size
         self.kl_coef = kl_coef
         self.clip_range = FloatSchedule(clip_range)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from agents.checkpoint import Checkpointed
-from agents.checks import check_tokenizers
+from agents.checks import check_counts, check_tokenizers, check_tokens
 from agents.generation import Sampler, StepState
 from agents.rollout import clock_of, collect, collect_by_tokens
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
+from llm_env.arguments import check_text
 from llm_env.observations import Observation
 
 
@@ -56,9 +57,20 @@ class Inference(Checkpointed):
             prompts: list of str.
             deterministic: greedy decoding; otherwise drawn at the agent's temperature.
             max_new_tokens: the env's limit by default, 64 without an env. The env's stop strings apply.
+
+        Raises:
+            TypeError: the prompts are no list of str.
+            ValueError: a prompt is no valid text, has no tokens, or is too long for the model; the message names it.
         """
+        check_counts(max_new_tokens=max_new_tokens)
         if isinstance(prompts, str):
             raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
+        if not isinstance(prompts, (list, tuple, np.ndarray)):
+            raise TypeError(f"prompts is a {type(prompts).__name__}; give a list of str")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompt {i} is a {type(prompt).__name__}; give a list of str")
+            check_text(prompt, f"prompt {i}")
         if not len(prompts):
             return []
         tokenizer = self.policy.tokenizer
@@ -66,8 +78,13 @@ class Inference(Checkpointed):
             raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
         rules = rules_of_vec_env(self.env) if self.env is not None else None
         limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
+        contexts = tokenizer(list(prompts), verbose=False)["input_ids"]
+        if not all(contexts):
+            empty = [bool(context) for context in contexts].index(False)
+            raise ValueError(f"prompt {empty} is empty ({prompts[empty]!r} has no tokens); a model needs at least one")
+        check_tokens(contexts, limit, self.policy.vocab_size, self.policy.lm)
         responses, _ = self.policy.sample(
-            tokenizer(list(prompts))["input_ids"],
+            contexts,
             1,
             limit,
             self.temperature,

@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from agents.checks import check_tokens
 from agents.generation import Sampler, StepState, StopRule, masks_of, next_logits, sample_responses
 from agents.losses import entropy_of
 from agents.vec_env import ids_and_mask, rows_of
@@ -251,13 +252,22 @@ class LanguagePolicy(BasePolicy):
 
         Returns:
             The tokens, () or (B,) int64, and the next state.
+
+        Raises:
+            TypeError, ValueError: an argument is unusable: an id beyond the vocabulary, a mask that allows nothing, ...
         """
+        if state is not None and not isinstance(state, StepState):
+            raise TypeError(f"state is a {type(state).__name__}; give back what the last call of predict returned, or None")
         single = ids_and_mask(observation)[0].ndim == 1
         batch = pick(observation, None) if single else observation
         sampler = Sampler(temperature, deterministic=deterministic, generator=generator)
-        masks = None if action_masks is None else np.asarray(action_masks, dtype=bool).reshape(-1, self.vocab_size)
+        rows = rows_of(batch)
+        check_tokens(rows, 0, self.vocab_size, self.lm)
+        masks = None if action_masks is None else _action_masks(action_masks, (len(rows), self.vocab_size))
         starts = None if episode_start is None else np.atleast_1d(episode_start).astype(bool).tolist()
-        tokens, _, state = self.next_tokens(rows_of(batch), state, sampler, starts, masks)
+        if starts is not None and len(starts) != len(rows):
+            raise ValueError(f"episode_start has {len(starts)} entries for {len(rows)} observations; give one each")
+        tokens, _, state = self.next_tokens(rows, state, sampler, starts, masks)
         return (tokens[0] if single else tokens), state
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
@@ -292,6 +302,16 @@ class LanguagePolicy(BasePolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {"model": self.pretrained_files(), "value_head": self.value_head is not None}
+
+
+def _action_masks(action_masks: Any, shape: tuple[int, int]) -> np.ndarray:
+    masks = np.atleast_2d(np.asarray(action_masks))
+    if masks.shape != shape or not ((masks == 0) | (masks == 1)).all():
+        raise ValueError(f"action_masks must be bool, of shape {shape}; got shape {masks.shape} of {masks.dtype}")
+    masks = masks.astype(bool)
+    if not masks.any(axis=1).all():
+        raise ValueError(f"action_masks allows no token in row {masks.any(axis=1).argmin()}; at least one must be left")
+    return masks
 
 
 def _load(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Any]:

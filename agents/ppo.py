@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agents.advantages import gae, normalize
 from agents.base import LanguageAgent, LossTerms
+from agents.checks import check_numbers
 from agents.losses import clipped_terms, ratio_statistics, value_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
@@ -60,6 +61,9 @@ class PPO(LanguageAgent):
         bootstrap_truncated: bool = False,
         **common: Any,
     ) -> None:
+        check_numbers(0.0, gamma=gamma, gae_lambda=gae_lambda, clip_range=clip_range, clip_range_vf=clip_range_vf)
+        check_numbers(0.0, vf_coef=vf_coef, target_kl=target_kl)
+        check_numbers(ent_coef=ent_coef)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.clip_range = FloatSchedule(clip_range)

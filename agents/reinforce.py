@@ -8,6 +8,7 @@ from torch import Tensor
 
 from agents.advantages import discounted_returns
 from agents.base import LanguageAgent, LossTerms
+from agents.checks import check_numbers
 from agents.losses import value_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
@@ -41,6 +42,8 @@ class REINFORCE(LanguageAgent):
     ) -> None:
         if baseline not in (None, "value"):
             raise ValueError(f"baseline={baseline!r} must be None or 'value'")
+        check_numbers(0.0, gamma=gamma, vf_coef=vf_coef)
+        check_numbers(ent_coef=ent_coef)
         self.baseline = baseline
         self.gamma = gamma
         self.ent_coef = ent_coef

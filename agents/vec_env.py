@@ -62,8 +62,14 @@ class Face(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take note of one token a row."""
-        self._actions = np.asarray(actions).reshape(self.num_envs).astype(np.int64)
+        """Take note of one token a row.
+
+        Raises:
+            ValueError: there are more or fewer, or they are no whole numbers.
+        """
+        if isinstance(actions, np.ndarray) and actions.shape == (self.num_envs, 1):
+            actions = actions[:, 0]
+        self._actions = self.venv.checked_actions(actions)
 
     def _end_info(self, row: int, final: Any, length: int, truncated: bool) -> dict[str, Any]:
         """What SB3 and its `Monitor` add to the last info of an episode, whose return is then counted from 0 again."""
@@ -116,7 +122,7 @@ class TextVecEnv(Face):
     def step_wait(self) -> VecEnvStepReturn:
         """Append the tokens; rows that end are reset, their last observation in the info as `terminal_observation`."""
         episodes, rows = self.venv.episodes, np.arange(self.num_envs)
-        outcome = episodes.advance(rows, self._actions[:, None], np.ones_like(rows), self.venv.told_logprobs(rows))
+        outcome = self.venv.advance_tokens(rows, self._actions)
         rewards = outcome.rewards[:, 0].astype(np.float32)
         self._returns += rewards
         dones = outcome.terminated | outcome.truncated
@@ -261,12 +267,16 @@ def ids_and_mask(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
         ValueError: it is not the observation of a text env.
     """
     if isinstance(observation, dict) and {"input_ids", "attention_mask"} <= observation.keys():
-        return np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"]).astype(bool)
-    if not isinstance(observation, dict) and np.issubdtype((ids := np.asarray(observation)).dtype, np.integer):
-        return ids, ids != PADDING
+        ids, mask = np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"])
+        fits = ids.shape == mask.shape and ((mask == 0) | (mask == 1)).all()
+    else:
+        ids = np.empty(0) if isinstance(observation, dict) else np.asarray(observation)
+        mask, fits = ids != PADDING, True
+    if fits and ids.ndim in (1, 2) and np.issubdtype(ids.dtype, np.integer):
+        return ids, mask.astype(bool)
     raise ValueError(
-        "an observation must be a dict with 'input_ids' and 'attention_mask', or an integer array with -1 for padding, as the "
-        "text envs give it"
+        "an observation must be a dict with 'input_ids' (integers) and 'attention_mask' (0 or 1) of one shape, (L,) or (B, L), "
+        "or an integer array with -1 for padding, as the text envs give it"
     )
 
 
@@ -278,6 +288,8 @@ def rows_of(observation: Observation) -> list[list[int]]:
     """
     ids, mask = ids_and_mask(observation)
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    if not rows:
+        raise ValueError("the observation has no rows")
     if not all(rows):
         raise ValueError(f"row {[bool(r) for r in rows].index(False)} of the observation holds no token (its mask is all 0)")
     return rows

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from functools import partial
 from typing import Any, SupportsIndex
 
 import gymnasium as gym
 import numpy as np
 
+from llm_env.arguments import as_whole, reset_options, whole
 from llm_env.episodes import Episodes
 from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
@@ -85,12 +85,19 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         Args:
             seed: begins the order of the prompts anew.
             options: `{"index": i}` takes prompt i.
+
+        Raises:
+            ValueError: the seed, an option or the index is unusable. Nothing has changed then.
         """
+        index = reset_options(options, ("index",)).get("index")
+        if index is not None:
+            index = self.rules.prompt_index(index)
+        if seed is not None:
+            seed = whole("seed", seed, 0)
         super().reset(seed=seed)
         if seed is not None:
             self._cursor.restart()
-        index = (options or {}).get("index")
-        self._episodes.start([0], [self._cursor.next() if index is None else operator.index(index)])
+        self._episodes.start([0], [self._cursor.next() if index is None else index])
         self._last_info, self._told = {}, None
         return self._observation(), {}
 
@@ -101,9 +108,11 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             ValueError: the action is no token id or not allowed, the episode has ended, or a reward function failed. Nothing
                 has changed then.
         """
-        token = np.array([[operator.index(action)]])
-        told = None if self._told is None else np.array([[self._told]])
-        outcome = self._episodes.advance(np.array([0]), token, np.array([1]), told)
+        token = as_whole(action)
+        if token is None:
+            raise ValueError(f"action {action!r} is not a token id: give a whole number from 0 to {self.rules.vocab_size - 1}")
+        logp = None if self._told is None else np.array([[self._told]])
+        outcome = self._episodes.advance(np.array([0]), np.array([[token]]), np.array([1]), logp)
         self._told = None  # only now: after an error the same step may be tried again
         self._last_info = outcome.infos.get(0, {})
         reward = float(outcome.rewards[0, 0])

@@ -67,14 +67,7 @@ class Episodes:
         self.scores = np.full(num_rows, np.nan)
 
     def start(self, rows: Sequence[int] | np.ndarray, prompt_indexes: Sequence[int]) -> None:
-        """Begin new episodes in `rows` with the prompts `prompt_indexes`.
-
-        Raises:
-            ValueError: a prompt index is out of range.
-        """
-        for index in prompt_indexes:
-            if not 0 <= index < len(self.rules.prompts):
-                raise ValueError(f"index={index} is out of range: this env has the prompts 0..{len(self.rules.prompts) - 1}")
+        """Begin new episodes in `rows` with the prompts `prompt_indexes`, which exist."""
         for row, index in zip(rows, prompt_indexes, strict=True):
             prompt = self.rules.prompts.ids[index]
             self.ids[row] = self.rules.pad_id
@@ -124,11 +117,11 @@ class Episodes:
 
         Raises:
             ValueError: a row has ended, or a token is out of range, comes after the end token, or exceeds the limit; or a
-                reward function failed. No row has changed then, and none where the recorder fails.
+                reward function failed, or the record could not be written. No row has changed then.
         """
         written = np.arange(tokens.shape[1]) < lengths[:, None]
         self._check(rows, tokens, lengths, written)
-        before, paid = self.response_lengths[rows], self._paid_steps[rows]
+        before, paid_before, scores_before = self.response_lengths[rows], self._paid_steps[rows], self.scores[rows]
         columns = (self.prompt_lengths[rows] + before)[:, None] + np.arange(tokens.shape[1])
         at = (np.repeat(rows, lengths), columns[written])
         actions_at = (at[0], (before[:, None] + np.arange(tokens.shape[1]))[written])
@@ -148,11 +141,10 @@ class Episodes:
                     rewards[i, : lengths[i]] = self._kl_rewards(row, before[i], lengths[i], logprobs is not None)
             infos = self._pay(rows, before, lengths, ended, truncated, rewards)
             if self.rules.recorder is not None:
-                now = np.flatnonzero(ended)
-                self.rules.recorder.write([self._record(int(rows[i]), infos[int(rows[i])], bool(terminated[i])) for i in now])
+                now = [(int(rows[i]), bool(terminated[i])) for i in np.flatnonzero(ended)]
+                self.rules.recorder.write([self._record(row, infos[row], by_itself) for row, by_itself in now])
         except BaseException:
-            self._paid_steps[rows] = paid
-            self.response_lengths[rows] = before
+            self.response_lengths[rows], self._paid_steps[rows], self.scores[rows] = before, paid_before, scores_before
             self.ids[at] = self.rules.pad_id
             self._logp[actions_at] = self._ref_logp[actions_at] = np.nan
             raise

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from llm_env.arguments import check_text
+
 logger = logging.getLogger("llm_env")
 
 Row = dict[str, Any]
@@ -76,8 +78,13 @@ def as_rows(prompts: Any) -> Sequence[Row]:
 
     Args:
         prompts: list of str, list of dict, `PromptSource`, path of a `.jsonl` file, or anything with `len()` and integer
-            indexing that yields dicts (a Hugging Face `Dataset`).
+            indexing that yields either (a Hugging Face `Dataset` or one of its columns).
+
+    Raises:
+        TypeError, ValueError: it is none of these, or empty.
     """
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
     if isinstance(prompts, (str, Path)):
         if not str(prompts).endswith((".jsonl", ".json")):
             raise ValueError(
@@ -85,15 +92,23 @@ def as_rows(prompts: Any) -> Sequence[Row]:
                 f"prompts=[{str(prompts)!r}]"
             )
         return read_jsonl(prompts)
-    if not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")) or isinstance(prompts, dict):
+    if not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")) or isinstance(prompts, (dict, bytes)):
         raise TypeError(
             f"prompts is a {type(prompts).__name__}; give a list of str, a list of dict with a 'prompt' key, a "
             "PromptSource, a dataset or the path of a .jsonl file"
         )
     if len(prompts) == 0:
         raise ValueError("prompts is empty: give at least one prompt")
-    if isinstance(prompts, (list, tuple)):
-        return [{"prompt": row} if isinstance(row, str) else row for row in prompts]
+    try:
+        first = prompts[0]
+    except (KeyError, IndexError) as error:
+        raise TypeError(
+            f"prompts is a {type(prompts).__name__} whose item 0 raises {type(error).__name__}: {error}; give a list of dict, "
+            "as pandas makes one with to_dict('records')"
+        ) from error
+    if isinstance(prompts, (list, tuple)) or isinstance(first, str):
+        rows = (prompts[i] for i in range(len(prompts)))
+        return [{"prompt": row} if isinstance(row, str) else row for row in rows]
     return prompts
 
 
@@ -105,8 +120,12 @@ def render_row(row: Any, index: int, tokenizer: Any) -> str | None:
     """
     if not isinstance(row, dict):
         raise TypeError(f"row {index} of the prompts is a {type(row).__name__}; rows are str, or dict with a 'prompt' key")
+    if other := [key for key in row if not isinstance(key, str)]:
+        raise TypeError(f"row {index} of the prompts has the key {other[0]!r}; keys are the names of columns, of type str")
     content = row.get("prompt", row.get("messages"))
     if content is None:
+        if key := next((key for key in ("prompt", "messages") if key in row), None):
+            raise ValueError(f"row {index} of the prompts holds None as its {key!r}; give a text or messages")
         raise ValueError(f"row {index} of the prompts has the keys {sorted(row)}, but neither 'prompt' nor 'messages'")
     if isinstance(content, str):
         return content
@@ -118,6 +137,20 @@ def render_row(row: Any, index: int, tokenizer: Any) -> str | None:
             "give the prompt as text"
         )
     return None
+
+
+def render_chat(messages: Any, index: int, tokenizer: Any) -> str:
+    """The messages of row `index` as the chat template writes them, with the opening of the answer.
+
+    Raises:
+        TypeError, ValueError: they are no messages, or the template fails on them; the message names the row.
+    """
+    if other := [message for message in messages if not isinstance(message, dict)]:
+        raise TypeError(f"row {index}: a message is a {type(other[0]).__name__}; it must be a dict with 'role' and 'content'")
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        raise ValueError(f"row {index}: the chat template raised {type(error).__name__}: {error}") from error
 
 
 class PromptTable:
@@ -199,8 +232,8 @@ class PromptTable:
             text = render_row(row, i, tokenizer)
             if text is None:
                 chats.add(i)
-                messages = row.get("prompt", row.get("messages"))
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                text = render_chat(row.get("prompt", row.get("messages")), i, tokenizer)
+            check_text(text, f"row {i} of the prompts")
             texts.append(text)
         return texts, chats
 
@@ -260,4 +293,5 @@ class PromptCursor:
         """
         if state["size"] != self._size:
             raise ValueError(f"the saved cursor runs over {state['size']} prompts, this env has {self._size}")
-        self._drawn, self._moved = state["drawn"], dict(state["moved"])
+        self._drawn = state["drawn"]
+        self._moved = {int(key): index for key, index in state["moved"].items()}  # JSON makes str of the keys

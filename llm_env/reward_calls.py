@@ -72,8 +72,12 @@ def checked(values: Any, lengths: Sequence[int]) -> list[Value]:
     """
     if values is None:
         raise BadValue(f"returned None for all {len(lengths)} completions; it must return one number each")
-    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+    if isinstance(values, (str, bytes, dict, set, frozenset)) or not hasattr(values, "__iter__"):
         raise BadValue(f"must return one number a completion, but returned {values!r}"[:500])
+    if getattr(values, "ndim", 1) != 1:  # iterating would give rows, and for a table the names of its columns
+        raise BadValue(
+            f"must return one number a completion, but returned a {type(values).__name__} of {values.ndim} dimensions"
+        )
     values = list(values)
     if len(values) != len(lengths):
         raise BadValue(f"returned {len(values)} values for {len(lengths)} completions; it must return one each")
@@ -103,8 +107,10 @@ def _checked_step(step: Any, row: int, length: int) -> tuple[int, float]:
 
 def _number(value: Any, row: int, count: int) -> float:
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("text is no score, even where it reads like a number")
         number = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadValue(f"must return one number a completion, but returned {value!r} for row {row}"[:500]) from error
     if not np.isfinite(number):
         raise BadValue(

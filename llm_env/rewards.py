@@ -25,6 +25,7 @@ from llm_env.reward_pool import PooledReward
 
 RewardFunction = Callable[..., Sequence[Value]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
+LARGEST = float(np.finfo(np.float32).max)
 NAME_LIMIT = 24  # SB3 cuts log keys at 36 characters and refuses two that collide
 
 
@@ -114,20 +115,24 @@ class RewardSum:
         columns: Sequence[str] = (),
         incomplete: dict[str, int] | None = None,
     ) -> None:
+        if not callable(functions) and not isinstance(functions, (list, tuple)):
+            raise TypeError(f"reward={functions!r} is a {type(functions).__name__}; give a function or a list of functions")
         self.functions = [functions] if callable(functions) else list(functions)
         if not self.functions:
             raise ValueError("reward is an empty list: give at least one reward function")
         for function in self.functions:
             if not callable(function):
                 raise TypeError(f"reward {function!r} is a {type(function).__name__}; it must be callable")
+        if weights is not None and (isinstance(weights, (str, bytes, dict)) or not hasattr(weights, "__len__")):
+            raise TypeError(f"reward_weights={weights!r} must be a list of numbers, one a reward function")
         weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(weights) != len(self.functions):
             raise ValueError(
                 f"reward_weights has {len(weights)} numbers for {len(self.functions)} reward functions; give one each"
             )
-        self.weights = np.asarray(weights, dtype=np.float64)
-        if not np.isfinite(self.weights).all():
+        if not all(isinstance(w, (int, float, np.integer, np.floating)) and np.isfinite(w) for w in weights):
             raise ValueError(f"reward_weights={weights} must be finite numbers")
+        self.weights = np.asarray(weights, dtype=np.float64)
         self.names = _unique_names(self.functions)
         self._seconds = dict.fromkeys(self.names, 0.0)
         self.stepwise = any(getattr(function, "stepwise", False) for function in self.functions)
@@ -149,12 +154,18 @@ class RewardSum:
         scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {}, set())
         for k, name in enumerate(self.names):
             called = self._call(k, given)
-            scores.add(name, called, self.weights[k], getattr(self.functions[k], "stepwise", False))
+            scores.add(name, called, float(self.weights[k]), getattr(self.functions[k], "stepwise", False))
         unscored = np.flatnonzero(np.isnan(np.stack(list(scores.components.values()))).all(axis=0))
         if len(unscored):
             raise ValueError(
                 f"no reward function of {self.names} scored row {unscored[0]} of {len(prompts)} (all returned None): "
                 f"prompt {prompts[unscored[0]]!r}, completion {completions[unscored[0]]!r}; at least one must return a number"
+            )
+        over = np.flatnonzero(~(np.abs(scores.total) <= LARGEST))
+        if len(over):
+            raise ValueError(
+                f"the weighted sum of the rewards {self.names} is {scores.total[over[0]]:g} for row {over[0]}: agents "
+                f"hold rewards in float32, at most {LARGEST:g}; scale them down"
             )
         return scores
 
@@ -176,7 +187,7 @@ class RewardSum:
 
     def _call(self, k: int, given: dict[str, Any]) -> Called:
         function, name = self.functions[k], self.names[k]
-        wanted = {key: given[key] for key in self._columns[k]}
+        wanted = {key: _own(given[key]) for key in self._columns[k]}
         prompts, ids = given["prompts"], given["completion_ids"]
         lengths = [len(row) for row in ids]
         begin = time.perf_counter()
@@ -192,6 +203,15 @@ class RewardSum:
             raise ValueError(_raised(name, error, prompts)) from error
         finally:
             self._seconds[name] += time.perf_counter() - begin
+
+
+def _own(value: Any) -> Any:
+    """`value` with lists and dicts of its own, all the way down: a function may change what it is given."""
+    if type(value) is list:
+        return [_own(v) if type(v) in (list, dict) else v for v in value]
+    if type(value) is dict:
+        return {key: _own(v) for key, v in value.items()}
+    return value
 
 
 def _raised(name: str, error: Exception, prompts: list[str]) -> str:
@@ -221,6 +241,11 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
         return on_offer
+    if nameless := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]:
+        raise ValueError(
+            f"reward {name!r} takes {nameless} by position only, but rewards are called with keywords, as "
+            "f(prompts=..., completions=...); wrap it in a function that takes 'completions'"
+        )
     needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if missing := [key for key in needed if key not in on_offer]:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from llm_env.arguments import as_whole, check_text, whole
 from llm_env.constraints import TokenConstraint
 from llm_env.ends import Ends
 from llm_env.observations import FORMS
@@ -73,20 +74,19 @@ class Rules:
         overlong_penalty: float = 1.0,
         missing_eos_penalty: float = 0.0,
     ) -> None:
-        self.max_prompt_tokens = _whole("max_prompt_tokens", max_prompt_tokens, 1)
-        self.max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1)
-        min_new_tokens = _whole("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
+        self.max_prompt_tokens = whole("max_prompt_tokens", max_prompt_tokens, 1)
+        self.max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        min_new_tokens = whole("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
         self.tokenizer = _tokenizer(tokenizer)
         if observation not in FORMS:
             raise ValueError(f"observation={observation!r} must be one of {FORMS}")
         self.observation = observation
         self.ends = Ends(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
-        self.stop = [stop] if isinstance(stop, str) else list(stop or [])
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop={stop!r} must be a string or a list of strings, none of them empty")
-        # A token holds at least a byte, so this many tokens hold every stop string, with room for tokens without text.
-        self._stop_window = max((len(s.encode("utf-8", "surrogatepass")) for s in self.stop), default=0) + 8
+        self.stop = _stop_strings(stop)
+        # A token with text holds at least a byte, so this many hold every stop string, with room for what a decoder strips.
+        self._stop_window = max((len(s.encode()) for s in self.stop), default=0) + 8
         self.eos_id = int(self.tokenizer.eos_token_id)
+        self._without_text = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special} | {self.eos_id}
         self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
         self.vocab_size = vocabulary_size(self.tokenizer)
         self.constraint: TokenConstraint | None = None
@@ -120,6 +120,19 @@ class Rules:
             for ids in responses
         ]
 
+    def prompt_index(self, index: Any) -> int:
+        """Which prompt `index` is, as an int.
+
+        Raises:
+            ValueError: it is no whole number, or there is no such prompt.
+        """
+        number = as_whole(index)
+        if number is None:
+            raise ValueError(f"index={index!r} must be a whole number: this env has the prompts 0..{len(self.prompts) - 1}")
+        if not 0 <= number < len(self.prompts):
+            raise ValueError(f"index={number} is out of range: this env has the prompts 0..{len(self.prompts) - 1}")
+        return number
+
     def action_mask(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
         """(V,) bool, True for the tokens that may follow `response`."""
         if self.constraint is None:
@@ -145,19 +158,35 @@ class Rules:
         """
         if not self.stop:
             return False
-        (text,) = self.decode([response[-self._stop_window :]])
+        tail: list[int] = []
+        for token in reversed(response):
+            if token not in self._without_text:
+                tail.append(token)
+                if len(tail) == self._stop_window:
+                    break
+        (text,) = self.decode([tail[::-1]])
         return any(stop in text for stop in self.stop)
 
 
-def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    if not isinstance(value, (int, np.integer)) or value < least or (most is not None and value > most):
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}" + (f", at most {most}" if most else ""))
-    return int(value)
+def _stop_strings(stop: Any) -> list[str]:
+    if stop is None:
+        return []
+    strings: list[Any] = list(stop) if isinstance(stop, (list, tuple, set, frozenset)) else [stop]
+    if not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop={stop!r} must be a string or a list of strings, none of them empty")
+    for s in strings:
+        check_text(s, f"the stop string {s!r}")
+    return strings
 
 
 def _tokenizer(tokenizer: Any) -> Any:
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+    if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}; give a path, a hub id or a transformers tokenizer "
+            "(PreTrainedTokenizerFast(tokenizer_object=...) makes one of a tokenizers.Tokenizer)"
+        )
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
     return tokenizer

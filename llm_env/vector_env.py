@@ -12,7 +12,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from llm_env.episodes import Episodes
+from llm_env.arguments import finite, integers, one_a_row, reset_options, whole
+from llm_env.episodes import Episodes, Outcome
 from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
@@ -79,11 +80,13 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return env
 
     def _set_up(self, rules: Rules, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs={num_envs} must be at least 1")
         self.rules = rules
-        self.num_envs = num_envs
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.num_envs = num_envs = whole("num_envs", num_envs, 1)
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError as error:
+            modes = [mode.value for mode in AutoresetMode]
+            raise ValueError(f"autoreset_mode={autoreset_mode!r} must be an AutoresetMode or one of {modes}") from error
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_observation_space, self.single_action_space = spaces_of(rules)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -108,28 +111,25 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 `{"reset_mask": mask}`, (B,) bool, leaves the rows outside the mask as they are.
 
         Raises:
-            ValueError: G does not divide the number of rows; the mask or the indexes do not fit.
+            ValueError: G does not divide the number of rows; seeds, mask or indexes do not fit; an option is not known.
+                Nothing has changed then.
         """
-        options = options or {}
-        rows = self._rows_to_reset(options.get("reset_mask"))
-        self._seed(seed, rows)
+        options = reset_options(options, ("index", "group_size", "reset_mask"))
+        rows, seeds = self._rows_to_reset(options.get("reset_mask")), self._row_seeds(seed)
         group_size = options.get("group_size")
-        if group_size is None:
-            heads = rows
-        else:
-            if group_size < 1 or len(rows) % group_size:
+        if group_size is not None:
+            group_size = whole("group_size", group_size, 1)
+            if len(rows) % group_size:
                 raise ValueError(
                     f"group_size={group_size} must divide num_envs={len(rows)}; try num_envs="
-                    f"{max(group_size, 1) * -(-len(rows) // max(group_size, 1))}"
+                    f"{group_size * -(-len(rows) // group_size)}"
                 )
-            heads = rows[::group_size]
-        index = options.get("index")
-        wanted = list(index) if isinstance(index, (list, tuple, np.ndarray)) else [index] * len(heads)
-        if len(wanted) != len(heads):
-            raise ValueError(f"options['index'] holds {len(wanted)} indexes; it must be a number or hold {len(heads)} of them")
-        indexes = [self._next_index(row, group_size) if i is None else int(i) for row, i in zip(heads, wanted, strict=True)]
+        heads = rows[:: group_size or 1]
+        wanted = self._wanted_indexes(options.get("index"), len(heads))
+        self._seed(seeds, rows)
+        indexes = [self._next_index(row, group_size) if i is None else i for row, i in zip(heads, wanted, strict=True)]
         self.episodes.start(rows, np.repeat(indexes, group_size or 1).tolist())
-        self._pending[rows] = False
+        self._pending[rows], self._told[rows] = False, np.nan
         return self.episodes.observation(), {}
 
     def step(
@@ -143,16 +143,20 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
         Returns:
             Observation, rewards (B,) float64, terminations and truncations (B,) bool, infos in Gymnasium's vector form.
+
+        Raises:
+            ValueError: another number of actions than rows, or what `advance_tokens` refuses. Nothing has changed then.
         """
-        tokens = np.asarray(actions)
-        if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"actions must be {self.num_envs} integers, one a row; got shape {tokens.shape} of {tokens.dtype}")
+        tokens = self.checked_actions(actions)
         renewed = np.flatnonzero(self._pending)
         rows = np.flatnonzero(~self._pending)
-        logp = self.told_logprobs(rows)
+        logp = None
         if logprobs is not None:
-            logp = _finite(np.asarray(logprobs, dtype=np.float64), (self.num_envs,))[rows, None]
-        outcome = self.episodes.advance(rows, tokens[rows, None].astype(np.int64), np.ones(len(rows), dtype=np.int64), logp)
+            logp = finite(logprobs, "logprobs")
+            if logp.shape != (self.num_envs,):
+                raise ValueError(f"logprobs have shape {logp.shape}; they must have the actions' shape {(self.num_envs,)}")
+            logp = logp[rows]
+        outcome = self.advance_tokens(rows, tokens[rows], logp)
         self.restart_rows(renewed)
         rewards, terminations, truncations = np.zeros(self.num_envs), *np.zeros((2, self.num_envs), dtype=bool)
         rewards[rows] = outcome.rewards[:, 0]
@@ -182,22 +186,21 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             ValueError: another number of responses than rows; lengths that differ; a token out of range, after the end or
                 past the limit; a row that has ended already. No row has changed then.
         """
-        if len(responses) != self.num_envs:
-            raise ValueError(f"{len(responses)} responses for num_envs={self.num_envs} rows; give one each")
-        rows = [np.asarray(response) for response in responses]
-        for i, row in enumerate(rows):
-            if row.ndim != 1 or (len(row) and not np.issubdtype(row.dtype, np.integer)):
-                raise ValueError(f"response {i} must be a flat sequence of token ids; got shape {row.shape} of {row.dtype}")
+        rows = one_a_row(responses, "responses", self.num_envs)
+        rows = [integers(row, f"response {i}", "a flat sequence of token ids") for i, row in enumerate(rows)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         tokens = _padded(rows, lengths, np.int64)
         logp = None
         if logprobs is not None:
-            given = [len(row) for row in logprobs]
-            if given != lengths.tolist():
+            told = one_a_row(logprobs, "logprobs", self.num_envs)
+            told = [finite(row, f"logprobs[{i}]") for i, row in enumerate(told)]
+            shapes = [row.shape for row in told]
+            if shapes != [(n,) for n in lengths.tolist()]:
                 raise ValueError(
-                    f"logprobs must have one number per token: their lengths are {given}, the responses' {lengths.tolist()}"
+                    f"logprobs must have one number per token: their shapes are {shapes}, the responses' lengths "
+                    f"{lengths.tolist()}"
                 )
-            logp = _finite(_padded(logprobs, lengths, np.float64), tokens.shape)
+            logp = _padded(told, lengths, np.float64)
         outcome = self.episodes.advance(np.arange(self.num_envs), tokens, lengths, logp, score_reference=True)
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
             self._pending |= outcome.terminated | outcome.truncated
@@ -212,12 +215,36 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     def tell_logprob(self, row: int, logprob: float) -> None:
         """Say log pi, in nats, of the action that `row` takes in the next step: what wrappers have no argument for."""
-        self._told[row] = logprob
+        if not np.isfinite(logprob):
+            raise ValueError(f"logprob={logprob} must be finite")
+        self._told[whole("row", row, 0, self.num_envs - 1)] = logprob
 
-    def told_logprobs(self, rows: np.ndarray) -> np.ndarray | None:
-        """(R, 1) log pi of the next step's actions as told, None unless all are; they are forgotten with this call."""
-        told, self._told = self._told[rows, None], np.full(self.num_envs, np.nan)
-        return told if np.isfinite(told).all() else None
+    def checked_actions(self, actions: Any) -> np.ndarray:
+        """(B,) int64, one action a row.
+
+        Raises:
+            ValueError: it is anything else.
+        """
+        tokens = integers(actions, "actions", f"{self.num_envs} integers, one a row")
+        if len(tokens) != self.num_envs:
+            raise ValueError(f"actions must be {self.num_envs} integers, one a row; got {len(tokens)}")
+        return tokens
+
+    def advance_tokens(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None = None) -> Outcome:
+        """Append one token to each of `rows`; see `Episodes.advance`.
+
+        Args:
+            rows: (R,) distinct row numbers.
+            tokens: (R,) int64.
+            logprobs: (R,) log pi in nats; by default as told, where it was told of all. What was told is then forgotten.
+        """
+        told = self._told[rows]
+        if logprobs is None and np.isfinite(told).all():
+            logprobs = told
+        logp = None if logprobs is None else logprobs[:, None]
+        outcome = self.episodes.advance(rows, tokens[:, None], np.ones(len(rows), dtype=np.int64), logp)
+        self._told[:] = np.nan
+        return outcome
 
     def action_masks(self) -> np.ndarray:
         """(B, V) bool, True for the tokens that may come next."""
@@ -270,19 +297,32 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def _next_index(self, row: int, group_size: int | None) -> int:
         return (self._row_cursors[row] if group_size is None else self._group_cursor).next()
 
-    def _seed(self, seed: int | Sequence[int | None] | None, rows: np.ndarray) -> None:
-        if seed is None:
-            return
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else list(seed)
+    def _wanted_indexes(self, index: Any, count: int) -> list[int | None]:
+        """One prompt a head, None where the head is to take its next one."""
+        many = isinstance(index, (list, tuple)) or (isinstance(index, np.ndarray) and index.ndim > 0)
+        wanted = list(index) if many else [index] * count
+        if len(wanted) != count:
+            raise ValueError(f"options['index'] holds {len(wanted)} indexes; it must be a number or hold {count} of them")
+        return [None if i is None else self.rules.prompt_index(i) for i in wanted]
+
+    def _row_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        if isinstance(seed, (list, tuple)) or (isinstance(seed, np.ndarray) and seed.ndim > 0):
+            seeds = [None if s is None else whole("seed", s, 0) for s in seed]
+        elif seed is None:
+            seeds = [None] * self.num_envs
+        else:
+            seeds = list(range(first := whole("seed", seed, 0), first + self.num_envs))
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed has {len(seeds)} numbers for num_envs={self.num_envs} rows; give one each, or a single one")
+        return seeds
+
+    def _seed(self, seeds: list[int | None], rows: np.ndarray) -> None:
         for i in rows:
-            row_seed = seeds[i]
-            if row_seed is not None:
-                self._row_rngs[i] = seeding.np_random(int(row_seed))[0]
+            if seeds[i] is not None:
+                self._row_rngs[i] = seeding.np_random(seeds[i])[0]
                 self._row_cursors[i].restart()
         if seeds[0] is not None and rows[0] == 0:
-            super().reset(seed=int(seeds[0]))
+            super().reset(seed=seeds[0])
             self._group_cursor.restart()
 
     def _rows_to_reset(self, mask: np.ndarray | None) -> np.ndarray:
@@ -303,11 +343,3 @@ def _padded(rows: Sequence[Any], lengths: np.ndarray, dtype: Any) -> np.ndarray:
     for i, row in enumerate(rows):
         table[i, : lengths[i]] = row
     return table
-
-
-def _finite(logprobs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if logprobs.shape != shape:
-        raise ValueError(f"logprobs have shape {logprobs.shape}; they must have the actions' shape {shape}")
-    if not np.isfinite(logprobs).all():
-        raise ValueError(f"logprobs must be finite; position {np.argwhere(~np.isfinite(logprobs))[0].tolist()} is not")
-    return logprobs

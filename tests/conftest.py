@@ -18,10 +18,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import agents
+import llm_env
+
 torch.set_num_threads(1)  # two contended threads make a tiny model many times slower
 
 SHARED = Path(__file__).parents[2] / "shared"
 FAMILIES = ["llama", "qwen2", "gpt2"]
+PACKAGES = {Path(llm_env.__file__).parent, Path(agents.__file__).parent}
 
 
 def make_tokenizer(characters="abcdefgh0123456789+= ", pad=True):
@@ -52,6 +56,14 @@ def make_model(family, vocab_size, seed=0, scale=3.0, **overrides):
             if parameter.ndim > 1:
                 parameter.mul_(scale)
     return model
+
+
+def refused(call, *args, error=(ValueError, TypeError), match=None, **kwargs):
+    """The call is refused by this project's own words, not by whatever it stumbled over inside a library."""
+    with pytest.raises(error, match=match) as caught:
+        call(*args, **kwargs)
+    assert Path(caught.traceback[-1].path).parent in PACKAGES, caught.traceback[-1]
+    assert str(caught.value).encode("utf-8")  # can be printed
 
 
 @pytest.fixture(scope="session")

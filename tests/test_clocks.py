@@ -287,7 +287,7 @@ def test_an_open_response_goes_on_and_an_empty_one_waits():
         ([[3], [[3]]], None, "response 1 must be a flat sequence"),
         ([[3], [0.5]], None, "response 1 must be a flat sequence"),
         ([[3], [3]], [[0.0], []], "logprobs must have one number per token"),
-        ([[3], [3]], [[0.0], [float("nan")]], r"logprobs must be finite; position \[1, 0\]"),
+        ([[3], [3]], [[0.0], [float("nan")]], r"logprobs\[1\] must be finite; position \[0\]"),
     ],
 )
 def test_bad_responses_change_nothing(responses, logprobs, message):
@@ -313,5 +313,5 @@ def test_bad_steps_and_resets():
         venv.reset(options={"group_size": 2, "index": [0, 1, 2]})
     with pytest.raises(ValueError, match="seed has 2 numbers for num_envs=4"):
         venv.reset(seed=[0, 1])
-    with pytest.raises(ValueError, match="num_envs=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_envs=0 must be a whole number of at least 1"):
         venv_of(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_env.arguments import whole
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
 from llm_env.rewards import exact_match
@@ -13,9 +14,7 @@ class AdditionProblems(PromptSource):
     """Every `a+b=` with a and b from 0 to `largest`, with the column `answer`; row `a * (largest + 1) + b`."""
 
     def __init__(self, largest: int = 99) -> None:
-        if largest < 0:
-            raise ValueError(f"largest={largest} must not be negative")
-        self.largest = largest
+        self.largest = whole("largest", largest, 0)
 
     def __len__(self) -> int:
         return (self.largest + 1) ** 2
@@ -33,9 +32,10 @@ def addition(split: str | None = "train", largest: int = 99, **overrides: Any) -
         largest: the largest summand.
         overrides: any argument of `TextGenerationEnv`, to replace those set here.
     """
+    problems = AdditionProblems(largest)
     digits = len(str(2 * largest))
     defaults = {
-        "prompts": AdditionProblems(largest),
+        "prompts": problems,
         "reward": exact_match,
         "tokenizer": PUPIL,
         "split": split,

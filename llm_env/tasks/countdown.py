@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from llm_env.answers import tagged_answer
+from llm_env.arguments import as_whole, whole
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
 
@@ -57,15 +58,14 @@ class CountdownProblems(PromptSource):
         seed: int = 0,
         template: str = TEMPLATE,
     ) -> None:
-        self.least, self.most = (count, count) if isinstance(count, int) else count
-        if not 2 <= self.least <= self.most:
+        counts = [as_whole(n) or 0 for n in (count if isinstance(count, (list, tuple)) else [count, count])]
+        if len(counts) != 2 or not 2 <= counts[0] <= counts[1]:
             raise ValueError(f"count={count!r} must be at least 2, or two such numbers, the least and the most")
-        if not 0 <= smallest <= largest:
-            raise ValueError(f"smallest={smallest} and largest={largest} must be a range of numbers of at least 0")
-        if size < 1 or largest_target < 1:
-            raise ValueError(f"size={size} and largest_target={largest_target} must be at least 1")
-        self.size, self.seed, self.template = size, seed, template
-        self.smallest, self.largest, self.largest_target = smallest, largest, largest_target
+        self.least, self.most = counts
+        self.smallest = whole("smallest", smallest, 0)
+        self.largest = whole("largest", largest, self.smallest)
+        self.largest_target = whole("largest_target", largest_target, 1)
+        self.size, self.seed, self.template = whole("size", size, 1), seed, template
         self._rows: dict[int, Row] = {}
         self[0]
 
