@@ -130,6 +130,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         indexes = [self._next_index(row, group_size) if i is None else int(i) for row, i in zip(heads, wanted, strict=True)]
         self.episodes.start(rows, np.repeat(indexes, group_size or 1).tolist())
         self._pending[rows] = False
+        self._told[rows] = np.nan
         return self.episodes.observation(), {}
 
     def step(

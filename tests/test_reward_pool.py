@@ -234,7 +234,6 @@ def test_a_pool_can_be_pickled_and_is_a_function_by_itself():
     assert reward(completions=["a", "b"]) == [1.0, 2.0]
 
 
-
 def in_a_fork(work, daemon):
     """What `work()` returns or raises in a forked process, as text."""
     context = multiprocessing.get_context("fork")
