@@ -176,6 +176,17 @@ def test_a_copy_meets_the_prompts_that_the_env_would_have_met_and_leaves_it_alon
         assert met(twins[0]) == met(twins[1]) == met(env)
 
 
+def test_what_was_told_before_a_reset_is_forgotten(tokenizer):
+    env = make(tokenizer, reference=make_model("llama", len(tokenizer)), kl_coef=1.0)
+    venv = env.vectorize(1)
+    expected = play(env, [A], options={"index": 0})[0][0]
+    for told in (False, True):
+        venv.reset(options={"index": 0})
+        assert venv.step(np.array([A]))[1] == pytest.approx([expected])
+        if not told:
+            venv.tell_logprob(0, -1.0)
+
+
 def test_a_failing_reward_loses_nothing(tokenizer):
     fails = [True]
 
