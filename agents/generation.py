@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,8 +106,9 @@ def sample_responses(
     elif group_size > 1:
         cache.batch_repeat_interleave(group_size)
     for step in range(max_new_tokens):
-        states = ((prompts[row // group_size], responses[row]) for row in alive.tolist())
-        tokens, logp = sampler(restrict(logits[:, :vocab_size], masks_of(constraint, states)))
+        states = [(prompts[row // group_size], responses[row]) for row in alive.tolist()]
+        allowed = None if constraint is None else constraint.masks(states)
+        tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed))
         for row, token, value in zip(alive.tolist(), tokens.tolist(), logp.tolist(), strict=True):
             responses[row].append(token)
             logps[row].append(value)
@@ -129,11 +130,6 @@ def sample_responses(
             ids = torch.cat([ids, tokens[:, None]], 1)
         logits = _forward(model, tokens[:, None] if cache is not None else ids, mask, cache)
     return responses, [np.array(row, dtype=np.float32) for row in logps]
-
-
-def masks_of(constraint: TokenConstraint | None, states: Iterable[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray | None:
-    """(B, V) bool, what may come next in each of B states (prompt, response so far); None where anything may."""
-    return None if constraint is None else np.stack([constraint.next(*state) for state in states])
 
 
 def _has_cache(model: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from agents.checks import check_tokens
-from agents.generation import Sampler, StepState, StopRule, masks_of, next_logits, sample_responses
+from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.losses import entropy_of
 from agents.vec_env import ids_and_mask, rows_of
 from llm_env.constraints import TokenConstraint
@@ -220,9 +220,9 @@ class LanguagePolicy(BasePolicy):
         `action_masks`, (B, V) bool, takes the place of the policy's constraint.
         """
         logits, state = next_logits(self.lm, rows, state, episode_start)
-        if action_masks is None:
-            states = ((row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True))
-            action_masks = masks_of(self.constraint, states)
+        if action_masks is None and self.constraint is not None:
+            states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]
+            action_masks = self.constraint.masks(states)
         tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks))
         return tokens.cpu().numpy(), logp.cpu().numpy(), state
 

@@ -52,6 +52,16 @@ class TokenConstraint:
         """
         return self.along(prompt, [*response, self._eos_id], len(response))[0]
 
+    def masks(self, states: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
+        """`next` for B states (prompt, response so far): bool, (B, V), or (1, V) where it is the same for all."""
+        if self._function is not None:
+            return np.stack([self.next(*state) for state in states])
+        held_back = np.array([len(response) < self._min_new_tokens for _, response in states])
+        without_end = self._always.copy()
+        without_end[self._eos_id] = False
+        kinds = np.stack([self._always, without_end])
+        return kinds[held_back[:1].astype(int)] if (held_back == held_back[0]).all() else kinds[held_back.astype(int)]
+
     def along(self, prompt: Sequence[int], response: Sequence[int], begin: int = 0) -> np.ndarray:
         """(n, V) bool, for each of the n tokens `response[begin:]` what might have stood in its place. Read-only."""
         if self._function is None:

@@ -14,7 +14,7 @@ class Ends:
     Attributes:
         max_new_tokens: the length limit.
         length_stop: `"score"`: a response cut off by the limit is paid its score like any other; `"zero"`: it is paid 0 in
-            the score's place (steps of a process reward stay paid).
+            the score's place (steps of a process reward stay paid) and is no success.
         overlong_buffer: length of the zone before the limit in which a penalty grows from 0 to `overlong_penalty`, in tokens;
             0 for none. DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) has `overlong_penalty=1`.
         overlong_penalty: the penalty at the limit.

@@ -293,7 +293,7 @@ class Episodes:
             whole = [sum(score for _, score in steps) for steps in scores.steps]
             self.scores[rows[ended]] = paid[ended] + np.array(whole) + outcome
             components = {**scores.components, **penalties}
-            infos = self._infos(rows[ended].tolist(), given[0], given[1], components, scores.errors)
+            infos = self._infos(rows[ended].tolist(), given[0], given[1], components, scores.errors, truncated[ended])
         self._paid_steps[rows] = paid
         for row, error in step_errors.items():
             self._step_errors[row] = self._step_errors[row] or error
@@ -334,6 +334,7 @@ class Episodes:
         completions: list[str],
         components: dict[str, np.ndarray],
         errors: dict[int, str],
+        truncated: np.ndarray,
     ) -> dict[int, dict[str, Any]]:
         """The last infos of rows that end."""
         infos: dict[int, dict[str, Any]] = {}
@@ -343,7 +344,8 @@ class Episodes:
             if i in errors:
                 info["reward_error"] = errors[i]
             if self.rules.success is not None:
-                info["is_success"] = bool(components[self.rules.success][i] >= 1)
+                counts = not (truncated[i] and self.rules.ends.length_stop == "zero")
+                info["is_success"] = bool(counts and components[self.rules.success][i] >= 1)
             if self.rules.reference is not None:
                 logp, ref_logp = self.log_probs(row)
                 info["ref_logprob"] = float(ref_logp.sum(dtype=np.float64))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,35 +35,55 @@ class Called:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-def call(function: Callable[..., Any], given: dict[str, Any], lengths: Sequence[int]) -> list[Value]:
+def call(
+    function: Callable[..., Any], given: dict[str, Any], lengths: Sequence[int], timeout: float | None = None
+) -> list[Value]:
     """Call a reward function on a batch, await it if it is asynchronous, and check what comes back.
 
     Args:
         function: the reward function.
         given: its keyword arguments.
         lengths: tokens of each completion.
+        timeout: seconds after which an asynchronous one is cancelled.
 
     Raises:
         BadValue: what it returned is not one finite number, list of steps or None a completion.
     """
     values = function(**given)
     if inspect.isawaitable(values):
-        values = wait_for(values)
+        values = wait_for(values, timeout)
     return checked(values, lengths)
 
 
-def wait_for(awaitable: Any) -> Any:
-    """The result of an awaitable, also where a loop is running already."""
+def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
+    """The result of an awaitable, which is cancelled after `timeout` seconds and where the wait is interrupted.
+
+    All are awaited in one loop, in a thread of its own, so that a client may be shared between calls and a notebook, whose own
+    loop is running, is no special case. A coroutine that blocks holds up the others.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
 
     async def result() -> Any:
-        return await awaitable
+        return await asyncio.wait_for(awaitable, timeout)
 
+    future = asyncio.run_coroutine_threadsafe(result(), _loop(os.getpid()))
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(result())
-    with ThreadPoolExecutor(1) as thread:  # a notebook has a loop of its own running
-        return thread.submit(asyncio.run, result()).result()
+        return future.result()
+    except asyncio.TimeoutError as error:  # before Python 3.11 not yet TimeoutError itself
+        raise TimeoutError(str(error)) from error
+    except BaseException:
+        future.cancel()
+        raise
+
+
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The loop of a process; a forked one has no use for its parent's, whose thread it did not get."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"rewards-{process}", daemon=True).start()
+    return loop
 
 
 def checked(values: Any, lengths: Sequence[int]) -> list[Value]:

@@ -32,7 +32,8 @@ class RewardModel:
     the last token that is not `config.pad_token_id`, so the padding is that token; where the config has none, or none that
     the model can embed, the head reads at the last token, and a batch is padded with a token that no text in it ends with.
 
-    The model runs in evaluation mode without gradients, and is left in the mode in which it was found. Non-finite scores
+    The model runs in evaluation mode without gradients, and is left in the mode in which it was found (several threads may
+    score at once only with a model that is in evaluation mode, as one from a path is). Non-finite scores
     are returned as they are; an env refuses them.
 
     Args:

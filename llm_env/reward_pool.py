@@ -28,9 +28,9 @@ class PooledReward:
     """A reward function that runs in a pool of workers: a reward function again, for the env's `reward`.
 
     The batch is cut into calls of `batch_size` completions, of which `workers` run at once; an asynchronous function is
-    awaited in its worker. A call that raises, returns what is no score or takes too long is an error of its completions:
-    with `on_error="raise"` the env raises and nothing is lost; with a number they are paid that number, the last info says
-    why under `reward_error`, and the share of such episodes is logged as `rollout/reward_errors`.
+    awaited (`workers` bounds how many at a time). A call that raises, returns what is no score or takes too long is an error
+    of its completions: with `on_error="raise"` the env raises and nothing is lost; with a number they are paid that number,
+    the last info says why under `reward_error`, and the share of such episodes is logged as `rollout/reward_errors`.
 
     Args:
         function: a reward function; see `llm_env.rewards`.
@@ -90,6 +90,7 @@ class PooledReward:
 
     def _start(self) -> None:
         self._process_id = os.getpid()
+        self._failing_batches = 0
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._cache: OrderedDict[Any, Value] = OrderedDict()
@@ -171,7 +172,10 @@ class PooledReward:
         what += failed[keys[first]]
         if self.on_error == "raise":
             raise BadValue(f"{what} (PooledReward's on_error= can put a number in its place)")
-        logger.warning("reward %r %s; they are paid on_error=%s", self.__name__, what, self.on_error)
+        self._failing_batches += 1
+        if self._failing_batches & (self._failing_batches - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: told, but not endlessly
+            count = self._failing_batches
+            logger.warning("reward %r %s; paid on_error=%s (failing batch %d)", self.__name__, what, self.on_error, count)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -192,11 +196,11 @@ class PooledReward:
                     self._children.put(child)
             if self.timeout is None:
                 return call(self.function, part, spans)
-            return _within(self.timeout, lambda: call(self.function, part, spans))
+            return _within(self.timeout, lambda: call(self.function, part, spans, self.timeout))
         except _NoWorker:
             raise
         except TimeoutError as error:
-            return f"TimeoutError: {error}" if str(error) else "TimeoutError"
+            return f"TimeoutError: {str(error) or _late(self.timeout)}"
         except Exception as error:
             return str(error) if isinstance(error, (BadValue, _ChildError)) else f"{type(error).__name__}: {error}"
 

@@ -10,6 +10,7 @@ Functions may be asynchronous. Slow or failing ones are put into a `llm_env.rewa
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +42,14 @@ def process_reward(function: RewardFunction) -> RewardFunction:
     >>> even([[3, 4, 6]])
     [[(1, 1.0), (2, 1.0)]]
     """
-    function.stepwise = True  # type: ignore[attr-defined]
-    return function
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    marked.__name__ = type(function).__name__  # of an object, which has no name of its own to be taken over
+    functools.update_wrapper(marked, function)
+    marked.stepwise = True  # type: ignore[attr-defined]
+    return marked
 
 
 @dataclass

@@ -79,7 +79,7 @@ def log_probs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Te
 
 
 def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
-    """Logits of the distribution over the allowed tokens, in float32; unchanged where `allowed` (bool, their shape) is None."""
+    """Logits of the distribution over the allowed tokens, in float32; unchanged where `allowed` (bool) is None."""
     if allowed is None:
         return logits
     return logits.float().masked_fill(torch.as_tensor(~allowed, device=logits.device), FORBIDDEN)

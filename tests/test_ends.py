@@ -70,6 +70,15 @@ def test_ends_by_hand_whatever_the_length_of_the_prompt(clock, kwargs, tokens, p
         }
 
 
+def test_what_is_cut_off_and_paid_nothing_is_no_success():
+    def wrote_a(completions):
+        return [float("a" in c) for c in completions]
+
+    for stop, expected in (("score", True), ("zero", False)):
+        assert play(make(wrote_a, success="wrote_a", length_stop=stop), [A, A, A, A])[1]["is_success"] is expected
+        assert play(make(wrote_a, success="wrote_a", length_stop=stop), [A, EOS])[1]["is_success"] is True
+
+
 def test_the_overlong_penalty_is_dapos():
     """Equation 13 of arXiv 2503.14476 with L_max = 10 and L_cache = 4, at every length."""
     lengths = np.arange(1, 11)
@@ -143,6 +152,20 @@ def test_a_marked_reward_pays_alike_however_the_response_is_cut(tokens, cut, end
         else parts.step_responses([tokens]).rewards[0]
     )
     assert list(got) == expected == play(env, tokens)[0]
+
+
+def test_methods_can_be_marked_and_the_unmarked_function_stays_as_it_is():
+    class Judge:
+        def steps(self, completion_ids):
+            return steps_of_b(completion_ids)
+
+        def __call__(self, completion_ids):
+            return steps_of_b(completion_ids)
+
+    for function in (Judge().steps, Judge(), steps_of_b):
+        assert play(make(process_reward(function)), [B, A, B, EOS])[0] == [1.0, 0.0, 3.0, 0.0]
+        assert play(make(function), [B, A, B, EOS])[0] == [0.0, 0.0, 0.0, 4.0]
+    assert list(make(process_reward(Judge())).rules.rewards.names) == ["Judge"]
 
 
 def test_a_mark_that_is_not_true_is_noticed():

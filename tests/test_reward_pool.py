@@ -171,6 +171,37 @@ def test_asynchronous_functions_plain_and_pooled():
     assert scores.total.tolist() == [1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0] and time.monotonic() - begin < 5
 
 
+class Client:
+    """A web client in small: bound to the loop in which it was first used."""
+
+    def __init__(self):
+        self.free = None
+        self.cancelled = 0
+
+    async def __call__(self, completions):
+        if self.free is None:
+            self.free = asyncio.Queue(1)
+        await self.free.put(None)  # only one at a time
+        try:
+            await asyncio.sleep(30 if "c" in completions[0] else 0.01)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.free.get_nowait()
+        return [1.0] * len(completions)
+
+
+def test_calls_share_one_loop_and_a_late_one_is_cancelled():
+    client = Client()
+    plain = RewardSum(client)
+    assert [score(plain, ["a", "b"]).total.tolist() for _ in range(3)] == [[1.0, 1.0]] * 3
+    pooled = PooledReward(client, timeout=1.0, on_error=-1.0)
+    assert score(RewardSum(pooled), "abd").total.tolist() == [1.0] * 3
+    assert score(RewardSum(pooled), "c").total.tolist() == [-1.0] and client.cancelled == 1
+    assert score(RewardSum(pooled), "a").total.tolist() == [1.0]  # the queue was left by the one cancelled
+
+
 def test_steps_come_through_a_pool():
     def steps(completion_ids):
         return [[(0, 1.0), (len(ids) - 1, 2.0)] for ids in completion_ids]
