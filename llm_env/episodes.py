@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm_env.observations import observe
-from llm_env.recorder import known
+from llm_env.recorder import record_of
 from llm_env.rewards import Scores
 from llm_env.rules import Rules
 
@@ -142,7 +142,7 @@ class Episodes:
             infos = self._pay(rows, before, lengths, ended, truncated, rewards)
             if self.rules.recorder is not None:
                 now = [(int(rows[i]), bool(terminated[i])) for i in np.flatnonzero(ended)]
-                self.rules.recorder.write([self._record(row, infos[row], by_itself) for row, by_itself in now])
+                self.rules.recorder.write([record_of(self, row, infos[row], by_itself) for row, by_itself in now])
         except BaseException:
             self.response_lengths[rows], self._paid_steps[rows], self.scores[rows] = before, paid_before, scores_before
             self.ids[at] = self.rules.pad_id
@@ -154,26 +154,6 @@ class Episodes:
             ref_logp = np.full(tokens.shape, np.nan, dtype=np.float32)
             ref_logp[written] = self._ref_logp[actions_at]
         return Outcome(rewards, terminated, truncated, ref_logp, infos)
-
-    def _record(self, row: int, info: dict[str, Any], terminated: bool) -> dict[str, Any]:
-        """What `Recorder` writes of an episode."""
-        logp, ref_logp = self.log_probs(row)
-        table, index = self.rules.prompts, info["prompt_index"]
-        return {
-            "prompt_index": index,
-            "prompt": info["prompt"],
-            "completion": info["completion"],
-            "prompt_ids": self.prompt(row).tolist(),
-            "completion_ids": self.response(row).tolist(),
-            "columns": table.row(index),
-            "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
-            "score": float(self.scores[row]),
-            "terminated": terminated,
-            "truncated": not terminated,
-            "logprobs": known(logp),
-            "ref_logprobs": known(ref_logp),
-            **{key: info[key] for key in ("is_success", "reward_error") if key in info},
-        }
 
     def _check(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, written: np.ndarray) -> None:
         over = self.finished[rows] & (lengths > 0)

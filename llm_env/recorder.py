@@ -6,12 +6,15 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_env.prompts import read_jsonl
 from llm_env.rewards import RewardFunction, RewardSum
+
+if TYPE_CHECKING:
+    from llm_env.episodes import Episodes
 
 logger = logging.getLogger("llm_env")
 
@@ -20,7 +23,7 @@ BEGINNING = b'{"prompt_index": '  # of every record
 
 
 class Recorder:
-    """Appends one JSON object an episode to a file.
+    """Appends one JSON object an episode to a file; give evaluation an env of its own, or its episodes are recorded as well.
 
     Every object has `prompt_index`, `prompt`, `completion`, `prompt_ids`, `completion_ids`, `columns` (the prompt's),
     `components` (by name, before weighting), `score` (what rewards and ends paid, without a KL), `terminated`, `truncated`,
@@ -74,9 +77,24 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a column of the prompts holds {value!r} ({type(value).__name__}), which JSON cannot; it is not recorded")
 
 
-def known(logprobs: np.ndarray) -> list[float] | None:
-    """Log-probs as a list, None unless all are known."""
-    return [float(x) for x in logprobs] if np.isfinite(logprobs).all() else None
+def record_of(episodes: Episodes, row: int, info: dict[str, Any], terminated: bool) -> dict[str, Any]:
+    """What `Recorder` writes of the episode that has just ended in `row` with the last info `info`."""
+    logp, ref_logp = (x.tolist() if np.isfinite(x).all() else None for x in episodes.log_probs(row))
+    return {
+        "prompt_index": info["prompt_index"],
+        "prompt": info["prompt"],
+        "completion": info["completion"],
+        "prompt_ids": episodes.prompt(row).tolist(),
+        "completion_ids": episodes.response(row).tolist(),
+        "columns": episodes.rules.prompts.row(info["prompt_index"]),
+        "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
+        "score": float(episodes.scores[row]),
+        "terminated": terminated,
+        "truncated": not terminated,
+        "logprobs": logp,
+        "ref_logprobs": ref_logp,
+        **{key: info[key] for key in ("is_success", "reward_error") if key in info},
+    }
 
 
 def rescore(
