@@ -151,3 +151,10 @@ def test_characters_cut_into_byte_tokens(parts, stop):
     if expected <= len(ids):
         refused(responses.step_responses, [[*ids[:expected], 0]], match="goes on for 1 tokens after its end")
     assert responses.step_responses([[*ids, END][:expected]]).infos[0]["completion"] == text
+
+
+def test_a_stop_string_is_seen_across_any_number_of_tokens_without_text():
+    env = TextGenerationEnv(["a"], count_a, BYTES, stop="ab", max_new_tokens=99)
+    env.reset()
+    ends = [env.step(token)[2] for token in [ord("a"), *[PAD] * 50, ord("b")]]
+    assert ends == [False] * 51 + [True]
