@@ -287,41 +287,47 @@ def test_a_record_that_cannot_be_written_loses_nothing(clock, tmp_path, monkeypa
     settings = arguments(record=path)
     env = TextGenerationEnv(**settings) if clock == "single" else TextGenerationVectorEnv(2, **settings)
     env.reset(seed=0)
-    write, full = env.rules.recorder.write, [True]
+    write, disk_is_full = env.rules.recorder.write, [True]
 
     def sometimes(records):
-        if records and full.pop(0):
+        if records and disk_is_full[0]:
             raise OSError("no space left on device")
         write(records)
 
+    def rewards(tokens):
+        if clock == "single":
+            return [env.step(tokens[-1])[1]]
+        return env.step(tokens)[1] if clock == "tokens" else np.ravel(env.step_responses([[t] for t in tokens]).rewards)
+
     monkeypatch.setattr(env.rules.recorder, "write", sometimes)
-    full[:] = [True, False]
-    one = {
-        "single": env.step,
-        "tokens": lambda token: env.step([token] * 2),
-        "responses": lambda t: env.step_responses([[t]] * 2),
-    }
-    one[clock](B)
-    with pytest.raises(OSError, match="no space"):
-        one[clock](EOS)
+    rewards([B, B])
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space"):
+            rewards([B, EOS])  # row 0 goes on and is paid a step, row 1 ends
     assert not path.read_text()
-    outcome = one[clock](EOS)
-    rewards = np.ravel(outcome.rewards if clock == "responses" else outcome[1])
-    assert rewards == pytest.approx([0.5 * -1 / 8] * len(rewards))  # the b was paid in its step, and is not paid again
-    assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [0.5] * len(rewards)
+    disk_is_full[0] = False
+    expected = [0.5 + 0.5 * -5 / 8, 0.5 * -1 / 8]
+    assert rewards([B, EOS]) == pytest.approx(expected[-1:] if clock == "single" else expected)
+    assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [0.5]
 
 
-def test_told_log_probs_outlive_a_failure_and_no_reset():
-    venv = TextGenerationVectorEnv(2, **arguments())
-    venv.reset(seed=0)
-    for row in range(2):
-        venv.tell_logprob(row, -1.0)
-    refused(venv.step, [A, V])
-    assert venv.step([A, A])[1] == pytest.approx([-0.5 * (-1.0 + 4 / 8)] * 2)
-    for row in range(2):
-        venv.tell_logprob(row, -1.0)
-    venv.reset()
-    assert venv.step([A, A])[1] == pytest.approx([0.5 * -4 / 8] * 2)  # nothing was told of this action
+def test_told_log_probs_outlive_a_failure_and_neither_a_step_nor_a_reset():
+    single, venv = TextGenerationEnv(**arguments()), TextGenerationVectorEnv(2, **arguments())
+    exact, without = pytest.approx(-0.5 * (-1.0 + 4 / 8)), pytest.approx(0.5 * -4 / 8)
+    for env, action, bad in [(single, A, V), (venv, [A, A], [A, V])]:
+
+        def tell(env=env):
+            for row in [()] if env is single else [(0,), (1,)]:
+                env.tell_logprob(*row, -1.0)
+
+        env.reset(seed=0)
+        tell()
+        refused(env.step, bad)
+        assert np.ravel(env.step(action)[1])[0] == exact
+        assert np.ravel(env.step(action)[1])[0] == without
+        tell()
+        env.reset()
+        assert np.ravel(env.step(action)[1])[0] == without
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,7 @@ TEXT = st.text(st.sampled_from("aé€😀b"), max_size=8).map(lambda text: list
 
 @settings(max_examples=150, deadline=None)
 @given(
-    ids=st.lists(TEXT | st.lists(st.integers(0, 258), max_size=3) | st.just([PAD] * 12), max_size=4).map(
-        lambda x: [i for ids in x for i in ids]
-    ),
+    parts=st.lists(TEXT | st.lists(st.integers(0, 258), max_size=3) | st.just([PAD] * 12), max_size=4),
     stop=st.lists(st.text("aé€😀b", min_size=1, max_size=3), max_size=2),
 )
 def test_characters_cut_into_byte_tokens(parts, stop):
@@ -153,3 +151,10 @@ def test_characters_cut_into_byte_tokens(parts, stop):
     if expected <= len(ids):
         refused(responses.step_responses, [[*ids[:expected], 0]], match="goes on for 1 tokens after its end")
     assert responses.step_responses([[*ids, END][:expected]]).infos[0]["completion"] == text
+
+
+def test_a_stop_string_is_seen_across_any_number_of_tokens_without_text():
+    env = TextGenerationEnv(["a"], count_a, BYTES, stop="ab", max_new_tokens=99)
+    env.reset()
+    ends = [env.step(token)[2] for token in [ord("a"), *[PAD] * 50, ord("b")]]
+    assert ends == [False] * 51 + [True]
