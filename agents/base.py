@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.checks import check_counts, check_fit, check_groups, check_numbers, default_learning_rate, only
+from agents.checks import check_counts, check_fit, check_groups, check_numbers, default_learning_rate, sort_out
 from agents.generation import Sampler
 from agents.inference import Inference
 from agents.losses import token_weights
@@ -22,7 +22,7 @@ from agents.records import episode_infos, record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
-from llm_env.arguments import as_whole, whole
+from llm_env.arguments import whole
 from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
 
@@ -248,15 +248,7 @@ class LanguageAgent(Inference):
             env: an env to train on.
         """
         check_counts(log_interval=log_interval)
-        if as_whole(env_or_timesteps) is not None or isinstance(env_or_timesteps, float):
-            total_timesteps = only("total_timesteps", env_or_timesteps, total_timesteps)
-        elif env_or_timesteps is not None:
-            env = only("env", env_or_timesteps, env)
-        if as_whole(callback) is not None:  # learn(env, 10_000)
-            callback, total_timesteps = None, only("total_timesteps", callback, total_timesteps)
-        if total_timesteps is not None:
-            check_numbers(0.0, total_timesteps=total_timesteps)
-            total_timesteps = int(total_timesteps)
+        env, callback, total_timesteps = sort_out(env_or_timesteps, callback, total_timesteps, env)
         if env is not None:
             self._attach(as_vec_env(env, self.n_envs))
         self.rules  # noqa: B018 - raises without an env

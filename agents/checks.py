@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_env.arguments import whole
+from llm_env.arguments import as_whole, whole
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
@@ -41,6 +41,22 @@ def only(name: str, given: Any, again: Any) -> Any:
     if again is not None:
         raise ValueError(f"{name} was given twice: {given!r} and {again!r}; drop one of them")
     return given
+
+
+def sort_out(env_or_timesteps: Any, callback: Any, total_timesteps: Any, env: Any) -> tuple[Any, Any, int | None]:
+    """Env, callback and total_timesteps of a call of `learn`, in whichever place they were given.
+
+    Raises:
+        ValueError: one was given twice, or total_timesteps is no finite number of at least 0.
+    """
+    if as_whole(env_or_timesteps) is not None or isinstance(env_or_timesteps, float):
+        total_timesteps = only("total_timesteps", env_or_timesteps, total_timesteps)
+    elif env_or_timesteps is not None:
+        env = only("env", env_or_timesteps, env)
+    if as_whole(callback) is not None:  # learn(env, 10_000)
+        callback, total_timesteps = None, only("total_timesteps", callback, total_timesteps)
+    check_numbers(0.0, total_timesteps=total_timesteps)
+    return env, callback, None if total_timesteps is None else int(total_timesteps)
 
 
 def check_tokens(rows: Sequence[Sequence[int]], new: int, vocab_size: int, model: PreTrainedModel) -> None:

@@ -20,6 +20,7 @@ from llm_env.reward_calls import BadValue, Called, Value, call, checked, wait_fo
 
 logger = logging.getLogger("llm_env")
 
+GRACE = 0.5  # seconds that an asynchronous call has to be cancelled by its own time-out, before it is left behind
 LONG = 10**9  # tokens, where a completion's length is not known
 NOT_PICKLED = ("_process_id", "_threads", "_lock", "_cache", "_children")
 
@@ -196,7 +197,8 @@ class PooledReward:
                     self._children.put(child)
             if self.timeout is None:
                 return call(self.function, part, spans)
-            return _within(self.timeout, lambda: call(self.function, part, spans, self.timeout))
+            patience = self.timeout + (GRACE if _is_async(self.function) else 0.0)
+            return _within(patience, lambda: call(self.function, part, spans, self.timeout))
         except _NoWorker:
             raise
         except TimeoutError as error:
@@ -207,6 +209,11 @@ class PooledReward:
 
 def _late(timeout: float | None) -> TimeoutError:
     return TimeoutError(f"no answer within {timeout} s of the call's start")
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    function = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _within(timeout: float, work: Callable[[], Any]) -> Any:

@@ -120,7 +120,7 @@ def test_the_wrapped_reward_is_the_one_trained_on(name):
     with pytest.warns(UserWarning, match="token by token to honour TransformReward"):
         agent = make_agent(name, env=flipped(), n_envs=16, learning_rate=3e-3)
     assert agent.n_envs == 16
-    agent.learn(64 * 60)
+    agent.learn(64 * 40)
     plain = agent.evaluate(make_env(TOKENIZER), deterministic=False)["reward"]
     assert plain < 0.05  # a pays in the env itself and costs through the wrapper
     with pytest.warns(UserWarning):
