@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 
 from llm_env.probes import GOLD_COLUMNS, Gold, Sample, choose_prompts, known_answers, make_probes
+from llm_env.reward_pool import PooledReward
 from llm_env.rules import Rules
 
 PASSED, FAILED, NOTE, NOT_RUN, NOT_APPLICABLE = "passed", "FAILED", "note", "not run", "not applicable"
@@ -118,11 +119,12 @@ def check_reward(
     indexes = choose_prompts(rules, golds, n, rng)
     probes = make_probes(rules, golds, indexes, rng)
     lint = _Lint(rules, probes, golds, indexes)
-    rows = [*lint.numbers(), *lint.equality()]
-    steady = not any(row.result == FAILED for row in rows)
-    unsteady = CheckRow("safe under threads", NOT_RUN, "the scores differ or fail without threads, see above")
-    rows.append(lint.threads(threads) if steady else unsteady)
-    report = RewardReport([*rows, *lint.answers(), lint.lengths()])
+    with _uncached(rules):
+        rows = [*lint.numbers(), *lint.equality()]
+        steady = not any(row.result == FAILED for row in rows)
+        unsteady = CheckRow("safe under threads", NOT_RUN, "the scores differ or fail without threads, see above")
+        rows.append(lint.threads(threads) if steady else unsteady)
+        report = RewardReport([*rows, *lint.answers(), lint.lengths()])
     if not quiet:
         print(report)
     return report
@@ -323,6 +325,20 @@ def _eager_switching() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(interval)
+
+
+@contextmanager
+def _uncached(rules: Rules) -> Iterator[None]:
+    """Pools forget nothing but look nothing up either: a cache would make noise look steady."""
+    pools = [function for function in rules.rewards.functions if isinstance(function, PooledReward)]
+    sizes = [pool.cache_size for pool in pools]
+    for pool in pools:
+        pool.cache_size = 0
+    try:
+        yield
+    finally:
+        for pool, size in zip(pools, sizes, strict=True):
+            pool.cache_size = size
 
 
 def _short(text: str, length: int = 70) -> str:

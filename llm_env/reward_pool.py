@@ -161,9 +161,10 @@ class PooledReward:
         return [(state, pickle.dumps([column[row] for column in columns])) for row, state in enumerate(states)]
 
     def _remember(self, scored: dict[Any, Value]) -> None:
+        if not self.cache_size:
+            return
         with self._lock:
-            if self.cache_size:
-                self._cache.update(scored)
+            self._cache.update(scored)
             while len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
 

@@ -221,6 +221,22 @@ def test_a_number_in_the_place_of_a_score_does_not_pass():
     assert not report.passed and "the judge is down" in report["a finite number for any text"].detail
 
 
+def test_a_cache_does_not_hide_noise_and_is_left_as_it_was():
+    calls = []
+
+    def noisy(completions, answer, **kwargs):
+        calls.append(completions[0])
+        return [float(completions[0] == answer[0]) + random.random() / 10]
+
+    pool = llm_env.PooledReward(noisy, cache_size=10_000)
+    env = TextGenerationEnv([{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(9)], pool, llm_env.PUPIL)
+    once = env.rules.rewards(["0+1="], ["1"], [[1]], {"answer": ["1"]}).total.tolist()
+    report = check_reward(env, quiet=True)
+    assert {row.check: row.result for row in report.rows}["equal score when called again"] == "FAILED"
+    calls.clear()
+    assert env.rules.rewards(["0+1="], ["1"], [[1]], {"answer": ["1"]}).total.tolist() == once and not calls
+
+
 def test_gold_may_be_a_column_or_a_function():
     rows = [{"prompt": f"{a}+1= ", "result": str(a + 1)} for a in range(20)]
 
