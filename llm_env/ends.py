@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llm_env.arguments import whole
+
 
 @dataclass(frozen=True)
 class Ends:
@@ -30,14 +32,10 @@ class Ends:
     def __post_init__(self) -> None:
         if self.length_stop not in ("score", "zero"):
             raise ValueError(f"length_stop={self.length_stop!r} must be 'score' or 'zero'")
-        buffer = self.overlong_buffer
-        if not isinstance(buffer, (int, np.integer)) or not 0 <= buffer <= self.max_new_tokens:
-            raise ValueError(
-                f"overlong_buffer={buffer!r} must be a whole number from 0 (off) to max_new_tokens={self.max_new_tokens}"
-            )
+        whole("overlong_buffer", self.overlong_buffer, 0, self.max_new_tokens)
         for name in ("overlong_penalty", "missing_eos_penalty"):
             value = getattr(self, name)
-            if not np.isfinite(value) or value < 0:
+            if not isinstance(value, (int, float, np.number)) or not np.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a finite number of at least 0: it is taken off the score")
 
     @property

@@ -91,8 +91,10 @@ def test_the_overlong_penalty_is_dapos():
     ("kwargs", "message"),
     [
         ({"length_stop": "overlong"}, "length_stop='overlong' must be 'score' or 'zero'"),
-        ({"overlong_buffer": 5}, r"overlong_buffer=5 must be a whole number from 0 \(off\) to max_new_tokens=4"),
+        ({"overlong_buffer": 5}, "overlong_buffer=5 must be a whole number of at least 0, at most 4"),
         ({"overlong_buffer": 1.5}, "overlong_buffer=1.5"),
+        ({"overlong_buffer": True}, "overlong_buffer=True"),
+        ({"overlong_penalty": "x"}, "overlong_penalty='x' must be a finite number"),
         ({"overlong_penalty": -1}, "overlong_penalty=-1 must be a finite number of at least 0"),
         ({"missing_eos_penalty": float("nan")}, "missing_eos_penalty=nan"),
     ],
