@@ -160,7 +160,7 @@ def collect_by_tokens(
     episodes: list[_Episode] = []
     for begin in range(0, len(indexes), vec_env.num_envs):
         chunk = indexes[begin : begin + vec_env.num_envs]
-        episodes += _play(policy, vec_env, chunk, sampler)
+        episodes += _play(policy, vec_env, rules, chunk, sampler)
     prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
     ref_logps = rules.reference_log_probs(prompts, responses, [0] * len(prompts)) if rules.reference is not None else None
     return _assemble(
@@ -197,13 +197,13 @@ def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
     return {**info, "prompt": prompt, "completion": completion}
 
 
-def _play(policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], sampler: Sampler) -> list[_Episode]:
+def _play(policy: LanguagePolicy, vec_env: VecEnv, rules: Rules, indexes: list[int], sampler: Sampler) -> list[_Episode]:
     """One episode in each of the first len(indexes) envs; the others are stepped along and not looked at."""
     vec_env.set_options([{"index": indexes[min(i, len(indexes) - 1)]} for i in range(vec_env.num_envs)])
     observation: Any = vec_env.reset()
     contexts = rows_of(observation)
     episodes = [_Episode(context) for context in contexts[: len(indexes)]]
-    rules, state, starts = rules_of_vec_env(vec_env), None, [True] * vec_env.num_envs
+    state, starts = None, [True] * vec_env.num_envs
     while any(episode.info is None for episode in episodes):
         masks = None if rules.constraint is None else np.stack(vec_env.env_method("action_masks"))
         tokens, logp, state = policy.next_tokens(rows_of(observation), state, sampler, starts, masks)

@@ -35,11 +35,13 @@ class TokenConstraint:
         self._min_new_tokens = min_new_tokens
         everything = np.ones(vocab_size, dtype=bool)
         self._always = everything if allowed is None or callable(allowed) else self._as_mask(allowed)
+        self._kinds = np.stack([self._always, self._always])  # after and before min_new_tokens
+        self._kinds[1, eos_id] = False
         if not self._always[eos_id]:
             logger.warning(
                 "allowed_tokens is without the end token %d: only a stop string or the limit ends a response", eos_id
             )
-        if min_new_tokens and not np.delete(self._always, eos_id).any():
+        if min_new_tokens and not self._kinds[1].any():
             raise ValueError(
                 f"min_new_tokens={min_new_tokens} forbids the end token, and allowed_tokens leaves no other; allow more tokens"
             )
@@ -56,11 +58,8 @@ class TokenConstraint:
         """`next` for B states (prompt, response so far): bool, (B, V), or (1, V) where it is the same for all."""
         if self._function is not None:
             return np.stack([self.next(*state) for state in states])
-        held_back = np.array([len(response) < self._min_new_tokens for _, response in states])
-        without_end = self._always.copy()
-        without_end[self._eos_id] = False
-        kinds = np.stack([self._always, without_end])
-        return kinds[held_back[:1].astype(int)] if (held_back == held_back[0]).all() else kinds[held_back.astype(int)]
+        held_back = np.array([len(response) < self._min_new_tokens for _, response in states], dtype=int)
+        return self._kinds[held_back[:1] if (held_back == held_back[0]).all() else held_back]
 
     def along(self, prompt: Sequence[int], response: Sequence[int], begin: int = 0) -> np.ndarray:
         """(n, V) bool, for each of the n tokens `response[begin:]` what might have stood in its place. Read-only."""

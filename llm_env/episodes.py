@@ -180,7 +180,7 @@ class Episodes:
         masks = np.ones((len(self.finished), self.rules.vocab_size), dtype=bool)
         if self.rules.constraint is not None:
             for row in np.flatnonzero(~self.finished).tolist():
-                masks[row] = self.rules.action_mask(self.prompt(row).tolist(), self.response(row).tolist())
+                masks[row] = self.rules.constraint.next(self.prompt(row).tolist(), self.response(row).tolist())
         return masks
 
     def _check_allowed(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -295,17 +295,16 @@ class Episodes:
                 )
             owed = earlier - paid
             rewards[0] += owed
-        for end, score in steps:
-            if end >= before:
-                rewards[end - before] += score
-        return owed + sum(score for end, score in steps if end >= before)
+        new = [(end - before, score) for end, score in steps if end >= before]
+        for at, score in new:
+            rewards[at] += score
+        return owed + sum(score for _, score in new)
 
     def _given(self, rows: np.ndarray) -> tuple[list[str], list[str], list[list[int]], dict[str, list[Any]]]:
         """Prompts, completions, their token ids and the columns of `rows`: what rewards are called with."""
-        table, indexes = self.rules.prompts, self.prompt_indexes[rows].tolist()
+        texts, columns = self.rules.prompts.batch(self.prompt_indexes[rows].tolist())
         responses = [self.response(row).tolist() for row in rows.tolist()]
-        columns = {name: table.column(name, indexes) for name in table.columns}
-        return [table.texts[i] for i in indexes], self.rules.decode(responses), responses, columns
+        return texts, self.rules.decode(responses), responses, columns
 
     def _infos(
         self,

@@ -43,6 +43,12 @@ def split_of(text: str) -> str:
     return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
 
 
+def check_split(split: str | None) -> None:
+    """Refuse what is neither a split nor None."""
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"split={split!r} must be 'train', 'test' or None")
+
+
 def read_jsonl(path: str | Path) -> list[Row]:
     """One JSON object a line.
 
@@ -174,8 +180,7 @@ class PromptTable:
     def __init__(
         self, prompts: Any, tokenizer: Any, max_prompt_tokens: int, split: str | None = None, long_prompts: str = "error"
     ) -> None:
-        if split is not None and split not in SPLITS:
-            raise ValueError(f"split={split!r} must be 'train', 'test' or None")
+        check_split(split)
         if long_prompts not in ("error", "drop"):
             raise ValueError(f"long_prompts={long_prompts!r} must be 'error' or 'drop'")
         self._rows = as_rows(prompts)
@@ -214,6 +219,10 @@ class PromptTable:
     def column(self, name: str, indexes: Sequence[int]) -> list[Any]:
         """The values of column `name` in the prompts `indexes`."""
         return [self._rows[self._kept[i]].get(name) for i in indexes]
+
+    def batch(self, indexes: Sequence[int]) -> tuple[list[str], dict[str, list[Any]]]:
+        """Texts and columns of the prompts `indexes`: what a reward function is told of them."""
+        return [self.texts[i] for i in indexes], {name: self.column(name, indexes) for name in self.columns}
 
     def row(self, index: int) -> Row:
         """The columns of prompt `index` that it has, "prompt" aside."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llm_env")
 
 BATCH = 1024
+BLOCK = 1 << 16  # bytes read at a time, from the end
 BEGINNING = b'{"prompt_index": '  # of every record
 
 
@@ -44,12 +46,10 @@ class Recorder:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if last := content[len(whole) :]:
-            self._mend(whole, last)
+        if last := _unfinished_line(self.path):
+            self._mend(last)
 
-    def _mend(self, whole: bytes, last: bytes) -> None:
+    def _mend(self, last: bytes) -> None:
         """Make the last line whole, or take it away; but only where it is a record that was cut off."""
         try:
             json.loads(last)
@@ -59,7 +59,7 @@ class Recorder:
                     f"{self.path} ends with {last[:60]!r}, which is no recorded episode; give record= another file"
                 ) from None
             logger.warning("%s ends in the middle of a line: its last %d bytes are cut", self.path, len(last))
-            self.path.write_bytes(whole)
+            os.truncate(self.path, self.path.stat().st_size - len(last))
         else:
             with self.path.open("ab") as file:
                 file.write(b"\n")
@@ -69,6 +69,18 @@ class Recorder:
         lines = "".join(json.dumps(record, default=_plain) + "\n" for record in records)
         with self.path.open("ab") as file:
             file.write(lines.encode())
+
+
+def _unfinished_line(path: Path) -> bytes:
+    """What stands after the last line break of a file, of which no more is read than is needed."""
+    last = b""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0 and b"\n" not in last:
+            begin = max(0, end - BLOCK)
+            file.seek(begin)
+            last, end = file.read(end - begin) + last, begin
+    return last.rpartition(b"\n")[2]
 
 
 def _plain(value: Any) -> Any:

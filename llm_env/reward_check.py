@@ -150,10 +150,8 @@ class _Lint:
 
     def given(self, sample: Sample) -> tuple[Any, ...]:
         """What the reward is called with: prompts, completions, their ids and the columns."""
-        table = self.rules.prompts
-        columns = {name: table.column(name, sample.indexes) for name in table.columns}
-        ids = [self._ids(text) for text in sample.completions]
-        return [table.texts[i] for i in sample.indexes], sample.completions, ids, columns
+        texts, columns = self.rules.prompts.batch(sample.indexes)
+        return texts, sample.completions, [self._ids(text) for text in sample.completions], columns
 
     def pay(self, given: tuple[Any, ...]) -> np.ndarray:
         """(B,) of the component that says success, or of the weighted sum: the one place that calls the reward."""

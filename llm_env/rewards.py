@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,8 @@ class RewardSum:
         self.weights = np.asarray(weights, dtype=np.float64)
         self.names = _unique_names(self.functions)
         self._seconds = dict.fromkeys(self.names, 0.0)
-        self.stepwise = any(getattr(function, "stepwise", False) for function in self.functions)
+        self._live = [getattr(function, "stepwise", False) for function in self.functions]
+        self.stepwise = any(self._live)
         self.replaces_errors = any(getattr(function, "on_error", "raise") != "raise" for function in self.functions)
         self._columns = [
             _wanted_columns(f, name, columns, incomplete or {}) for f, name in zip(self.functions, self.names, strict=True)
@@ -158,20 +159,18 @@ class RewardSum:
                 scored some completion. The message names the function and the row.
         """
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {}, set())
-        for k, name in enumerate(self.names):
-            called = self._call(k, given)
-            scores.add(name, called, float(self.weights[k]), getattr(self.functions[k], "stepwise", False))
+        scores = self._ask(range(len(self.names)), given)
         unscored = np.flatnonzero(np.isnan(np.stack(list(scores.components.values()))).all(axis=0))
         if len(unscored):
             raise ValueError(
                 f"no reward function of {self.names} scored row {unscored[0]} of {len(prompts)} (all returned None): "
                 f"prompt {prompts[unscored[0]]!r}, completion {completions[unscored[0]]!r}; at least one must return a number"
             )
-        over = np.flatnonzero(~(np.abs(scores.total) <= LARGEST))
+        total = scores.total
+        over = np.flatnonzero(~(np.abs(total) <= LARGEST))
         if len(over):
             raise ValueError(
-                f"the weighted sum of the rewards {self.names} is {scores.total[over[0]]:g} for row {over[0]}: agents "
+                f"the weighted sum of the rewards {self.names} is {total[over[0]]:g} for row {over[0]}: agents "
                 f"hold rewards in float32, at most {LARGEST:g}; scale them down"
             )
         return scores
@@ -181,16 +180,20 @@ class RewardSum:
     ) -> Scores:
         """What the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        scores = Scores(np.zeros(len(prompts)), {}, [[] for _ in prompts], [[] for _ in prompts], {}, set())
-        for k, function in enumerate(self.functions):
-            if getattr(function, "stepwise", False):
-                scores.add(self.names[k], self._call(k, given), self.weights[k], True)
-        return scores
+        return self._ask(np.flatnonzero(self._live).tolist(), given)
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in each function since this was last asked."""
         taken, self._seconds = self._seconds, dict.fromkeys(self.names, 0.0)
         return taken
+
+    def _ask(self, which: Iterable[int], given: dict[str, Any]) -> Scores:
+        """What the functions number `which` say of a batch."""
+        rows = given["prompts"]
+        scores = Scores(np.zeros(len(rows)), {}, [[] for _ in rows], [[] for _ in rows], {}, set())
+        for k in which:
+            scores.add(self.names[k], self._call(k, given), float(self.weights[k]), self._live[k])
+        return scores
 
     def _call(self, k: int, given: dict[str, Any]) -> Called:
         function, name = self.functions[k], self.names[k]
@@ -202,12 +205,13 @@ class RewardSum:
             if isinstance(function, PooledReward):
                 return function.run(wanted, list(zip(prompts, map(tuple, ids), strict=True)), lengths)
             return Called(call(function, wanted, lengths))
-        except ValueError as error:
-            if isinstance(error, BadValue):
-                raise ValueError(f"reward {name!r} {error}; the first prompt of the batch is {prompts[0]!r}") from error
-            raise ValueError(_raised(name, error, prompts)) from error
+        except BadValue as error:
+            raise ValueError(f"reward {name!r} {error}; the first prompt of the batch is {prompts[0]!r}") from error
         except Exception as error:
-            raise ValueError(_raised(name, error, prompts)) from error
+            raise ValueError(
+                f"reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(prompts)} completions, the first "
+                f"to the prompt {prompts[0]!r}"
+            ) from error
         finally:
             self._seconds[name] += time.perf_counter() - begin
 
@@ -219,13 +223,6 @@ def _own(value: Any) -> Any:
     if type(value) is dict:
         return {key: _own(v) for key, v in value.items()}
     return value
-
-
-def _raised(name: str, error: Exception, prompts: list[str]) -> str:
-    return (
-        f"reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(prompts)} completions, the first "
-        f"to the prompt {prompts[0]!r}"
-    )
 
 
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:

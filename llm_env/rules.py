@@ -133,12 +133,6 @@ class Rules:
             raise ValueError(f"index={number} is out of range: this env has the prompts 0..{len(self.prompts) - 1}")
         return number
 
-    def action_mask(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
-        """(V,) bool, True for the tokens that may follow `response`."""
-        if self.constraint is None:
-            return np.ones(self.vocab_size, dtype=bool)
-        return self.constraint.next(prompt, response)
-
     def reference_log_probs(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], begins: Sequence[int]
     ) -> list[np.ndarray]:

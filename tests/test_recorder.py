@@ -119,6 +119,15 @@ def test_a_line_that_was_cut_off_is_taken_away_and_the_file_goes_on(tmp_path, ca
     assert path.read_bytes() == whole
 
 
+def test_a_cut_off_line_may_be_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_env.recorder.BLOCK", 7)
+    for whole in (b"", b'{"prompt_index": 0}\n'):
+        path = tmp_path / "episodes.jsonl"
+        path.write_bytes(whole + b'{"prompt_index": 1, "prompt": "' + b"a" * 100)
+        make(path)
+        assert path.read_bytes() == whole
+
+
 def test_columns_that_json_cannot_hold_are_refused_at_once(tmp_path):
     with pytest.raises(TypeError, match=r"a column of the prompts holds .*complex.*, which JSON cannot"):
         TextGenerationEnv([{"prompt": "a", "z": 1j}], length, TOKENIZER, record=tmp_path / "e.jsonl")

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from llm_env.answers import tagged_answer
-from llm_env.prompts import SPLITS, PromptSource, Row, split_of
+from llm_env.prompts import PromptSource, Row, check_split, split_of
 from llm_env.pupil import PUPIL
 
 TEMPLATE = "{question}\nGive the final answer between <answer> and </answer>.\n"
@@ -35,8 +35,7 @@ class ReasoningGymProblems(PromptSource):
     """
 
     def __init__(self, dataset: Any, split: str | None = None, template: str = TEMPLATE) -> None:
-        if split not in (None, *SPLITS):
-            raise ValueError(f"split={split!r} must be 'train', 'test' or None")
+        check_split(split)
         entries = [dataset[i] for i in range(len(dataset))]
         unique = {entry["question"]: entry for entry in reversed(entries)}
         self.dropped = len(entries) - len(unique)
