@@ -30,6 +30,7 @@ from llm_env.rules import Rules
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
+DEFAULT_GROUP_SIZE = 8
 
 
 class LanguageAgent(Inference):

@@ -12,7 +12,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from agents.advantages import equal_groups, group_relative, group_relative_steps
-from agents.base import LanguageAgent, LossTerms
+from agents.base import DEFAULT_GROUP_SIZE, LanguageAgent, LossTerms
 from agents.checks import check_counts, check_numbers, check_process_supervision
 from agents.iterations import Iterations
 from agents.losses import KL_ESTIMATORS, clipped_surrogate, ratio_statistics, surrogate_terms, weighted_sum
@@ -80,7 +80,7 @@ class GRPO(Iterations, LanguageAgent):
         env: Any = None,
         learning_rate: float | Schedule | None = None,
         *,
-        group_size: int = 8,
+        group_size: int = DEFAULT_GROUP_SIZE,
         n_epochs: int = 1,
         kl_coef: float | KLController = 0.0,
         kl_estimator: str = "k3",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from agents.advantages import discounted_returns, group_relative, leave_one_out
-from agents.base import LanguageAgent, LossTerms
+from agents.base import DEFAULT_GROUP_SIZE, LanguageAgent, LossTerms
 from agents.checks import check_numbers
 from agents.losses import value_terms, weighted_sum
 from agents.policy import Evaluation
@@ -17,10 +17,10 @@ from agents.rollout import Rollout
 from llm_env.arguments import whole
 
 GROUP_BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "group": partial(group_relative, scale="none"),
+    "group_mean": partial(group_relative, scale="none"),
     "leave_one_out": leave_one_out,
 }
-BASELINES = (None, "mean", *GROUP_BASELINES, "value")
+BASELINES = (None, "running_mean", *GROUP_BASELINES, "value")
 SLOWEST_SHARE = 0.1  # of a rollout's mean return in the running mean
 
 
@@ -30,18 +30,18 @@ class REINFORCE(LanguageAgent):
     | method | arguments | source |
     | --- | --- | --- |
     | naive reward | `baseline=None` | Williams 1992 |
-    | reinforcement baseline | `baseline="mean"` | Williams 1992, section 6 |
+    | reinforcement baseline | `baseline="running_mean"` | Williams 1992, section 6 |
     | RLOO | `baseline="leave_one_out"`, `group_size=G` | arXiv 2402.14740 |
-    | mean of the group | `baseline="group"`, `group_size=G` | Dr. GRPO's advantage, arXiv 2503.20783 |
+    | mean of the group | `baseline="group_mean"`, `group_size=G` | Dr. GRPO's advantage, arXiv 2503.20783 |
     | actor-critic, Monte Carlo returns | `baseline="value"` | Sutton and Barto 2018, section 13.4 |
 
     Args:
         policy, env, learning_rate: see `LanguageAgent`.
-        baseline: what is taken off the reward to go G_t. None: nothing. `"mean"`: the running mean of the returns of earlier
-            rollouts (0 in the first; it moves by a tenth a rollout, and by more in the first ten). `"value"`: V(s_t), learned.
-            `"group"` and `"leave_one_out"` take the whole response for one action: every token has its return less the mean
-            return of the group, or of the other answers to the prompt.
-        group_size: G, answers per prompt; at least 2 for the last two.
+        baseline: what is taken off the reward to go G_t. None: nothing. `"running_mean"`: the mean return of earlier rollouts
+            (0 in the first; it moves by a tenth a rollout, and by more in the first ten). `"value"`: V(s_t), learned.
+            `"group_mean"` and `"leave_one_out"` take the whole response for one action: each of its tokens has its return
+            less the mean return of its group, or of the other answers to the prompt.
+        group_size: G, answers per prompt; 8 by default for the last two, which need at least 2, else 1.
         gamma: discount per token.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
@@ -58,7 +58,7 @@ class REINFORCE(LanguageAgent):
         learning_rate: Any = None,
         *,
         baseline: str | None = None,
-        group_size: int = 1,
+        group_size: int | None = None,
         gamma: float = 1.0,
         ent_coef: float = 0.0,
         vf_coef: float = 0.1,
@@ -68,7 +68,8 @@ class REINFORCE(LanguageAgent):
         if baseline not in BASELINES:
             raise ValueError(f"baseline={baseline!r} must be one of {BASELINES}")
         grouped = baseline in GROUP_BASELINES
-        self.group_size = whole("group_size", group_size, 2 if grouped else 1)
+        default = DEFAULT_GROUP_SIZE if grouped else 1
+        self.group_size = whole("group_size", default if group_size is None else group_size, 2 if grouped else 1)
         if separate_critic and baseline != "value":
             raise ValueError(f"separate_critic=True, but baseline={baseline!r} has no critic; take baseline='value'")
         check_numbers(0.0, gamma=gamma, vf_coef=vf_coef)
@@ -93,7 +94,7 @@ class REINFORCE(LanguageAgent):
         if self.baseline == "value":
             assert rollout.old_values is not None
             rollout.advantages, rollout.returns = returns - rollout.old_values, returns
-        elif self.baseline == "mean":
+        elif self.baseline == "running_mean":
             rollout.advantages = (returns - self.running_mean) * rollout.mask
             self._rollouts_averaged += 1
             share = max(1 / self._rollouts_averaged, SLOWEST_SHARE)

@@ -61,9 +61,9 @@ def test_every_method_learns(method):
     assert before < 0.6 and score(agent) > 0.85
 
 
-@pytest.mark.parametrize("baseline", ["mean", "group", "leave_one_out"])
+@pytest.mark.parametrize("baseline", ["running_mean", "group_mean", "leave_one_out"])
 def test_every_baseline_learns(baseline):
-    agent = make_agent(REINFORCE, baseline=baseline, group_size=1 if baseline == "mean" else 4)
+    agent = make_agent(REINFORCE, baseline=baseline, group_size=1 if baseline == "running_mean" else 4)
     agent.learn(32 * 4 * 30)
     assert score(agent) > 0.85
 
@@ -81,10 +81,10 @@ def test_baselines_of_reinforce_by_hand():
         agent.compute_advantages(rollout)
         return (rollout.advantages[:, 0] / (mask * rollout.advantages != 0).any(1)).nan_to_num().tolist(), rollout.advantages
 
-    group, table = advantages(make_agent(REINFORCE, baseline="group", group_size=2))
+    group, table = advantages(make_agent(REINFORCE, baseline="group_mean", group_size=2))
     assert group == [0.5, -0.5, 1.0, -1.0] and (table == torch.tensor(group)[:, None] * mask).all()
     assert advantages(make_agent(REINFORCE, baseline="leave_one_out", group_size=2))[0] == [1.0, -1.0, 2.0, -2.0]
-    running = make_agent(REINFORCE, baseline="mean")
+    running = make_agent(REINFORCE, baseline="running_mean")
     assert advantages(running)[0] == [1.0, 0.0, 4.0, 2.0]  # nothing is known before the first rollout
     assert running.running_mean == pytest.approx(7 / 4)
     rewards *= 2
@@ -283,8 +283,8 @@ def test_bad_arguments_of_grpo(arguments, message):
 
 
 def test_combinations_that_cannot_be_meant():
-    refused(make_agent, REINFORCE, baseline="leave_one_out", match="group_size=1")
-    refused(make_agent, REINFORCE, baseline="mean", separate_critic=True, match="has no critic")
+    refused(make_agent, REINFORCE, baseline="leave_one_out", group_size=1, match="group_size=1")
+    refused(make_agent, REINFORCE, baseline="running_mean", separate_critic=True, match="has no critic")
     env = make_env(TOKENIZER, each_a, reference=make_model("llama", len(TOKENIZER)), kl_coef=0.1)
     refused(make_agent, GRPO, env, supervision="process", match="put the KL into the loss")
     with pytest.warns(UserWarning, match="expected gradient of 0"):
