@@ -238,8 +238,9 @@ def put_in_place(target: Path) -> Iterator[io.BufferedWriter]:
 def check_whole(path: Any) -> None:
     """Refuse a file that is not all that `save` wrote.
 
-    The sums of all parts are checked, for torch reads weights without looking at them; and that SB3's last part is there,
-    for a zip whose writing was ended by an error is closed as if it were whole.
+    The sums of all parts are checked, for torch reads weights without looking at them; and that all of SB3's parts are there,
+    for a zip whose writing was ended by an error is closed as if it were whole, and what is left of one that was cut off may
+    end with a part that is a zip itself.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -251,7 +252,7 @@ def check_whole(path: Any) -> None:
             damaged, missing = archive.testzip(), sorted(MEMBERS - set(archive.namelist()))
         fault = f"{damaged} is damaged" if damaged else f"{', '.join(missing)} is missing" if missing else ""
     except (zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError, ValueError) as error:
-        fault = str(error)
+        fault = str(error) or type(error).__name__
     finally:
         file.seek(0) if file is path else file.close()
     if fault:
