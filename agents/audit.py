@@ -69,7 +69,7 @@ def check_agent(agent: LanguageAgent, *, n: int = 32, seed: int = 0, quiet: bool
     Examples:
         >>> import llm_env
         >>> from agents import GRPO
-        >>> agent = GRPO(llm_env.PUPIL, "llm_env/Addition-v0", group_size=4, n_envs=16)
+        >>> agent = GRPO(llm_env.PUPIL, "llm_env/Addition-v0", group_size=4, n_envs=16, temperature=2.0)
         >>> report = agent.audit(n=8, quiet=True)
         >>> report.passed, report["ratio on fresh data"].result, report["values before each token"].result
         (True, 'passed', 'not applicable')

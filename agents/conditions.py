@@ -85,8 +85,8 @@ def groups_row(rollout: Rollout) -> CheckRow:
     if not equal.all():
         return CheckRow(check, NOTE if equal.any() else PASSED, detail)
     detail += (
-        ". Nothing is learned from a group whose rewards are all equal: take easier prompts, a larger group_size or n, a "
-        "finer reward, or a model that sometimes succeeds"
+        ". Nothing is learned from a group whose rewards are all equal: take prompts that the model answers sometimes well and "
+        "sometimes badly, a larger group_size or n, or a finer reward"
     )
     return CheckRow(check, FAILED, detail)
 

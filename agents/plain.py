@@ -26,7 +26,8 @@ def token_log_probs(
     if rules.constraint is not None:
         allowed = np.stack([rules.constraint.next(prompt, response[:t]) for t in range(len(response))])
         logits = logits.masked_fill(torch.as_tensor(~allowed, device=logits.device), -torch.inf)
-    return logits.log_softmax(-1)[torch.arange(len(response)), ids[0, len(prompt) :]]
+    # As the training path rounds: where p is near 1, the float32 gradient of log_softmax is another by much of its norm.
+    return logits[torch.arange(len(response)), ids[0, len(prompt) :]] - logits.logsumexp(-1)
 
 
 @torch.no_grad()

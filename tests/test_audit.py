@@ -75,10 +75,6 @@ def test_clean_agents_pass(kind, family, capsys):
     assert results == {**dict.fromkeys(ROWS, "passed"), KL: "not applicable", **without_groups}, str(report)
 
 
-def token_clock(env):
-    return TransformReward(env, lambda reward: 2 * reward)
-
-
 @pytest.mark.parametrize("kind", [GRPO, PPO])
 @pytest.mark.parametrize(
     "arguments",
@@ -96,14 +92,10 @@ def test_constrained_agents_pass(kind, arguments):
 @pytest.mark.filterwarnings("ignore:the env is stepped token by token")
 @pytest.mark.parametrize("kind", [GRPO, PPO])
 def test_a_wrapped_env_is_audited_by_what_its_wrapper_pays(kind):
-    report = make_agent(kind, "gpt2", token_clock(env_of()), micro_batch_size=3).audit(n=8, quiet=True)
-    plain = make_agent(kind, "gpt2").audit(n=8, quiet=True)
-    assert report.passed and report[ENV].result == "passed"
-
-    def mean(seen):
-        return float(seen[GROUPS].detail.split("mean ")[1].split(",")[0])
-
-    assert mean(report) == pytest.approx(2 * mean(plain), rel=0.5)  # other draws, twice the reward
+    env = TransformReward(env_of(), lambda reward: reward + 100)
+    report = make_agent(kind, "gpt2", env, micro_batch_size=3).audit(n=8, quiet=True)
+    assert report.passed and report[ENV].result == "passed", str(report)
+    assert float(report[GROUPS].detail.split("mean ")[1].split(",")[0]) > 100
 
 
 # --- planted bugs ----------------------------------------------------------------------------------------------------------
@@ -354,7 +346,7 @@ def test_live_bytes_are_those_of_the_allocator():
 
 
 def test_memory_by_rows_is_a_line_and_the_suggestion_just_fits(monkeypatch):
-    agent = make_agent(PPO, env=env_of(max_new_tokens=24), micro_batch_size=8)
+    agent = make_agent(PPO, env=env_of(max_new_tokens=12), micro_batch_size=8)
     weights = sum(parameter.nbytes for parameter in agent.policy.parameters())
     with untouched(agent, 0):
         rollout, _ = fresh_episodes(agent, 4)
@@ -430,14 +422,16 @@ def bits(tree):
 @pytest.mark.parametrize("wrapped", [False, True], ids=["vector", "wrapped"])
 @pytest.mark.parametrize("kind", [GRPO, PPO])
 def test_an_audited_agent_trains_to_the_same_bits(kind, wrapped, tmp_path):
+    when = 0 if kind is GRPO else 1  # before the first step, or between two
+
     def trained(audited):
         env = env_of(reference=make_model("llama", len(TOKENIZER), seed=1), record=tmp_path / f"{audited}.jsonl")
-        agent = make_agent(kind, env=token_clock(env) if wrapped else env, n_envs=8)
+        agent = make_agent(kind, env=TransformReward(env, lambda reward: 2 * reward) if wrapped else env, n_envs=8)
         assert env.rules.recorder is not None
-        for _ in range(2):  # before the first step, and between two
-            if audited:
+        for time in range(2):
+            if audited and time == when:
                 before = bits(states(agent))
-                assert agent.audit(n=8, seed=5, quiet=True).passed
+                assert agent.audit(n=4, seed=5, quiet=True).passed
                 assert bits(states(agent)) == before
             agent.learn(1, reset_num_timesteps=False)
         return agent, states(agent)
