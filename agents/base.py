@@ -18,7 +18,7 @@ from agents.generation import Sampler
 from agents.inference import Inference
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
-from agents.progress import call_back, tokens_to_go
+from agents.progress import call_back, feed_kl_controllers, tokens_to_go
 from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import update

@@ -390,7 +390,7 @@ def test_memory_on_cuda_is_that_of_its_allocator():
 
 def states(agent):
     """Everything that training depends on."""
-    states = agent._capture_random_states()
+    states = agent._here()
     env = agent.env if states["env"] is None else None
     inner = None if env is None else [e.unwrapped for e in env.envs]
     return {
