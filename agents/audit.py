@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GRADIENT_TOLERANCE = 1e-3  # of the norm
 
 
-def check_agent(agent: LanguageAgent, *, n: int = 32, seed: int = 0, quiet: bool = False) -> Report:
+def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
     """Measure on some fresh episodes whether an agent's sampling and training fit together; print a table and return it.
 
     | row | what is measured | fails |
@@ -40,7 +40,7 @@ def check_agent(agent: LanguageAgent, *, n: int = 32, seed: int = 0, quiet: bool
     | only response tokens in the loss | weights; relative distance to the gradient of a plain loop | > 1e-3 |
     | values before each token | largest gap to a plain forward, of the largest value, with a random head | > 1e-3 |
     | dropout is off | gap of log-probs of two training forwards of one batch, in nats | > 1e-6 |
-    | groups with equal rewards | their share, from which nothing is learned | all |
+    | groups with equal rewards | their share, from which nothing is learned | never |
     | KL to the reference | of the trainer's log-probs; 0 where the reference has the policy's weights | > 1e-3 |
     | memory of the longest step | peak of the longest prompt with `max_new_tokens`, one row and two | too much |
     | env left as it was | whether the agent's own env could stay out of this | never |

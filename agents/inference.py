@@ -127,6 +127,6 @@ class Inference(Checkpointed):
                     collected.setdefault(key, []).append(value)
         return {key: float(np.mean(values)) for key, values in collected.items()}
 
-    def audit(self, *, n: int = 32, seed: int = 0, quiet: bool = False) -> Report:
+    def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
         """Measure on fresh episodes whether sampling and training fit together; see `agents.check_agent`."""
         return check_agent(self, n=n, seed=seed, quiet=quiet)  # type: ignore[arg-type]

@@ -293,7 +293,7 @@ def test_a_mean_within_each_micro_batch():
 @pytest.mark.usefixtures("quick")
 def test_groups_whose_rewards_are_equal():
     report = make_agent(env=env_of(reward=lambda completions: [0.5] * len(completions))).audit(n=8, quiet=True)
-    assert report[GROUPS].result == "FAILED" and "2 of 2 groups of 4" in report[GROUPS].detail
+    assert report[GROUPS].result == "note" and "2 of 2 groups of 4" in report[GROUPS].detail
     assert "some were drawn" in report[ONLY].detail and report[ONLY].result == "passed"  # the gradient is looked at anyway
     rare = env_of(
         reward=lambda prompts, completions: [c.count("a") * (p == "a") for p, c in zip(prompts, completions, strict=True)]
@@ -391,6 +391,7 @@ def test_memory_on_cuda_is_that_of_its_allocator():
 def states(agent):
     """Everything that training depends on."""
     states = agent._here()
+    states["counts"] = {k: v for k, v in states["counts"].items() if isinstance(v, int)}  # episodes' seconds differ
     env = agent.env if states["env"] is None else None
     inner = None if env is None else [e.unwrapped for e in env.envs]
     return {
