@@ -103,9 +103,20 @@ def gspo(logp, old, advantages, low, high):
     return objective / len(logp)
 
 
+def gspo_token(logp, old, advantages, low, high):
+    """1/G sum_i 1/|y_i| sum_t of the term of s_{i,t} = sg[s_i] pi_t / sg[pi_t], token by token: the same paper's GSPO-token."""
+    responses = []
+    for new, before, a in zip(logp, old, advantages, strict=True):
+        s = math.exp(mean(x.item() - y for x, y in zip(new, before, strict=True)))
+        responses.append(mean(clipped(s * (x - x.item()).exp(), each, low, high) for x, each in zip(new, a, strict=True)))
+    return mean(responses)
+
+
 def cispo(logp, old, advantages, low, high):
     """1/(sum_i |o_i|) sum_i sum_t sg[clip(rho)] A log pi: MiniMax-M1, arXiv 2506.13585, equations 4 and 5."""
-    return mean(clip(math.exp(new.item() - before), 1 - low, 1 + high) * a * new for new, before, a in tokens(logp, old, advantages))
+    return mean(
+        clip(math.exp(new.item() - before), 1 - low, 1 + high) * a * new for new, before, a in tokens(logp, old, advantages)
+    )
 
 
 def rloo(logp, advantages):
@@ -145,7 +156,11 @@ def group_advantages(rewards, size, scale="std"):
 def _standardized(group, batch, scale):
     if len(set(group)) < 2:
         return [0.0] * len(group)
-    divisor = {"std": lambda: statistics.stdev(group) + 1e-4, "batch": lambda: statistics.stdev(batch) + 1e-4, "none": lambda: 1.0}
+    divisor = {
+        "std": lambda: statistics.stdev(group) + 1e-4,
+        "batch": lambda: statistics.stdev(batch) + 1e-4,
+        "none": lambda: 1.0,
+    }
     return [(x - statistics.fmean(group)) / divisor[scale]() for x in group]
 
 
@@ -188,7 +203,7 @@ def step_advantages(steps, lengths, size, scale="std"):
 
 
 def gae(rewards, values, gamma, gae_lambda, last=0.0):
-    """A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, of one episode: arXiv 1506.02438, eq. 16."""
+    """A_t = sum_l (gamma lambda)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), of one episode: arXiv 1506.02438, equation 16."""
     n = len(rewards)
     following = [*values[1:], last]
     deltas = [rewards[t] + gamma * following[t] - values[t] for t in range(n)]

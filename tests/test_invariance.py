@@ -1,4 +1,4 @@
-"""What must not matter: the amount of padding, the order of groups and of rows, the micro-batches, shift and scale of rewards."""
+"""What must not matter: padding, the order of groups and of rows, the micro-batches, shift and scale of the rewards."""
 
 import copy
 
@@ -8,7 +8,8 @@ import torch
 
 from agents.advantages import group_relative, group_relative_steps, leave_one_out
 from agents.losses import cispo_terms, clipped_surrogate, clipped_terms, ratio, token_weights, weighted_sum
-from tests.test_published_methods import GROUP, LENGTHS, METHODS, Batch, Padded
+from tests.ragged import GROUP, LENGTHS, Batch, Padded
+from tests.test_published_methods import METHODS
 
 SAME = {"abs": 1e-12, "rel": 1e-12}
 
