@@ -151,7 +151,7 @@ METHODS = {
     "REINFORCE, mean over tokens": (REINFORCE, {"gamma": GAMMA}, lambda x: token_mean(x, x.returns())),
     "REINFORCE with the group's mean": (
         REINFORCE,
-        CONSTANT | GROUPED | {"baseline": "group"},
+        CONSTANT | GROUPED | {"baseline": "group_mean"},
         lambda x: slow.rloo(x.logp, x.outcome("none")) / LIMIT,
     ),
     "RLOO": (
@@ -211,15 +211,15 @@ def test_one_step_of_an_agent(method, monkeypatch):
 
 
 def test_the_running_mean_of_earlier_rollouts():
-    """Nothing is taken off in the first rollout; then the mean return of the first; then the mean of both."""
-    agent = make_agent(REINFORCE, {"baseline": "mean", "gamma": GAMMA}, make_env(TOKENIZER))
-    means = []
-    for _ in range(3):
+    """Nothing is taken off in the first rollout, then the mean of the earlier ones; from ten on it moves by a tenth."""
+    agent = make_agent(REINFORCE, {"baseline": "running_mean", "gamma": GAMMA, "n_envs": 4}, make_env(TOKENIZER))
+    means, expected = [], 0.0
+    for rollouts in range(1, 13):
         rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler(), {})
         agent.compute_advantages(rollout)
         x = Plain(agent, rollout, agent.policy.lm)
-        expected = x.returns(slow.mean(means) if means else 0.0)
-        assert x.ragged(rollout.advantages) == [pytest.approx(row, abs=1e-6) for row in expected]
+        assert x.ragged(rollout.advantages) == [pytest.approx(row, abs=1e-6) for row in x.returns(expected)]
         assert (rollout.advantages[rollout.mask == 0] == 0).all()
         means.append(slow.mean(row[0] for row in x.returns()))
-    assert len(set(means)) == 3
+        expected = slow.mean(means) if rollouts <= 10 else 0.9 * expected + 0.1 * means[-1]
+    assert len(set(means)) > 3
