@@ -40,7 +40,7 @@ def test_step_advantages(scale):
         assert (got[2] == 0).all()  # a response without steps
 
 
-@pytest.mark.parametrize("steps", [[], [(1, 0.7)], [(1, 0.7), (3, 0.7)]], ids=["none", "one", "equal"])
+@pytest.mark.parametrize("steps", [[], [(1, 0.1)], [(0, 0.1), (1, 0.1), (3, 0.1)]], ids=["none", "one", "equal"])
 def test_a_group_whose_steps_are_all_equal_has_no_advantages(steps):
     batch = Batch(0)
     batch.steps[4:8] = [steps, [], [], []]
