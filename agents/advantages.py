@@ -65,23 +65,72 @@ def group_relative(rewards: Tensor, group_size: int, scale: str = "std") -> Tens
     Returns:
         (B,) advantages.
     """
+    return _centred_and_scaled(_groups(rewards, group_size), torch.ones_like(rewards), scale).flatten()
+
+
+def group_relative_steps(rewards: Tensor, step_ends: Tensor, group_size: int, scale: str = "std") -> Tensor:
+    """Process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3).
+
+    The rewards of all steps of all answers of a group are normalized together, (r - mean) / (std + 1e-4), as in
+    `group_relative`; then A_{i,t} is the sum of the normalized rewards of the steps of answer i that end at token t or after.
+    Steps of reward 0 count, and steps that end at one token count as one. A group of equal step rewards gets exactly 0.
+
+    Args:
+        rewards: (B, T), what was paid at each token, groups of `group_size` consecutive responses.
+        step_ends: (B, T), 1 at the last token of each step, 0 elsewhere; rewards elsewhere do not count.
+        group_size: G, at least 2.
+        scale: what is divided by: `"std"` of the group's step rewards, `"batch"` for that of all, `"none"`.
+
+    Returns:
+        (B, T) advantages; after the last step of an answer they are 0.
+    """
+    groups, ends = _groups(rewards, group_size), step_ends.to(rewards.dtype)
+    steps = _centred_and_scaled(groups, ends.view_as(groups), scale).view_as(rewards)
+    return steps.flip(1).cumsum(1).flip(1)
+
+
+def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
+    """A_i = r_i - mean of the other answers' rewards (RLOO, arXiv 2402.14740), (B,) -> (B,); 0 where all are equal.
+
+    It is G / (G - 1) times the distance to the group's mean, and, unlike that, without bias: what is taken off does not
+    depend on the answer itself.
+    """
+    return group_relative(rewards, group_size, "none") * group_size / (group_size - 1)
+
+
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"group_size={group_size} must be at least 2 and divide the number of rewards, {len(rewards)}")
+    return rewards.reshape(len(rewards) // group_size, -1)
+
+
+def _centred_and_scaled(groups: Tensor, chosen: Tensor, scale: str) -> Tensor:
+    """Distances to the mean of each row of `groups`, (N, K), over the chosen (1) entries; 0 at the others."""
     if scale not in ("std", "batch", "none"):
         raise ValueError(f"scale={scale!r} must be 'std', 'batch' or 'none'")
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    centred = torch.where(equal_groups(rewards, group_size)[:, None], 0.0, centred)
+    here = chosen.view_as(groups).bool()
+    counts = here.sum(1, keepdim=True)
+    mean = torch.where(here, groups, 0.0).sum(1, keepdim=True) / counts.clamp(min=1)
+    centred = torch.where(here & ~_equal(groups, here)[:, None], groups - mean, 0.0)
     if scale == "none":
-        return centred.flatten()
-    std = groups.std(1, keepdim=True) if scale == "std" else rewards.std()
-    return (centred / (std + STD_EPSILON)).flatten()
+        return centred
+    std = ((centred**2).sum(1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt() if scale == "std" else _std(groups[here])
+    return centred / (std + STD_EPSILON)
+
+
+def _std(values: Tensor) -> Tensor:
+    return values.std() if values.numel() > 1 else values.new_zeros(())
+
+
+def _equal(groups: Tensor, here: Tensor) -> Tensor:
+    """(N,) bool: rows whose chosen entries are all equal, or of which there are none."""
+    return torch.where(here, groups, -torch.inf).amax(1) <= torch.where(here, groups, torch.inf).amin(1)
 
 
 def equal_groups(rewards: Tensor, group_size: int) -> Tensor:
     """(B / G,) bool: the groups whose rewards are all equal and from which nothing can be learned."""
     groups = rewards.view(-1, group_size)
-    return groups.amax(1) == groups.amin(1)
+    return _equal(groups, torch.ones_like(groups).bool())
 
 
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:

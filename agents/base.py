@@ -24,11 +24,13 @@ from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
 from llm_env.arguments import whole
 from llm_env.prompts import PromptCursor
+from llm_env.reference import KLController
 from llm_env.rules import Rules
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
+DEFAULT_GROUP_SIZE = 8
 
 
 class LanguageAgent(Inference):
@@ -50,6 +52,7 @@ class LanguageAgent(Inference):
         temperature: divides the logits, in sampling and in training.
         top_k, top_p: restrict the sampling (off by default); the training is then off-policy, and says so.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
+        mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
         tensorboard_log: folder for TensorBoard.
         policy_kwargs: `tokenizer` (for a model object), `optimizer_class` and `optimizer_kwargs`.
@@ -63,6 +66,7 @@ class LanguageAgent(Inference):
 
     needs_values = False
     needs_old_logp = True
+    separate_critic = False
     group_size = 1
     adam_epsilon = 1e-8
 
@@ -81,6 +85,7 @@ class LanguageAgent(Inference):
         top_k: int = 0,
         top_p: float = 1.0,
         aggregation: str = "token",
+        mask_truncated: bool = False,
         stats_window_size: int | None = None,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -123,6 +128,7 @@ class LanguageAgent(Inference):
         self.top_k = top_k
         self.top_p = top_p
         self.aggregation = aggregation
+        self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None
         self._policy_data: dict[str, Any] = {}
         self._random_states: dict[str, Any] = {}
@@ -152,7 +158,7 @@ class LanguageAgent(Inference):
         else:
             self.policy = LanguagePolicy(self._model, self._tokenizer, **settings)
         if self.needs_values:
-            self.policy.add_value_head()
+            self.policy.add_value_head(self.separate_critic)
         self.policy = self.policy.to(self.device)
         self.policy.train(False)
         if self._wanted_learning_rate is None:
@@ -284,12 +290,7 @@ class LanguageAgent(Inference):
         """One rollout, with the callbacks called for its tokens; None where a callback asked to stop."""
         assert self.env is not None
         callback.on_rollout_start()
-        venv = clock_of(self.env)
-        if venv is not None:
-            rollout = collect(self.policy, venv, self.group_size, self.sampler(), {})
-        else:
-            indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
-            rollout = collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler())
+        rollout = self.sample_rollout()
         self._feed_kl_controller(rollout)
         infos = episode_infos(self, rollout)
         rewards, dones = rollout.scores.cpu().numpy(), np.ones(len(rollout), dtype=bool)
@@ -312,15 +313,26 @@ class LanguageAgent(Inference):
         record_rollout(self, rollout)
         return rollout
 
+    def sample_rollout(self) -> Rollout:
+        """`n_envs` episodes, on the response clock where the env allows it."""
+        assert self.env is not None
+        venv = clock_of(self.env)
+        if venv is not None:
+            return collect(self.policy, venv, self.group_size, self.sampler(), {})
+        indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
+        return collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler())
+
     def _feed_kl_controller(self, rollout: Rollout) -> None:
         kls = [info["kl"] for info in rollout.infos if "kl" in info]
-        if self.rules.kl is not None and kls:
-            self.rules.kl.update(float(np.mean(kls)), len(kls))
+        for controller in (self.rules.kl, getattr(self, "kl_coef", None)):
+            if isinstance(controller, KLController) and kls:
+                controller.update(float(np.mean(kls)), len(kls))
 
     def train(self, rollout: Rollout) -> None:
         """The update: see `agents.update`."""
         self._update_learning_rate(self.policy.optimizer)
-        update(self, rollout)
+        rows = self.training_rows(rollout)
+        update(self, rollout if rows is None else rollout.take(rows))
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write what has been recorded to the logger's outputs."""
@@ -328,6 +340,13 @@ class LanguageAgent(Inference):
         self.logger.dump(self.num_timesteps)
 
     # --- what an algorithm fills in ----------------------------------------------------------------------------------
+
+    def check_rules(self, rules: Rules) -> None:
+        """Refuse an env that cannot serve the algorithm's arguments, with a ValueError."""
+
+    def training_rows(self, rollout: Rollout) -> list[int] | None:
+        """Which of the sampled episodes are trained on; None for all."""
+        return None
 
     def compute_advantages(self, rollout: Rollout) -> None:
         """Set `rollout.advantages` (and `rollout.returns` where there is a value head)."""

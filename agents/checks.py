@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_env.arguments import as_whole, whole
+from llm_env.reference import coefficient
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
@@ -78,6 +79,21 @@ def check_tokens(rows: Sequence[Sequence[int]], new: int, vocab_size: int, model
         )
 
 
+def checked_masks(action_masks: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Action masks as bool, of `shape` (B, V); one of shape (V,) serves a single row.
+
+    Raises:
+        ValueError: another shape, other values than 0 and 1, or nothing allowed.
+    """
+    masks = np.atleast_2d(np.asarray(action_masks))
+    if masks.shape != shape or not ((masks == 0) | (masks == 1)).all():
+        raise ValueError(f"action_masks must be bool, of shape {shape}; got shape {masks.shape} of {masks.dtype}")
+    masks = masks.astype(bool)
+    if not masks.any(axis=1).all():
+        raise ValueError(f"action_masks allows no token in row {masks.any(axis=1).argmin()}; at least one must be left")
+    return masks
+
+
 def check_groups(group_size: int, n_envs: int) -> None:
     """Refuse a rollout that cannot be cut into whole groups."""
     if n_envs % group_size:
@@ -101,7 +117,7 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
             f"the longest prompt and max_new_tokens={rules.max_new_tokens} need {needed} positions, the model has "
             f"{limit}; lower max_new_tokens to {max(1, limit - needed + rules.max_new_tokens)} or shorten the prompts"
         )
-    kl_coef = getattr(agent, "kl_coef", 0.0)
+    kl_coef = coefficient(getattr(agent, "kl_coef", 0.0))
     if kl_coef and rules.kl is not None:
         raise ValueError(
             f"the KL is penalized twice: by the env's kl_coef={rules.kl.value} in the reward and by the agent's "
@@ -111,11 +127,25 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
         raise ValueError(
             f"kl_coef={kl_coef} needs a reference to measure the KL from: make the env with reference=<path or model>"
         )
+    agent.check_rules(rules)
     if agent.top_k or agent.top_p < 1:
         warnings.warn(
             f"top_k={agent.top_k}, top_p={agent.top_p}: tokens are drawn from a restricted distribution but trained on as if "
             "from the whole one, so that training is off-policy; leave them off unless that is what you want",
             stacklevel=4,
+        )
+
+
+def check_process_supervision(rules: Rules) -> None:
+    """Refuse an env in which tokens are paid that end no step.
+
+    Raises:
+        ValueError: the KL is in the reward.
+    """
+    if rules.kl is not None:
+        raise ValueError(
+            f"supervision='process' normalizes the rewards of steps, but the env's kl_coef={rules.kl.value} pays every token; "
+            "put the KL into the loss with the agent's kl_coef"
         )
 
 

@@ -1,7 +1,9 @@
-"""GRPO: the mean of a group of answers to one prompt takes the critic's place."""
+"""GRPO: the mean of a group of answers to one prompt takes the critic's place; and what was built on it since."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,30 +11,65 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from agents.advantages import group_relative
-from agents.base import LanguageAgent, LossTerms
-from agents.checks import check_numbers
-from agents.losses import clipped_terms, kl_k3, ratio_statistics, weighted_sum
+from agents.advantages import equal_groups, group_relative, group_relative_steps
+from agents.base import DEFAULT_GROUP_SIZE, LanguageAgent, LossTerms
+from agents.checks import check_counts, check_numbers, check_process_supervision
+from agents.iterations import Iterations
+from agents.losses import KL_ESTIMATORS, clipped_surrogate, ratio_statistics, surrogate_terms, weighted_sum
 from agents.policy import Evaluation
-from agents.rollout import Rollout
+from agents.rollout import Rollout, join
 from llm_env.arguments import whole
+from llm_env.reference import KLController, coefficient
+from llm_env.rules import Rules
 
 
-class GRPO(LanguageAgent):
-    """Group relative policy optimization (DeepSeekMath, arXiv 2402.03300, section 4.1) with outcome supervision.
+class GRPO(Iterations, LanguageAgent):
+    """Group relative policy optimization (DeepSeekMath, arXiv 2402.03300, section 4.1) and the methods that grew from it.
 
     Every token of answer i has the advantage A_i = (r_i - mean) / (std + 1e-4) over its group; the loss is the clipped
-    surrogate plus `kl_coef` times k3, averaged over a response's tokens and then over responses (`aggregation="sequence"`).
+    surrogate plus `kl_coef` times k3, averaged over a response's tokens and then over responses. The defaults are the
+    paper's form; arguments that differ from them make the other published methods:
+
+    | method | arguments | source |
+    | --- | --- | --- |
+    | GRPO, outcome supervision | `kl_coef=0.04` | DeepSeekMath 4.1.2, arXiv 2402.03300 |
+    | GRPO, process supervision | `supervision="process"` | DeepSeekMath 4.1.3 |
+    | iterative GRPO | `reference_every=k`, `on_iteration=hook` | DeepSeekMath, algorithm 1 |
+    | Dr. GRPO | `aggregation="constant"`, `scale="none"` | arXiv 2503.20783 |
+    | DAPO | `aggregation="token"`, `clip_range_high=0.28`, `max_resamples=10`, the env's `overlong_buffer` | arXiv 2503.14476 |
+    | overlong filtering | `mask_truncated=True` | DAPO, section 3.4 |
+    | GSPO | `ratio_level="sequence"`, `clip_range=3e-4`, `clip_range_high=4e-4` | arXiv 2507.18071 |
+    | CISPO | `surrogate="cispo"`, `clip_range=1.0`, `clip_range_high` tuned, `aggregation="token"` | arXiv 2506.13585 |
+    | dual clip | `dual_clip=3.0` | arXiv 1912.09729 |
+    | REINFORCE++ with a group baseline | `scale="batch"`, `aggregation="token"`, `kl_estimator="k2"` | arXiv 2501.03262 |
+
+    RLOO, without ratio and clipping, is `REINFORCE(baseline="leave_one_out")`. A penalty by k1 belongs into the reward: that
+    is the env's `kl_coef`.
 
     Args:
         policy, env, learning_rate: see `LanguageAgent`.
         group_size: G, answers per prompt, at least 2; divides `n_envs`.
         n_epochs: passes over a rollout (mu of the paper).
-        kl_coef: beta of the KL to the env's reference, in the loss; with 0 no reference is needed.
+        kl_coef: beta of the KL to the env's reference, in the loss: a number, or a controller from `llm_env.reference`; with
+            0 no reference is needed.
+        kl_estimator: which estimate of the KL is in the loss: `"k3"` (the paper) or `"k2"` (on-policy its gradient is that
+            of the reverse KL). `"k1"` is possible, warns, and moves nothing on-policy: its expected gradient is 0.
         clip_range: eps of the ratio, a number or an SB3 schedule.
-        clip_range_high: eps of the upper bound; `clip_range` by default.
+        clip_range_high: eps of the upper bound ("clip-higher"); `clip_range` by default.
+        dual_clip: c > 1, a bound on the loss of a negative advantage; None for none.
+        ratio_level: `"token"`, or `"sequence"` for one ratio a response, the geometric mean of its tokens'.
+        surrogate: `"clip"`, min(rho A, clip(rho) A), or `"cispo"`, clip(rho) A log pi with no gradient through the ratio.
         scale: what the advantages are divided by: `"std"` of the group, std of the `"batch"`, or `"none"`.
-        aggregation: `"sequence"` (the paper), `"token"` (DAPO) or `"constant"` (Dr. GRPO).
+        aggregation: `"sequence"` (the paper), `"token"` (DAPO) or `"constant"` (Dr. GRPO: `max_new_tokens` per response).
+        supervision: `"outcome"`, one score an answer, or `"process"`: the rewards of the steps that a reward function returns
+            are normalized over the group, and a token has the sum of those that end at it or after it. A plain score is a step
+            that ends at the last token.
+        max_resamples: how many more batches may be sampled to fill up the groups whose rewards are all equal (dynamic
+            sampling, DAPO section 3.2); where they do not suffice, such groups stay in the rollout. All that is sampled is
+            counted and logged.
+        reference_every: rollouts after which the policy becomes the reference; None for never.
+        on_iteration: called as `on_iteration(agent, rollouts)` every `reference_every` rollouts, after that, with the rollouts
+            since the last time: the place to train a reward model on. It is not saved with the agent.
         ent_coef: weight of an entropy bonus.
         common: see `LanguageAgent`.
     """
@@ -43,44 +80,112 @@ class GRPO(LanguageAgent):
         env: Any = None,
         learning_rate: float | Schedule | None = None,
         *,
-        group_size: int = 8,
+        group_size: int = DEFAULT_GROUP_SIZE,
         n_epochs: int = 1,
-        kl_coef: float = 0.0,
+        kl_coef: float | KLController = 0.0,
+        kl_estimator: str = "k3",
         clip_range: float | Schedule = 0.2,
         clip_range_high: float | Schedule | None = None,
+        dual_clip: float | None = None,
+        ratio_level: str = "token",
+        surrogate: str = "clip",
         scale: str = "std",
         aggregation: str = "sequence",
+        supervision: str = "outcome",
+        max_resamples: int = 0,
+        reference_every: int | None = None,
+        on_iteration: Callable[[Any, list[Rollout]], None] | None = None,
         ent_coef: float = 0.0,
         **common: Any,
     ) -> None:
-        group_relative(torch.zeros(2), 2, scale)
+        one = torch.zeros(2, 1)
+        group_relative(one[:, 0], 2, scale)  # these two refuse unknown names
+        clipped_surrogate(one, one, one, one, 0.2, dual_clip=dual_clip, level=ratio_level, surrogate=surrogate)
+        if supervision not in ("outcome", "process"):
+            raise ValueError(f"supervision={supervision!r} must be 'outcome' or 'process'")
+        if kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator={kl_estimator!r} must be one of {sorted(KL_ESTIMATORS)}")
         group_size = whole("group_size", group_size, 2)  # a group is its own baseline
-        check_numbers(0.0, kl_coef=kl_coef, clip_range=clip_range, clip_range_high=clip_range_high)
+        check_numbers(0.0, kl_coef=coefficient(kl_coef), clip_range=clip_range, clip_range_high=clip_range_high)
+        check_numbers(1.0, dual_clip=dual_clip)
         check_numbers(ent_coef=ent_coef)
+        check_counts(reference_every=reference_every)
+        if kl_estimator == "k1" and coefficient(kl_coef):
+            warnings.warn(
+                "kl_estimator='k1' in the loss has an expected gradient of 0 on-policy: it holds the policy nowhere. Take 'k3' "
+                "or 'k2', or put k1 into the reward with the env's kl_coef",
+                stacklevel=2,
+            )
         self.group_size = group_size
         self.kl_coef = kl_coef
+        self.kl_estimator = kl_estimator
         self.clip_range = FloatSchedule(clip_range)
         self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
+        self.dual_clip = dual_clip
+        self.ratio_level = ratio_level
+        self.surrogate = surrogate
         self.scale = scale
+        self.supervision = supervision
+        self.max_resamples = whole("max_resamples", max_resamples, 0)
         self.ent_coef = ent_coef
+        self._begin_iterations(reference_every, on_iteration)
         super().__init__(policy, env, learning_rate, n_epochs=n_epochs, aggregation=aggregation, **common)
 
+    def check_rules(self, rules: Rules) -> None:
+        """Refuse an env whose rewards or reference cannot serve these arguments."""
+        if self.supervision == "process":
+            check_process_supervision(rules)
+        self._check_reference(rules)
+
+    def sample_rollout(self) -> Rollout:
+        """A rollout, or several until enough groups have rewards that differ."""
+        rollouts = [super().sample_rollout()]
+        while len(rollouts) <= self.max_resamples and sum(map(self._useful, rollouts)) < len(rollouts[0]) // self.group_size:
+            rollouts.append(super().sample_rollout())
+        return join(rollouts)
+
+    def _useful(self, rollout: Rollout) -> int:
+        return int((~equal_groups(rollout.scores, self.group_size)).sum())
+
+    def training_rows(self, rollout: Rollout) -> list[int] | None:
+        """Of what was sampled, the first groups whose rewards differ, filled up with others to the size of one rollout."""
+        if len(rollout) == self.n_envs:
+            return None
+        equal = equal_groups(rollout.scores, self.group_size).cpu()
+        groups = equal.to(torch.int8).sort(stable=True).indices[: self.n_envs // self.group_size].sort().values
+        return [row for group in groups.tolist() for row in range(group * self.group_size, (group + 1) * self.group_size)]
+
     def compute_advantages(self, rollout: Rollout) -> None:
-        """The group-relative score of an answer is the advantage of each of its tokens."""
-        scores = group_relative(rollout.scores, self.group_size, self.scale)
-        rollout.advantages = scores[:, None] * rollout.mask
+        """The group-relative score of an answer, or of its steps from a token on, is the advantage of the token."""
+        if self.supervision == "process":
+            steps = group_relative_steps(rollout.rewards, rollout.step_ends, self.group_size, self.scale)
+            rollout.advantages = steps * rollout.mask
+        else:
+            rollout.advantages = group_relative(rollout.scores, self.group_size, self.scale)[:, None] * rollout.mask
 
     def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
-        """The clipped surrogate, the KL to the reference and the entropy bonus."""
+        """The surrogate, the KL to the reference and the entropy bonus."""
         assert batch.old_logp is not None and batch.advantages is not None
         low = self.clip_range(self._current_progress_remaining)
         high = low if self.clip_range_high is None else self.clip_range_high(self._current_progress_remaining)
-        surrogate = clipped_terms(result.logp, batch.old_logp, batch.advantages, low, high)
+        surrogate = surrogate_terms(
+            result.logp,
+            batch.old_logp,
+            batch.advantages,
+            batch.mask,
+            low,
+            high,
+            dual_clip=self.dual_clip,
+            level=self.ratio_level,
+            surrogate=self.surrogate,
+        )
         terms: LossTerms = {
             "policy_gradient_loss": (1.0, weighted_sum(surrogate, weights)),
             "entropy_loss": (self.ent_coef, -weighted_sum(result.entropy, weights)),
         }
         if self.kl_coef:
             assert batch.ref_logp is not None
-            terms["kl_loss"] = (self.kl_coef, weighted_sum(kl_k3(result.logp, batch.ref_logp), weights))
-        return terms, ratio_statistics(result.logp, batch.old_logp, batch.mask, low, high) | {"clip_range": torch.tensor(low)}
+            kl = KL_ESTIMATORS[self.kl_estimator](result.logp, batch.ref_logp)
+            terms["kl_loss"] = (coefficient(self.kl_coef), weighted_sum(kl, weights))
+        statistics = ratio_statistics(result.logp, batch.old_logp, batch.mask, low, high, self.ratio_level)
+        return terms, statistics | {"clip_range": torch.tensor(low)}

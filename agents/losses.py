@@ -6,6 +6,8 @@ the gradient is the same however the step is cut into micro-batches or padded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def token_weights(mask: Tensor, aggregation: str = "token", length_limit: int | 
             B * length_limit (Dr. GRPO, arXiv 2503.20783).
         length_limit: the constant of `"constant"`, in tokens; T by default.
     """
-    mask = mask.float()
+    mask = mask if mask.is_floating_point() else mask.float()
     if aggregation == "token":
         return mask / mask.sum().clamp(min=1)
     if aggregation == "sequence":
@@ -32,18 +34,79 @@ def token_weights(mask: Tensor, aggregation: str = "token", length_limit: int | 
     raise ValueError(f"aggregation={aggregation!r} must be 'token', 'sequence' or 'constant'")
 
 
-def ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """Rho = pi / pi_old per token, from log-probs in nats."""
-    return (logp - old_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor | None = None, level: str = "token") -> Tensor:
+    """Rho = pi / pi_old, (B, T), from log-probs in nats.
+
+    Args:
+        logp: (B, T), log pi of the action tokens.
+        old_logp: (B, T), log pi_old of them.
+        mask: (B, T), 0/1; needed for `"sequence"`.
+        level: `"token"`: each token's own; `"sequence"`: the geometric mean over the response's tokens, s_i, at each of them
+            (GSPO, arXiv 2507.18071). Its gradient is that of the paper's GSPO-token, s_i * grad log pi at each token,
+            which adds up to GSPO's where a response's tokens share advantage and weight.
+    """
+    log_ratio = logp - old_logp
+    if level == "sequence":
+        assert mask is not None
+        inside = torch.where(mask.bool(), log_ratio, 0.0).detach()
+        mean = inside.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = logp - logp.detach() + mean
+    elif level != "token":
+        raise ValueError(f"ratio_level={level!r} must be 'token' or 'sequence'")
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def clipped_terms(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
+    rho: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps_high) A) per token, (B, T) (Schulman et al. 2017, arXiv 1707.06347, eq. 7)."""
-    rho = ratio(logp, old_logp)
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps_high) A) per token, (B, T) (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+
+    With `dual_clip` = c, where A < 0: -max(c A, that min), so that a rho without bound cannot make an update without bound
+    (Ye et al. 2020, arXiv 1912.09729).
+    """
     clipped = rho.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
-    return -torch.minimum(rho * advantages, clipped * advantages)
+    objective = torch.minimum(rho * advantages, clipped * advantages)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+    return -objective
+
+
+def cispo_terms(
+    logp: Tensor, rho: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
+) -> Tensor:
+    """-sg[clip(rho, 1 - eps, 1 + eps_high)] A log pi per token, (B, T) (CISPO: MiniMax-M1, arXiv 2506.13585).
+
+    The importance weight is clipped and no gradient goes through it, so that no token falls out of the update.
+    """
+    clipped = rho.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
+    return -clipped.detach() * advantages * logp
+
+
+def surrogate_terms(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    *,
+    dual_clip: float | None = None,
+    level: str = "token",
+    surrogate: str = "clip",
+) -> Tensor:
+    """Minus the objective per token, (B, T): `clipped_terms` or `cispo_terms` of the `ratio`; see `clipped_surrogate`."""
+    rho = ratio(logp, old_logp, mask, level)
+    if surrogate == "clip":
+        return clipped_terms(rho, advantages, clip_range, clip_range_high, dual_clip)
+    if surrogate != "cispo":
+        raise ValueError(f"surrogate={surrogate!r} must be 'clip' or 'cispo'")
+    if dual_clip is not None:
+        raise ValueError(f"dual_clip={dual_clip} has no meaning for surrogate='cispo', whose weights are clipped on both sides")
+    return cispo_terms(logp, rho, advantages, clip_range, clip_range_high)
 
 
 def clipped_surrogate(
@@ -55,8 +118,9 @@ def clipped_surrogate(
     clip_range_high: float | None = None,
     aggregation: str = "token",
     length_limit: int | None = None,
+    **options: Any,
 ) -> Tensor:
-    """PPO's clipped objective as a loss, a scalar: `clipped_terms` summed with `token_weights`.
+    """The policy's loss, a scalar: `surrogate_terms` summed with `token_weights`.
 
     Args:
         logp: (B, T), log pi of the action tokens, in nats.
@@ -67,8 +131,10 @@ def clipped_surrogate(
         clip_range_high: eps of the upper bound ("clip-higher", DAPO); `clip_range` by default.
         aggregation: see `token_weights`.
         length_limit: see `token_weights`.
+        options: `dual_clip` (a number above 1, or None), `level` of the ratio (`"token"`, `"sequence"`) and `surrogate`
+            (`"clip"`, `"cispo"`).
     """
-    terms = clipped_terms(logp, old_logp, advantages, clip_range, clip_range_high)
+    terms = surrogate_terms(logp, old_logp, advantages, mask, clip_range, clip_range_high, **options)
     return weighted_sum(terms, token_weights(mask, aggregation, length_limit))
 
 
@@ -119,14 +185,19 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-def ratio_statistics(logp: Tensor, old_logp: Tensor, mask: Tensor, low: float, high: float) -> dict[str, Tensor]:
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def ratio_statistics(
+    logp: Tensor, old_logp: Tensor, mask: Tensor, low: float, high: float, level: str = "token"
+) -> dict[str, Tensor]:
     """Means over the action tokens: `approx_kl`, Schulman's estimate of KL(pi_old, pi), and `clip_fraction`, the share of
-    ratios outside [1 - low, 1 + high].
+    ratios (of the given level) outside [1 - low, 1 + high].
     """
     with torch.no_grad():
         here = mask.bool()
-        rho = ratio(logp, old_logp)[here]
+        tokens, rho = ratio(logp, old_logp)[here], ratio(logp, old_logp, mask, level)[here]
         return {
-            "approx_kl": (rho - 1 - rho.log()).mean(),
+            "approx_kl": (tokens - 1 - tokens.log()).mean(),
             "clip_fraction": ((rho < 1 - low) | (rho > 1 + high)).float().mean(),
         }

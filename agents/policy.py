@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -16,14 +17,14 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from agents.checks import check_tokens
+from agents.checks import check_tokens, checked_masks
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.losses import entropy_of
 from agents.vec_env import ids_and_mask, rows_of
 from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
-from llm_env.scoring import log_probs_of, pad_masks, response_outputs, restrict
+from llm_env.scoring import log_probs_of, pad_masks, response_outputs, response_states, restrict
 
 PretrainedFiles = dict[str, bytes]
 
@@ -54,10 +55,12 @@ class LanguagePolicy(BasePolicy):
         model: a path, a hub id, a `PreTrainedModel`, or the config and tokenizer files of one, by name (weights to be loaded).
         tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's weights. A model object has none.
         value_head: add V(s), a linear map from the last hidden state, zero at the beginning.
+        separate_critic: read V from the hidden states of a network of its own, begun as a copy of the model's.
 
     Attributes:
         lm: the language model.
         value_head: `nn.Linear(H, 1)`, or None.
+        critic: the network that V is read from, or None where it is the language model.
         tokenizer: the tokenizer, or None.
         vocab_size: V, how many token ids are actions; the env's once there is one.
         constraint: which of them may come next; the env's once there is one, None for all.
@@ -67,7 +70,13 @@ class LanguagePolicy(BasePolicy):
         ValueError: the model's vocabulary is smaller than the tokenizer's.
     """
 
-    def __init__(self, model: str | PreTrainedModel | PretrainedFiles, tokenizer: Any = None, value_head: bool = False) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PretrainedFiles,
+        tokenizer: Any = None,
+        value_head: bool = False,
+        separate_critic: bool = False,
+    ) -> None:
         lm, tokenizer = _load(model, tokenizer)
         size = lm.get_input_embeddings().num_embeddings
         length = getattr(lm.config, "max_position_embeddings", None) or 1024
@@ -88,8 +97,9 @@ class LanguagePolicy(BasePolicy):
             self.vocab_size = vocabulary_size(tokenizer)
             self.check_vocabulary(self.vocab_size)
         self.value_head: nn.Linear | None = None
+        self.critic: PreTrainedModel | None = None
         if value_head:
-            self.add_value_head()
+            self.add_value_head(separate_critic)
         self.train(False)
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -105,8 +115,10 @@ class LanguagePolicy(BasePolicy):
                 f"belongs to the model, or call model.resize_token_embeddings({vocab_size}) first"
             )
 
-    def add_value_head(self) -> None:
-        """Add V(s), zero at the beginning, unless it is there."""
+    def add_value_head(self, separate_critic: bool = False) -> None:
+        """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""
+        if separate_critic and self.critic is None:
+            self.critic = copy.deepcopy(self.lm.base_model)
         if self.value_head is None:
             self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1, device=self.lm.device)
             nn.init.zeros_(self.value_head.weight)
@@ -116,6 +128,8 @@ class LanguagePolicy(BasePolicy):
         """Set the training mode; the language model stays in evaluation mode, for dropout must be off (see the class)."""
         super().train(mode)
         self.lm.eval()
+        if self.critic is not None:
+            self.critic.eval()
         return self
 
     # --- the training path -------------------------------------------------------------------------------------------
@@ -130,14 +144,15 @@ class LanguagePolicy(BasePolicy):
             responses: B lists of token ids.
             temperature: divides the logits, as in sampling.
         """
-        logits, targets, mask, hidden = response_outputs(
-            self.lm, prompts, responses, self.vocab_size, hidden_states=self.value_head is not None
-        )
+        shared = self.value_head is not None and self.critic is None
+        logits, targets, mask, hidden = response_outputs(self.lm, prompts, responses, self.vocab_size, hidden_states=shared)
         if self.constraint is not None:
             allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
             logits = restrict(logits, pad_masks(allowed))
         values = None
         if self.value_head is not None:
+            if self.critic is not None:
+                hidden = response_states(self.critic, prompts, responses)
             assert hidden is not None
             values = self.value_head(hidden.float())[..., 0]
         return Evaluation(log_probs_of(logits, targets, temperature), mask, entropy_of(logits, temperature), values)
@@ -263,7 +278,7 @@ class LanguagePolicy(BasePolicy):
         sampler = Sampler(temperature, deterministic=deterministic, generator=generator)
         rows = rows_of(batch)
         check_tokens(rows, 0, self.vocab_size, self.lm)
-        masks = None if action_masks is None else _action_masks(action_masks, (len(rows), self.vocab_size))
+        masks = None if action_masks is None else checked_masks(action_masks, (len(rows), self.vocab_size))
         starts = None if episode_start is None else np.atleast_1d(episode_start).astype(bool).tolist()
         if starts is not None and len(starts) != len(rows):
             raise ValueError(f"episode_start has {len(starts)} entries for {len(rows)} observations; give one each")
@@ -301,17 +316,8 @@ class LanguagePolicy(BasePolicy):
             return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {"model": self.pretrained_files(), "value_head": self.value_head is not None}
-
-
-def _action_masks(action_masks: Any, shape: tuple[int, int]) -> np.ndarray:
-    masks = np.atleast_2d(np.asarray(action_masks))
-    if masks.shape != shape or not ((masks == 0) | (masks == 1)).all():
-        raise ValueError(f"action_masks must be bool, of shape {shape}; got shape {masks.shape} of {masks.dtype}")
-    masks = masks.astype(bool)
-    if not masks.any(axis=1).all():
-        raise ValueError(f"action_masks allows no token in row {masks.any(axis=1).argmin()}; at least one must be left")
-    return masks
+        critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
+        return {"model": self.pretrained_files(), **critic}
 
 
 def _load(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from agents.advantages import gae, normalize
 from agents.base import LanguageAgent, LossTerms
 from agents.checks import check_numbers
-from agents.losses import clipped_terms, ratio_statistics, value_terms, weighted_sum
+from agents.losses import ratio_statistics, surrogate_terms, value_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
 
@@ -34,6 +34,7 @@ class PPO(LanguageAgent):
             episode of the rollout had the same return.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
+        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's.
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
         bootstrap_truncated: add gamma * V of the state after the last token where the length limit ended an episode, as SB3
             does. Off by default: its score was paid, so its end is an end.
@@ -57,6 +58,7 @@ class PPO(LanguageAgent):
         normalize_advantage: bool = True,
         ent_coef: float = 0.0,
         vf_coef: float = 0.1,
+        separate_critic: bool = False,
         target_kl: float | None = None,
         bootstrap_truncated: bool = False,
         **common: Any,
@@ -71,6 +73,7 @@ class PPO(LanguageAgent):
         self.normalize_advantage = normalize_advantage
         self.ent_coef = ent_coef
         self.vf_coef = vf_coef
+        self.separate_critic = separate_critic
         self.target_kl = target_kl
         self.bootstrap_truncated = bootstrap_truncated
         super().__init__(policy, env, learning_rate, n_epochs=n_epochs, **common)
@@ -94,7 +97,7 @@ class PPO(LanguageAgent):
         clip = self.clip_range(self._current_progress_remaining)
         clip_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
         errors = value_terms(result.values[:, :-1], batch.old_values, batch.returns, clip_vf)
-        surrogate = clipped_terms(result.logp, batch.old_logp, batch.advantages, clip)
+        surrogate = surrogate_terms(result.logp, batch.old_logp, batch.advantages, batch.mask, clip)
         terms: LossTerms = {
             "policy_gradient_loss": (1.0, weighted_sum(surrogate, weights)),
             "value_loss": (self.vf_coef, weighted_sum(errors, weights)),

@@ -10,6 +10,7 @@ from stable_baselines3.common.utils import explained_variance, safe_mean
 
 from agents.advantages import equal_groups
 from agents.losses import kl_k3
+from llm_env.reference import coefficient
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
@@ -32,6 +33,8 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
     record("rollout/truncated", rollout.truncated.float().mean().item())
     if rollout.group_size > 1:
         record("rollout/zero_std_groups", equal_groups(scores, rollout.group_size).float().mean().item())
+    if getattr(agent, "max_resamples", 0):
+        record("rollout/resamples", len(rollout) // agent.n_envs - 1)
     components = {key for info in rollout.infos for key in info if key.startswith("reward/")}
     for key in sorted(components):
         record(f"rollout/{key}", safe_mean([info[key] for info in rollout.infos if key in info]))
@@ -42,8 +45,9 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
     kls = [info["kl"] for info in rollout.infos if "kl" in info]
     if kls:
         record("rollout/kl", safe_mean(kls))
-    if agent.rules.kl is not None:
-        record("rollout/kl_coef", agent.rules.kl.value)
+    in_loss = coefficient(getattr(agent, "kl_coef", 0.0))
+    if agent.rules.kl is not None or in_loss:
+        record("rollout/kl_coef", in_loss if agent.rules.kl is None else agent.rules.kl.value)
     record("rollout/samples", samples_table(rollout), exclude=TEXT_ONLY_FOR_TENSORBOARD)
 
 

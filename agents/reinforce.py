@@ -1,28 +1,51 @@
-"""REINFORCE: naive reward, or a critic as baseline."""
+"""REINFORCE: naive reward, or a baseline taken off: a running mean, the group's other answers, a critic."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from agents.advantages import discounted_returns
-from agents.base import LanguageAgent, LossTerms
+from agents.advantages import discounted_returns, group_relative, leave_one_out
+from agents.base import DEFAULT_GROUP_SIZE, LanguageAgent, LossTerms
 from agents.checks import check_numbers
 from agents.losses import value_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
+from llm_env.arguments import whole
+
+GROUP_BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "group_mean": partial(group_relative, scale="none"),
+    "leave_one_out": leave_one_out,
+}
+BASELINES = (None, "running_mean", *GROUP_BASELINES, "value")
+SLOWEST_SHARE = 0.1  # of a rollout's mean return in the running mean
 
 
 class REINFORCE(LanguageAgent):
     """grad E[r] = E[sum_t grad log pi(a_t) A_t] (Williams 1992), one optimizer step per minibatch of fresh episodes.
 
+    | method | arguments | source |
+    | --- | --- | --- |
+    | naive reward | `baseline=None` | Williams 1992 |
+    | reinforcement baseline | `baseline="running_mean"` | Williams 1992, section 6 |
+    | RLOO | `baseline="leave_one_out"`, `group_size=G` | arXiv 2402.14740 |
+    | mean of the group | `baseline="group_mean"`, `group_size=G` | Dr. GRPO's advantage, arXiv 2503.20783 |
+    | actor-critic, Monte Carlo returns | `baseline="value"` | Sutton and Barto 2018, section 13.4 |
+
     Args:
         policy, env, learning_rate: see `LanguageAgent`.
-        baseline: None for the naive A_t = G_t, the reward to go; `"value"` for A_t = G_t - V(s_t) with a learned V.
+        baseline: what is taken off the reward to go G_t. None: nothing. `"running_mean"`: the mean return of earlier rollouts
+            (0 in the first; it moves by a tenth a rollout, and by more in the first ten). `"value"`: V(s_t), learned.
+            `"group_mean"` and `"leave_one_out"` take the whole response for one action: each of its tokens has its return
+            less the mean return of its group, or of the other answers to the prompt.
+        group_size: G, answers per prompt; 8 by default for the last two, which need at least 2, else 1.
         gamma: discount per token.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
+        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's.
         common: see `LanguageAgent`.
     """
 
@@ -35,19 +58,28 @@ class REINFORCE(LanguageAgent):
         learning_rate: Any = None,
         *,
         baseline: str | None = None,
+        group_size: int | None = None,
         gamma: float = 1.0,
         ent_coef: float = 0.0,
         vf_coef: float = 0.1,
+        separate_critic: bool = False,
         **common: Any,
     ) -> None:
-        if baseline not in (None, "value"):
-            raise ValueError(f"baseline={baseline!r} must be None or 'value'")
+        if baseline not in BASELINES:
+            raise ValueError(f"baseline={baseline!r} must be one of {BASELINES}")
+        grouped = baseline in GROUP_BASELINES
+        default = DEFAULT_GROUP_SIZE if grouped else 1
+        self.group_size = whole("group_size", default if group_size is None else group_size, 2 if grouped else 1)
+        if separate_critic and baseline != "value":
+            raise ValueError(f"separate_critic=True, but baseline={baseline!r} has no critic; take baseline='value'")
         check_numbers(0.0, gamma=gamma, vf_coef=vf_coef)
         check_numbers(ent_coef=ent_coef)
         self.baseline = baseline
         self.gamma = gamma
         self.ent_coef = ent_coef
         self.vf_coef = vf_coef
+        self.separate_critic = separate_critic
+        self.running_mean, self._rollouts_averaged = 0.0, 0
         super().__init__(policy, env, learning_rate, **common)
 
     @property
@@ -56,12 +88,22 @@ class REINFORCE(LanguageAgent):
         return self.baseline == "value"
 
     def compute_advantages(self, rollout: Rollout) -> None:
-        """A_t = G_t, less V(s_t) where there is a critic."""
+        """A_t = G_t less the baseline."""
         returns = discounted_returns(rollout.rewards, rollout.mask, self.gamma)
-        if rollout.old_values is None:
+        whole_returns = returns[:, 0]  # of whole responses: a mask begins with an action token
+        if self.baseline == "value":
+            assert rollout.old_values is not None
+            rollout.advantages, rollout.returns = returns - rollout.old_values, returns
+        elif self.baseline == "running_mean":
+            rollout.advantages = (returns - self.running_mean) * rollout.mask
+            self._rollouts_averaged += 1
+            share = max(1 / self._rollouts_averaged, SLOWEST_SHARE)
+            self.running_mean += share * (whole_returns.mean().item() - self.running_mean)
+        elif self.baseline is None:
             rollout.advantages = returns
         else:
-            rollout.advantages, rollout.returns = returns - rollout.old_values, returns
+            relative = GROUP_BASELINES[self.baseline](whole_returns, self.group_size)
+            rollout.advantages = relative[:, None] * rollout.mask
 
     def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
         """-A log pi, the entropy bonus and the value loss."""

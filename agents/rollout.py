@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.generation import Sampler
 from agents.policy import LanguagePolicy
@@ -30,6 +30,8 @@ class Rollout:
         rewards: (B, T) float32, what the env paid for each action token.
         sampled_logp: (B, T) float32, log pi by the sampling path, in nats.
         ref_logp: (B, T) float32, log pi_ref, in nats; None without a reference.
+        step_ends: (B, T) float32, 1 at the last token of each step that was rewarded; where the env tells of no steps,
+            at the last token and where something was paid.
         truncated: (B,) bool, ended by the length limit.
         infos: B dicts, the last info of each episode.
         group_size: G.
@@ -46,6 +48,7 @@ class Rollout:
     rewards: Tensor
     sampled_logp: Tensor
     ref_logp: Tensor | None
+    step_ends: Tensor
     truncated: Tensor
     infos: list[dict[str, Any]]
     group_size: int = 1
@@ -81,6 +84,20 @@ class Rollout:
         return replace(self, **chosen)
 
 
+def join(rollouts: Sequence[Rollout]) -> Rollout:
+    """The episodes of several rollouts that have not been trained on yet, padded to the longest."""
+    width = max(rollout.mask.shape[1] for rollout in rollouts)
+    joined: dict[str, Any] = {}
+    for name, value in vars(rollouts[0]).items():
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        if isinstance(value, Tensor):
+            wide = [nn.functional.pad(part, (0, width - part.shape[1])) if part.ndim == 2 else part for part in parts]
+            joined[name] = torch.cat(wide)
+        elif isinstance(value, list):
+            joined[name] = [entry for part in parts for entry in part]
+    return replace(rollouts[0], **joined)
+
+
 def _padded(rows: Sequence[Any], device: torch.device) -> Tensor:
     table = torch.zeros(len(rows), max(map(len, rows)))
     for i, row in enumerate(rows):
@@ -106,10 +123,17 @@ def _assemble(
         rewards=_padded(rewards, device),
         sampled_logp=_padded(logps, device),
         ref_logp=None if ref_logps is None else _padded(ref_logps, device),
+        step_ends=_padded([_step_ends(row, info) for row, info in zip(rewards, infos, strict=True)], device),
         truncated=torch.as_tensor(np.asarray(truncated), device=device),
         infos=infos,
         group_size=group_size,
     )
+
+
+def _step_ends(rewards: Any, info: dict[str, Any]) -> np.ndarray:
+    ends = np.asarray(rewards) != 0
+    ends[list(info.get("step_ends", [len(ends) - 1]))] = True
+    return ends
 
 
 def collect(

@@ -71,7 +71,10 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
         ValueError: the gradient is not finite; the weights are left as they were.
     """
     optimizer = agent.policy.optimizer
-    weights = token_weights(rollout.mask[torch.as_tensor(rows)], agent.aggregation, agent.rules.max_new_tokens)
+    mask = rollout.mask[torch.as_tensor(rows)]
+    if agent.mask_truncated:
+        mask = mask * ~rollout.truncated[torch.as_tensor(rows)][:, None]
+    weights = token_weights(mask, agent.aggregation, agent.rules.max_new_tokens)
     if fresh and rollout.old_logp is None:
         rollout.old_logp = torch.zeros_like(rollout.rewards)
     sums: dict[str, float] = {}

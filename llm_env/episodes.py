@@ -251,6 +251,7 @@ class Episodes:
     ) -> dict[int, dict[str, Any]]:
         """Add to `rewards`, (R, n), what the reward functions pay for the tokens just written; the infos of rows that end."""
         infos: dict[int, dict[str, Any]] = {}
+        ends: dict[int, tuple[int, ...]] = {}
         paid, step_errors = self._paid_steps[rows], {}
         open_rows = np.flatnonzero(~ended & (lengths > 0))
         if self.rules.rewards.stepwise and len(open_rows):
@@ -263,17 +264,21 @@ class Episodes:
             scores = self.rules.rewards(*given)
             outcome, penalties = self.rules.ends.settle(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
             for k, i in enumerate(np.flatnonzero(ended)):
-                if self.rules.rewards.stepwise:
-                    paid[i] += self._pay_steps(scores, k, rows[i], before[i], rewards[i])
+                paid[i] += self._pay_steps(scores, k, rows[i], before[i], rewards[i])
                 if (earlier := self._step_errors[rows[i]]) and earlier != scores.errors.get(k):
                     scores.errors[k] = "; ".join(filter(None, [earlier, scores.errors.get(k)]))
-                for end, score in scores.steps[k]:
-                    rewards[i, end - before[i] if end >= before[i] else lengths[i] - 1] += score
+                last = before[i] + lengths[i] - 1
+                for at, score in scores.late_steps(k, before[i], last):
+                    rewards[i, at - before[i]] += score
                 rewards[i, lengths[i] - 1] += outcome[k]
+                if k in scores.given_steps:
+                    ends[int(rows[i])] = scores.step_ends(k, before[i], last, bool(outcome[k]))
             whole = [sum(score for _, score in steps) for steps in scores.steps]
             self.scores[rows[ended]] = paid[ended] + np.array(whole) + outcome
             components = {**scores.components, **penalties}
             infos = self._infos(rows[ended].tolist(), given[0], given[1], components, scores.errors, truncated[ended])
+            for row, row_ends in ends.items():
+                infos[row]["step_ends"] = row_ends
         self._paid_steps[rows] = paid
         for row, error in step_errors.items():
             self._step_errors[row] = self._step_errors[row] or error

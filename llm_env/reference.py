@@ -131,6 +131,11 @@ class AdaptiveKLController(KLController):
         self.value *= float(1 + error * n / self.horizon)
 
 
+def coefficient(kl_coef: float | KLController) -> float:
+    """The number that a coefficient is now."""
+    return kl_coef.value if isinstance(kl_coef, KLController) else kl_coef
+
+
 def as_kl_controller(kl_coef: float | KLController) -> KLController | None:
     """A controller from a number or a controller; None for 0, which means no shaping."""
     if isinstance(kl_coef, KLController):

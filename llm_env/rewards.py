@@ -14,7 +14,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,8 @@ class Scores:
         live_steps: the same of functions marked with `process_reward`.
         errors: by row, what went wrong where a policy put a value in a score's place.
         lost_steps: rows in which that happened to a function marked with `process_reward`: its steps are not known.
+        given_steps: rows of which some function gave steps, if only an empty list.
+        given_scores: rows to which some function of a weight other than 0 gave a plain score.
     """
 
     outcome: np.ndarray
@@ -71,12 +73,28 @@ class Scores:
     live_steps: list[Steps]
     errors: dict[int, str]
     lost_steps: set[int]
+    given_steps: set[int] = field(default_factory=set)
+    given_scores: set[int] = field(default_factory=set)
 
     @property
     def total(self) -> np.ndarray:
         """(B,) float64: outcome and steps together."""
         paid = [sum((score for _, score in a + b), 0.0) for a, b in zip(self.steps, self.live_steps, strict=True)]
         return self.outcome + np.array(paid)
+
+    def late_steps(self, row: int, before: int, last: int) -> Steps:
+        """The steps that are known only when token `last` ends the episode, with the token at which they are paid.
+
+        Those that end among the first `before` tokens are paid with the last: these tokens have gone.
+        """
+        return [(end if end >= before else last, score) for end, score in self.steps[row]]
+
+    def step_ends(self, row: int, before: int, last: int, paid_at_end: bool) -> tuple[int, ...]:
+        """The tokens at which a step's reward is paid; the last is one if it is paid a score, even of 0, or a penalty."""
+        ends = {end for end, _ in [*self.live_steps[row], *self.late_steps(row, before, last)]}
+        if paid_at_end or row in self.given_scores:
+            ends.add(last)
+        return tuple(sorted(map(int, ends)))
 
     def add(self, name: str, called: Called, weight: float, live: bool) -> None:
         """Take in what one function said."""
@@ -86,9 +104,12 @@ class Scores:
                 component[row] = sum(score for _, score in value)
                 kept = self.live_steps if live else self.steps
                 kept[row] += [(end, weight * score) for end, score in value]
+                self.given_steps.add(row)
             elif value is not None:
                 component[row] = value
                 self.outcome[row] += weight * value
+                if weight != 0:
+                    self.given_scores.add(row)
         self.components[name] = component
         for row, error in called.errors.items():
             self.errors[row] = "; ".join(filter(None, [self.errors.get(row), error]))

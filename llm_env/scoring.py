@@ -58,11 +58,9 @@ def response_outputs(
         logits (B, T, V) of the response tokens, in the model's type; the tokens themselves (B, T); their 0/1 mask (B, T);
         and the hidden states (B, T + 1, H) that every response token is chosen from, with the one after the last, or None.
     """
-    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
-    targets, mask = pad(responses, "right", model.device)
-    first, length = prompt_ids.shape[1] - 1, targets.shape[1]
-    fed = length if hidden_states else length - 1  # nothing but V of the state after it depends on the last token
-    inputs = model_inputs(model, torch.cat([prompt_ids, targets[:, :fed]], 1), torch.cat([prompt_mask, mask[:, :fed]], 1))
+    inputs, targets, mask = _inputs(model, prompts, responses, with_last=hidden_states)
+    length = targets.shape[1]
+    first = inputs["input_ids"].shape[1] - length - int(hidden_states)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     if keeps:
         inputs["logits_to_keep"] = torch.arange(first, first + length, device=model.device)
@@ -70,6 +68,26 @@ def response_outputs(
     logits = outputs.logits if keeps else outputs.logits[:, first : first + length]
     hidden = outputs.hidden_states[-1][:, first : first + length + 1] if hidden_states else None
     return logits[..., :vocab_size], targets, mask, hidden
+
+
+def response_states(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    """The hidden states (B, T + 1, H) of a model without a head, as `response_outputs` returns those of a language model."""
+    inputs, targets, _ = _inputs(model, prompts, responses, with_last=True)
+    return model(**inputs, use_cache=False).last_hidden_state[:, -targets.shape[1] - 1 :]
+
+
+def _inputs(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], with_last: bool
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """`[prompt padded left | response padded right]` for a forward pass; the responses (B, T) and their 0/1 mask.
+
+    The last response token is fed only `with_last`: nothing but V of the state after it depends on it.
+    """
+    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
+    targets, mask = pad(responses, "right", model.device)
+    fed = targets.shape[1] if with_last else targets.shape[1] - 1
+    both = torch.cat([prompt_ids, targets[:, :fed]], 1), torch.cat([prompt_mask, mask[:, :fed]], 1)
+    return model_inputs(model, *both), targets, mask
 
 
 def log_probs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:

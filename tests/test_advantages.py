@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from agents.advantages import discounted_returns, equal_groups, gae, group_relative, normalize
+from agents.advantages import (
+    discounted_returns,
+    equal_groups,
+    gae,
+    group_relative,
+    group_relative_steps,
+    leave_one_out,
+    normalize,
+)
 
 
 def tensor(*rows):
@@ -71,6 +79,38 @@ def test_equal_rewards_have_exactly_no_advantage(scale):
     advantages = group_relative(rewards, 3, scale)
     assert advantages[:3].tolist() == [0.0, 0.0, 0.0] and advantages[4] > 0
     assert equal_groups(rewards, 3).tolist() == [True, False]
+
+
+def test_leave_one_out_by_hand():
+    rewards = torch.tensor([1.0, 2, 6, 0.1, 0.1, 0.1])  # others' means: 4, 3.5, 1.5
+    assert leave_one_out(rewards, 3).tolist() == pytest.approx([-3, -1.5, 4.5, 0, 0, 0])
+
+
+def test_process_supervision_by_hand():
+    """Two answers: steps of 1 and 0 ending at tokens 0 and 2, and one step of 0.5 at token 1. Mean 0.5, std 0.5."""
+    rewards = tensor([1, 0, 0, 0], [0, 0.5, 0, 0])
+    ends = tensor([1, 0, 1, 0], [0, 1, 0, 0])
+    a = 0.5 / (0.5 + 1e-4)
+    expected = [[a - a, -a, -a, 0], [0, 0, 0, 0]]
+    torch.testing.assert_close(group_relative_steps(rewards, ends, 2), tensor(*expected))
+    assert group_relative_steps(rewards, ends, 2, "none").tolist() == [[0, -0.5, -0.5, 0], [0, 0, 0, 0]]
+
+
+def test_process_supervision_of_equal_steps_and_of_none():
+    rewards, ends = tensor([0.1, 0.1], [0, 0.1], [0, 0], [0, 0]), tensor([1, 1], [0, 1], [0, 0], [0, 0])
+    for scale in ("std", "batch", "none"):
+        assert (group_relative_steps(rewards, ends, 2, scale) == 0).all()
+
+
+def test_process_supervision_with_one_step_at_the_end_is_outcome_supervision():
+    scores = torch.tensor([1.0, 2, 6, 0, 0, 1])
+    rewards, ends = torch.zeros(6, 4), torch.zeros(6, 4)
+    for i, length in enumerate([1, 4, 2, 3, 3, 1]):
+        rewards[i, length - 1], ends[i, length - 1] = scores[i], 1
+    for scale in ("std", "batch", "none"):
+        got = group_relative_steps(rewards, ends, 3, scale)
+        torch.testing.assert_close(got[:, 0], group_relative(rewards.sum(1), 3, scale))
+        assert (got[0, 1:] == 0).all() and got[1, 3] == got[1, 0]
 
 
 def test_normalize_by_hand():

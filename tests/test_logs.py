@@ -21,7 +21,7 @@ COMMON = {
 }  # fmt: skip
 EXTRA = {
     "GRPO": {"rollout/zero_std_groups", "train/approx_kl", "train/clip_fraction", "train/clip_range", "train/logp_gap",
-             "train/kl_loss"},
+             "train/kl_loss", "rollout/kl_coef"},
     "PPO": {
         "train/approx_kl", "train/clip_fraction", "train/clip_range", "train/logp_gap", "train/value_loss",
         "train/explained_variance", "rollout/kl", "rollout/kl_coef",

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from agents.losses import (
+    cispo_terms,
     clipped_surrogate,
     clipped_terms,
     entropy_of,
     kl_k1,
     kl_k2,
     kl_k3,
+    ratio,
     ratio_statistics,
     token_weights,
     value_terms,
@@ -32,13 +34,53 @@ ADV = torch.tensor([[2.0, -2.0, 2.0, -2.0]], dtype=torch.float64)
 
 def test_clipping_by_hand():
     # min(3, 2.4) = 2.4; min(-3, -2.4) = -3; min(1, 1.6) = 1; min(-1, -1.6) = -1.6
-    assert clipped_terms(RHO, ONE, ADV, 0.2).tolist()[0] == pytest.approx([-2.4, 3.0, -1.0, 1.6])
-    assert clipped_terms(RHO, ONE, ADV, 0.2, 0.4).tolist()[0] == pytest.approx([-2.8, 3.0, -1.0, 1.6])
+    rho = ratio(RHO, ONE)
+    assert clipped_terms(rho, ADV, 0.2).tolist()[0] == pytest.approx([-2.4, 3.0, -1.0, 1.6])
+    assert clipped_terms(rho, ADV, 0.2, 0.4).tolist()[0] == pytest.approx([-2.8, 3.0, -1.0, 1.6])
+
+
+def test_dual_clip_by_hand():
+    # at most 1.2 * 2 for a negative advantage of -2, and only there: min(-3, -2.4) = -3 -> -2.4; -1.6 stays
+    assert clipped_terms(ratio(RHO, ONE), ADV, 0.2, dual_clip=1.2).tolist()[0] == pytest.approx([-2.4, 2.4, -1.0, 1.6])
+
+
+def test_sequence_ratio_by_hand():
+    # token ratios 1.5 1.5 0.5 of three tokens: their geometric mean; the fourth is padding
+    mask = torch.tensor([[1.0, 1, 1, 0]])
+    logp = RHO.clone().requires_grad_()
+    rho = ratio(logp, ONE, mask, "sequence")
+    mean = (1.5 * 1.5 * 0.5) ** (1 / 3)
+    assert rho.tolist()[0][:3] == pytest.approx([mean] * 3)
+    rho[:, 1].sum().backward()
+    assert logp.grad.tolist()[0] == pytest.approx([0, mean, 0, 0])
+
+
+def test_cispo_by_hand():
+    # weights clip(1.5, 1.5, 0.5, 0.5) to [0.8, 1.4]: the gradient is minus weight times advantage, everywhere
+    logp = RHO.clone().requires_grad_()
+    terms = cispo_terms(logp, ratio(logp, ONE), ADV, 0.2, 0.4)
+    expected = [-1.4 * 2 * math.log(1.5), 1.4 * 2 * math.log(1.5), -0.8 * 2 * math.log(0.5), 0.8 * 2 * math.log(0.5)]
+    assert terms.tolist()[0] == pytest.approx(expected)
+    terms.sum().backward()
+    assert logp.grad.tolist()[0] == pytest.approx([-2.8, 2.8, -1.6, 1.6])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"level": "word"}, "ratio_level='word' must be"),
+        ({"surrogate": "x"}, "surrogate='x' must be"),
+        ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip=3.0 has no meaning"),
+    ],
+)
+def test_unknown_surrogates(options, message):
+    with pytest.raises(ValueError, match=message):
+        clipped_surrogate(RHO, ONE, ADV, torch.ones(1, 4), 0.2, **options)
 
 
 def test_the_gradient_is_cut_where_the_clip_bites():
     logp = RHO.clone().requires_grad_()
-    clipped_terms(logp, ONE, ADV, 0.2).sum().backward()
+    clipped_terms(ratio(logp, ONE), ADV, 0.2).sum().backward()
     assert logp.grad.tolist()[0] == pytest.approx([0, 3.0, -1.0, 0])  # -A * rho, or nothing
 
 
@@ -110,7 +152,7 @@ def test_gradients_of_the_estimators_as_losses():
 def test_extreme_log_ratios_have_finite_gradients():
     logp = torch.tensor([[-200.0, -1.0]], requires_grad=True)
     other = torch.tensor([[-1.0, -200.0]])
-    (kl_k3(logp, other).sum() + clipped_terms(logp, other, torch.ones(1, 2), 0.2).sum()).backward()
+    (kl_k3(logp, other).sum() + clipped_terms(ratio(logp, other), torch.ones(1, 2), 0.2).sum()).backward()
     assert logp.grad.isfinite().all()
 
 
