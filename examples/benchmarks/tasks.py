@@ -49,7 +49,7 @@ class Task:
 
 def addition_task() -> Task:
     """`llm_env/Addition-v0` and the packaged pupil, as in `train_grpo.py`."""
-    return Task("Addition", llm_env.PUPIL, addition(), 8, 256, 3e-4, 0.0, 17_920, 0.9, exam=addition(split="test"))
+    return Task("Addition", llm_env.PUPIL, addition(), 8, 256, 3e-4, 0.0, 12_800, 0.9, exam=addition(split="test"))
 
 
 def stories_task(model: str) -> Task:
@@ -63,4 +63,4 @@ def stories_task(model: str) -> Task:
         "max_new_tokens": 64,
         "reference": model,
     }
-    return Task("Stories", model, env, 8, 64, 5e-4, 0.05, 2_560, 1.2)
+    return Task("Stories", model, env, 8, 64, 5e-4, 0.05, 2_048, 1.2)
