@@ -1,5 +1,6 @@
 """Agents that train causal language models on text envs, through the Stable-Baselines3 API."""
 
+from agents.audit import check_agent
 from agents.extractors import TokenEmbeddingExtractor
 from agents.grpo import GRPO
 from agents.policy import LanguagePolicy
@@ -7,4 +8,4 @@ from agents.ppo import PPO
 from agents.reinforce import REINFORCE
 from agents.vec_env import TextVecEnv
 
-__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv", "TokenEmbeddingExtractor"]
+__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv", "TokenEmbeddingExtractor", "check_agent"]

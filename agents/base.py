@@ -18,13 +18,13 @@ from agents.generation import Sampler
 from agents.inference import Inference
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
-from agents.records import episode_infos, record_rollout, record_time
+from agents.progress import call_back, feed_kl_controllers, tokens_to_go
+from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
 from llm_env.arguments import whole
 from llm_env.prompts import PromptCursor
-from llm_env.reference import KLController
 from llm_env.rules import Rules
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
@@ -131,7 +131,10 @@ class LanguageAgent(Inference):
         self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None
         self._policy_data: dict[str, Any] = {}
-        self._random_states: dict[str, Any] = {}
+        self._position: dict[str, Any] = {}
+        self._began: dict[str, Any] | None = None
+        self._reference_moved = False
+        self._reference_weights: dict[str, Any] | None = None
         self._tokens_left_over = 0
         self._has_had_env = False
         if _init_setup_model:
@@ -175,7 +178,7 @@ class LanguageAgent(Inference):
         else:
             self.set_random_seed(self.seed)
             self._generator.manual_seed(self.seed)
-        self._restore_generators()
+        self._restore_generators(self._position)
 
     def _attach(self, env: VecEnv) -> None:
         """Take an env for training, after checking that it and the model fit."""
@@ -204,7 +207,9 @@ class LanguageAgent(Inference):
         self._last_obs = None
         if self.seed is not None:
             env.seed(self.seed)
-        self._restore_prompts(env, rules)
+        self._restore_prompts(env, rules, self._position)
+        self._restore_reference(rules)
+        self._position = {}
         self._has_had_env = True
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
@@ -213,17 +218,6 @@ class LanguageAgent(Inference):
         if self._has_had_env:
             check_for_correct_spaces(vec_env, self.observation_space, self.action_space)
         self._attach(vec_env)
-
-    @property
-    def rules(self) -> Rules:
-        """The rules of the training env.
-
-        Raises:
-            ValueError: there is no env yet.
-        """
-        if self.env is None:
-            raise ValueError(f"the agent has no env yet: give one to {type(self).__name__}(...), set_env(env) or learn(env)")
-        return rules_of_vec_env(self.env)
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -241,14 +235,20 @@ class LanguageAgent(Inference):
     ) -> SelfAgent:
         """Train for at least `total_timesteps` action tokens, in whole rollouts.
 
-        The callback's `on_step` is called once every `env.num_envs` tokens, as in SB3.
+        The callback's `on_step` is called once every `env.num_envs` tokens, as in SB3. A rollout in which a callback asks to
+        stop, or that an error or Ctrl-C cuts short, is neither trained on nor counted.
+
+        Going on (`reset_num_timesteps=False`), in this process or from a file, gives the weights of a run that was never
+        stopped: what one call overshot counts towards the next, so that twice k tokens are 2k. A schedule runs over all
+        tokens asked for so far: it is at its end after k, so that only a run of 2k that is stopped at n and goes on for
+        2k - n equals the whole one. SB3's callbacks count `on_step` from when they were made, and `iteration` from the call.
 
         Args:
             env_or_timesteps: an env to train on, as in `learn(env)`, or `total_timesteps`, as in SB3.
             callback: SB3 callbacks; or a number, `total_timesteps`, as in `learn(env, 10_000)`.
             log_interval: rollouts between two dumps of the logs; None for none.
             tb_log_name: name of the run for TensorBoard; the algorithm's by default.
-            reset_num_timesteps: count from 0 and begin a new TensorBoard run; False goes on.
+            reset_num_timesteps: count from 0 and begin a new TensorBoard run; False goes on, in the latest run of that name.
             progress_bar: show one (needs rich and tqdm).
             total_timesteps: number of action tokens; 100,000 by default.
             env: an env to train on.
@@ -258,8 +258,9 @@ class LanguageAgent(Inference):
         if env is not None:
             self._attach(as_vec_env(env, self.n_envs))
         self.rules  # noqa: B018 - raises without an env
+        asked = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         total_timesteps, callback = self._setup_learn(
-            DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps,
+            tokens_to_go(self, asked, reset_num_timesteps),
             callback,
             reset_num_timesteps,
             tb_log_name or type(self).__name__,
@@ -287,30 +288,17 @@ class LanguageAgent(Inference):
         return self
 
     def collect(self, callback: BaseCallback) -> Rollout | None:
-        """One rollout, with the callbacks called for its tokens; None where a callback asked to stop."""
+        """One rollout, with the callbacks called for its tokens; None, and nothing has moved, where one asked to stop."""
         assert self.env is not None
         callback.on_rollout_start()
-        rollout = self.sample_rollout()
-        self._feed_kl_controller(rollout)
-        infos = episode_infos(self, rollout)
-        rewards, dones = rollout.scores.cpu().numpy(), np.ones(len(rollout), dtype=bool)
-        self._update_info_buffer(infos, dones)
-        tokens = self._tokens_left_over + int(rollout.lengths.sum())
-        calls = max(1, tokens // self.env.num_envs)
-        self._tokens_left_over = max(0, tokens - calls * self.env.num_envs)
-        end = self.num_timesteps + int(rollout.lengths.sum())
-        for call in range(1, calls + 1):
-            last = call == calls
-            self.num_timesteps = end if last else min(end, self.num_timesteps + self.env.num_envs)
-            callback.update_locals(
-                {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
-            )
-            if not callback.on_step():
-                self.num_timesteps = end
+        with self.rollout_under_way():
+            rollout = self.sample_rollout()
+            feed_kl_controllers((self.rules.kl, self.kl_coef), rollout)
+            if not call_back(self, callback, rollout):
+                self.stop_rollout()
                 return None
-        self.num_timesteps = end
-        callback.on_rollout_end()
-        record_rollout(self, rollout)
+            callback.on_rollout_end()
+            record_rollout(self, rollout)
         return rollout
 
     def sample_rollout(self) -> Rollout:
@@ -321,12 +309,6 @@ class LanguageAgent(Inference):
             return collect(self.policy, venv, self.group_size, self.sampler(), {})
         indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
         return collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler())
-
-    def _feed_kl_controller(self, rollout: Rollout) -> None:
-        kls = [info["kl"] for info in rollout.infos if "kl" in info]
-        for controller in (self.rules.kl, getattr(self, "kl_coef", None)):
-            if isinstance(controller, KLController) and kls:
-                controller.update(float(np.mean(kls)), len(kls))
 
     def train(self, rollout: Rollout) -> None:
         """The update: see `agents.update`."""

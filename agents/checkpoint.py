@@ -1,38 +1,57 @@
-"""Saving and loading an agent, on SB3's zip format."""
+"""Saving and loading an agent, on SB3's zip format, and the position between two rollouts from which it goes on."""
 
 from __future__ import annotations
 
+import copy
+import io
 import os
-import pathlib
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
 from agents.vec_env import rules_of_vec_env
 from llm_env.prompts import PromptCursor
+from llm_env.reference import KLController, coefficient
 from llm_env.rules import Rules
 
 SelfCheckpointed = TypeVar("SelfCheckpointed", bound="Checkpointed")
+COUNTS = ("num_timesteps", "_tokens_left_over", "ep_info_buffer", "ep_success_buffer")  # that a rollout moves
+MEMBERS = {"data", "policy.pth", "policy.optimizer.pth", "system_info.txt"}  # SB3 writes the last of them last
 
 
 class Checkpointed(BaseAlgorithm):
-    """What of an agent is written to a file, and how it comes back."""
+    """What of an agent is written to a file, and how it comes back.
+
+    All that a rollout moves besides the weights is the agent's *position*: counts, random states, the order of the prompts
+    and an adaptive KL coefficient. Updates happen between rollouts only, so that a position and the weights are all that
+    training goes on from. A rollout under way does not count: see `rollout_under_way`.
+    """
 
     policy: LanguagePolicy
     np_random: np.random.Generator
     _generator: torch.Generator
     _policy_data: dict[str, Any]
-    _random_states: dict[str, Any]
+    _position: dict[str, Any]
+    _began: dict[str, Any] | None
     _cursor: PromptCursor
+    kl_coef: float | KLController = 0.0  # in the loss
+    _reference_moved: bool
+    _reference_weights: dict[str, Any] | None
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_model", "_generator", "np_random", "_cursor", "_last_obs", "_last_episode_starts", "_tokenizer"]
-        return [*super()._excluded_save_params(), *live]
+        return [*super()._excluded_save_params(), *live, "_began", "_reference_weights"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -40,57 +59,136 @@ class Checkpointed(BaseAlgorithm):
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write the agent to one zip file: weights, optimizer, counts and random states, but not the env.
 
-        A file is first written beside its name and then put in its place, so that a run cut off here leaves the old one.
+        A file is first written beside its name and put in its place when it is whole and on the disk, so that a run that is
+        cut off here, even killed, leaves the old one. A callback that saves in the middle of a rollout saves the agent as it
+        stood at the rollout's beginning; whoever goes on from there collects it again, token for token.
         """
-        carried = self._random_states
+        carried = self._position
         self._policy_data = self.policy._get_constructor_parameters()
-        self._random_states = self._capture_random_states()
+        self._position = self._began or self._here()
         try:
-            if not isinstance(path, (str, pathlib.Path)):
+            if not isinstance(path, (str, Path)):
                 return super().save(path, exclude, include)
-            target = pathlib.Path(path)
+            target = Path(path)
             if target.suffix == "":
                 target = target.with_name(f"{target.name}.zip")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.partial")
-            super().save(partial, exclude, include)
-            os.replace(partial, target)
+            with put_in_place(target) as file:
+                super().save(file, exclude, include)
         finally:
-            self._policy_data, self._random_states = {}, carried
+            self._policy_data, self._position = {}, carried
 
-    def _capture_random_states(self) -> dict[str, Any]:
-        states = {
-            **self._random_states,  # of an agent that was loaded and has no env yet
+    @property
+    def rules(self) -> Rules:
+        """The rules of the training env.
+
+        Raises:
+            ValueError: there is no env yet.
+        """
+        if self.env is None:
+            raise ValueError(f"the agent has no env yet: give one to {type(self).__name__}(...), set_env(env) or learn(env)")
+        return rules_of_vec_env(self.env)
+
+    # --- the position ------------------------------------------------------------------------------------------------
+
+    def _here(self) -> dict[str, Any]:
+        position = {
+            **self._position,  # of an agent that was loaded and has no env yet
+            "counts": {name: copy.copy(getattr(self, name)) for name in COUNTS},
             "torch": (self.device.type, self._generator.get_state()),
             "numpy": self.np_random.bit_generator.state,
+            "kl_in_loss": coefficient(self.kl_coef),
         }
         if self.env is not None:
-            venv, kl = clock_of(self.env), rules_of_vec_env(self.env).kl
-            states["env"] = None if venv is None else venv.state_dict()
-            states["cursor"] = self._cursor.state_dict()
-            states["kl_coef"] = None if kl is None else kl.value
-        return states
+            venv, kl = clock_of(self.env), self.rules.kl
+            position["env"] = None if venv is None else venv.state_dict()
+            position["cursor"] = self._cursor.state_dict()
+            position["kl_coef"] = None if kl is None else kl.value
+        return position
 
-    def _restore_generators(self) -> None:
-        """Go on with the random numbers of a saved agent; on another kind of device, with others."""
-        if not self._random_states:
+    @contextmanager
+    def rollout_under_way(self) -> Iterator[None]:
+        """Until its end a rollout has not happened: a file saved meanwhile, and an agent stopped, stand where it began.
+
+        `stop_rollout`, an error or Ctrl-C end it early; what was drawn is drawn again when training goes on.
+        """
+        self._began = self._here()
+        try:
+            yield
+        except BaseException:
+            self.stop_rollout()
+            raise
+        finally:
+            self._began = None
+
+    def stop_rollout(self) -> None:
+        """Go back to where the rollout under way began."""
+        assert self._began is not None and self.env is not None
+        self._restore_generators(self._began)
+        self._restore_prompts(self.env, self.rules, self._began)
+
+    def _restore_generators(self, position: dict[str, Any]) -> None:
+        """Go on with the counts and random numbers of a position; on another kind of device, with other random numbers."""
+        if not position:
             return
-        kind, state = self._random_states["torch"]
+        vars(self).update({name: copy.copy(value) for name, value in position["counts"].items()})
+        kind, state = position["torch"]
         if kind == self.device.type:
             self._generator.set_state(state)
-        self.np_random.bit_generator.state = self._random_states["numpy"]
+        self.np_random.bit_generator.state = position["numpy"]
+        if isinstance(self.kl_coef, KLController):
+            self.kl_coef.value = position["kl_in_loss"]
 
-    def _restore_prompts(self, env: VecEnv, rules: Rules) -> None:
-        """Go on with the order of the prompts and the KL coefficient of a saved agent, where they fit the new env."""
-        states, self._random_states = self._random_states, {}
+    def _restore_prompts(self, env: VecEnv, rules: Rules, position: dict[str, Any]) -> None:
+        """Go on with the order of the prompts and the KL coefficient of a position, where they fit the env."""
         venv = clock_of(env)
-        if venv is not None and states.get("env") is not None and venv.fits(states["env"]):
+        if venv is not None and position.get("env") is not None and venv.fits(position["env"]):
             env._reset_seeds()
-            venv.load_state_dict(states["env"])
-        if states.get("cursor") is not None and states["cursor"]["size"] == len(rules.prompts):
-            self._cursor.load_state_dict(states["cursor"])
-        if states.get("kl_coef") is not None and rules.kl is not None:
-            rules.kl.value = states["kl_coef"]
+            venv.load_state_dict(position["env"])
+        if position.get("cursor") is not None and position["cursor"]["size"] == len(rules.prompts):
+            self._cursor.load_state_dict(position["cursor"])
+        if position.get("kl_coef") is not None and rules.kl is not None and type(rules.kl) is not KLController:
+            rules.kl.value = position["kl_coef"]  # a fixed coefficient is the env's to say
+
+    # --- the reference -----------------------------------------------------------------------------------------------
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """The weights as SB3 saves them, and those of a reference that is no longer the one the env was made with."""
+        weights = self._reference_weights  # of an agent that was loaded and has no env yet
+        if self._reference_moved and self.env is not None:
+            reference = self.rules.reference
+            weights = None if reference is None else reference.model.state_dict()
+        return super().get_parameters() | ({} if weights is None else {"reference": weights})
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
+        """Take over weights: those of `get_parameters`, or a saved agent's."""
+        params = load_path_or_dict
+        if not isinstance(params, dict):
+            check_whole(params)
+            _, params, _ = load_from_zip_file(params, device=device, load_data=False)
+        self._reference_weights = params.get("reference")
+        super().set_parameters({key: params[key] for key in params if key != "reference"}, exact_match, device)
+        if self.env is not None:
+            self._restore_reference(self.rules)
+
+    def _restore_reference(self, rules: Rules) -> None:
+        """Give the env's reference the weights that were saved with the agent, if any were."""
+        weights, self._reference_weights = self._reference_weights, None
+        if weights is None:
+            return
+        if rules.reference is None:
+            raise ValueError(
+                "the saved agent's reference had moved and its weights are in the file, but the env has no reference; make it "
+                "with reference=<the model that training began with>"
+            )
+        try:
+            rules.reference.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the saved reference's weights do not fit the env's {type(rules.reference.model).__name__} "
+                f"({str(error).splitlines()[-1].strip()}); make the env with the reference that training began with"
+            ) from error
+
+    # --- loading -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def load(  # type: ignore[override]
@@ -98,14 +196,71 @@ class Checkpointed(BaseAlgorithm):
     ) -> SelfCheckpointed:
         """Read an agent that `save` wrote, to use it or to go on training.
 
+        Training goes on bit for bit (on CPU, with the same libraries and threads) as if it had never stopped, with the same
+        env and `learn(..., reset_num_timesteps=False)`. What is not the agent's is not in the file: the state of wrappers,
+        of reward functions and of callbacks.
+
         Args:
             path: the zip file.
             env: the env to go on with; its order of prompts goes on where it was if it has as many prompts and rows.
             device: where to put it.
             kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file was cut off or damaged.
         """
+        check_whole(path)
         agent = super().load(path, None, device, **kwargs)
         agent._policy_data = {}
         if env is not None:
             agent.set_env(env)
         return agent
+
+
+@contextmanager
+def put_in_place(target: Path) -> Iterator[io.BufferedWriter]:
+    """A file to write that takes the name `target` once all of it is on the disk; until then the old one keeps it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    with suppress(OSError):  # not every system can write out a folder; the file is in its place all the same
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def check_whole(path: Any) -> None:
+    """Refuse a file that is not all that `save` wrote.
+
+    The sums of all parts are checked, for torch reads weights without looking at them; and that all of SB3's parts are there,
+    for a zip whose writing was ended by an error is closed as if it were whole, and what is left of one that was cut off may
+    end with a part that is a zip itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it was cut off or damaged.
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged, missing = archive.testzip(), sorted(MEMBERS - set(archive.namelist()))
+        fault = f"{damaged} is damaged" if damaged else f"{', '.join(missing)} is missing" if missing else ""
+    except (zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        fault = str(error) or type(error).__name__
+    finally:
+        file.seek(0) if file is path else file.close()
+    if fault:
+        raise ValueError(
+            f"{path} is no whole agent ({fault}): it was cut off or damaged while it was written or copied, or save did not "
+            "write it; load an earlier file, for instance one of CheckpointCallback's"
+        )

@@ -117,7 +117,7 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
             f"the longest prompt and max_new_tokens={rules.max_new_tokens} need {needed} positions, the model has "
             f"{limit}; lower max_new_tokens to {max(1, limit - needed + rules.max_new_tokens)} or shorten the prompts"
         )
-    kl_coef = coefficient(getattr(agent, "kl_coef", 0.0))
+    kl_coef = coefficient(agent.kl_coef)
     if kl_coef and rules.kl is not None:
         raise ValueError(
             f"the KL is penalized twice: by the env's kl_coef={rules.kl.value} in the reward and by the agent's "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.audit import check_agent
 from agents.checkpoint import Checkpointed
 from agents.checks import check_counts, check_tokenizers, check_tokens
 from agents.generation import Sampler, StepState
@@ -15,6 +16,7 @@ from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.arguments import check_text
 from llm_env.observations import Observation
+from llm_env.report import Report
 
 
 class Inference(Checkpointed):
@@ -124,3 +126,7 @@ class Inference(Checkpointed):
                 for key, value in row.items():
                     collected.setdefault(key, []).append(value)
         return {key: float(np.mean(values)) for key, values in collected.items()}
+
+    def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
+        """Measure on fresh episodes whether sampling and training fit together; see `agents.check_agent`."""
+        return check_agent(self, n=n, seed=seed, quiet=quiet)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
     kls = [info["kl"] for info in rollout.infos if "kl" in info]
     if kls:
         record("rollout/kl", safe_mean(kls))
-    in_loss = coefficient(getattr(agent, "kl_coef", 0.0))
+    in_loss = coefficient(agent.kl_coef)
     if agent.rules.kl is not None or in_loss:
         record("rollout/kl_coef", in_loss if agent.rules.kl is None else agent.rules.kl.value)
     record("rollout/samples", samples_table(rollout), exclude=TEXT_ONLY_FOR_TENSORBOARD)

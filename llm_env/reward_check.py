@@ -9,60 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from llm_env.probes import GOLD_COLUMNS, Gold, Sample, choose_prompts, known_answers, make_probes
+from llm_env.report import FAILED, NOT_APPLICABLE, NOT_RUN, NOTE, PASSED, CheckRow, Report, short
 from llm_env.reward_pool import PooledReward
 from llm_env.rules import Rules
 
-PASSED, FAILED, NOTE, NOT_RUN, NOT_APPLICABLE = "passed", "FAILED", "note", "not run", "not applicable"
 ROUNDS, SECONDS = 3, 0.3  # calls per thread, at least, and how long quick functions are called
 
 
-@dataclass
-class CheckRow:
-    """One line of the table: what was checked, its result, and an example where it failed."""
-
-    check: str
-    result: str
-    detail: str = ""
-
-
-@dataclass
-class RewardReport:
-    """What `check_reward` found.
-
-    Attributes:
-        rows: one a check; `result` is "passed", "FAILED", "note", "not run" (the reward function failed on another line) or
-            "not applicable".
-    """
-
-    rows: list[CheckRow] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether no row has failed."""
-        return not any(row.result == FAILED for row in self.rows)
-
-    def __getitem__(self, check: str) -> CheckRow:
-        """The row of that name."""
-        return next(row for row in self.rows if row.check == check)
-
-    def __str__(self) -> str:
-        widths = [
-            max(len(text) for text in column) for column in zip(*((row.check, row.result) for row in self.rows), strict=True)
-        ]
-        lines = [f"{row.check:<{widths[0]}}  {row.result:<{widths[1]}}  {row.detail}".rstrip() for row in self.rows]
-        return "\n".join([*lines, f"=> {'passed' if self.passed else 'FAILED'}"])
-
-
-def check_reward(
-    env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, threads: int = 4, quiet: bool = False
-) -> RewardReport:
+def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, threads: int = 4, quiet: bool = False) -> Report:
     """Try the reward of an env on completions that nobody sampled, print a table of what was found, and return it.
 
     No model is asked. Of every task: one score a sample in batches of 1 and of many, a finite number for any text, equal
@@ -124,7 +84,7 @@ def check_reward(
         steady = not any(row.result == FAILED for row in rows)
         unsteady = CheckRow("safe under threads", NOT_RUN, "the scores differ or fail without threads, see above")
         rows.append(lint.threads(threads) if steady else unsteady)
-        report = RewardReport([*rows, *lint.answers(), lint.lengths()])
+        report = Report([*rows, *lint.answers(), lint.lengths()])
     if not quiet:
         print(report)
     return report
@@ -181,7 +141,7 @@ class _Lint:
                 (counts if is_count else others).append(f"{error}" if isinstance(error, ValueError) else repr(error))
         self.failures = counts + others
         return [
-            CheckRow(check, FAILED if messages else PASSED, _short(messages[0], 300) if messages else "")
+            CheckRow(check, FAILED if messages else PASSED, short(messages[0], 300) if messages else "")
             for check, messages in (("one score per sample", counts), ("a finite number for any text", others))
         ]
 
@@ -192,7 +152,7 @@ class _Lint:
         except Exception as error:
             if self.failures:
                 return CheckRow(check, NOT_RUN, "the reward function fails, see above")
-            return CheckRow(check, FAILED, _short(f"{type(error).__name__}: {error}", 300))
+            return CheckRow(check, FAILED, short(f"{type(error).__name__}: {error}", 300))
         return CheckRow(check, FAILED if detail else PASSED, detail)
 
     def _differences(self, sample: Sample, expected: np.ndarray, got: np.ndarray) -> str:
@@ -204,7 +164,7 @@ class _Lint:
 
     def _example(self, sample: Sample, i: int) -> str:
         prompt = self.rules.prompts.texts[sample.indexes[i]]
-        return f"prompt {_short(repr(prompt))}, completion {_short(repr(sample.completions[i]))}"
+        return f"prompt {short(repr(prompt))}, completion {short(repr(sample.completions[i]))}"
 
     def equality(self) -> list[CheckRow]:
         """Whether the score of a sample depends on anything but the sample."""
@@ -298,7 +258,7 @@ class _Lint:
         if not wrong.any():
             return ""
         i = int(np.flatnonzero(wrong)[0])
-        gold = _short(repr(self.golds.get(sample.indexes[i])))
+        gold = short(repr(self.golds.get(sample.indexes[i])))
         return f"{wrong.sum()} of {len(wrong)} {what}, such as {self._example(sample, i)}: {scores[i]:g} (gold {gold})"
 
     def lengths(self) -> CheckRow:
@@ -337,7 +297,3 @@ def _uncached(rules: Rules) -> Iterator[None]:
     finally:
         for pool, size in zip(pools, sizes, strict=True):
             pool.cache_size = size
-
-
-def _short(text: str, length: int = 70) -> str:
-    return text if len(text) <= length else f"{text[: length - 23]}...{text[-20:]}"

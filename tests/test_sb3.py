@@ -153,17 +153,6 @@ def test_an_sb3_vec_env_of_text_envs(wrap):
     assert not np.isnan(agent.ep_info_buffer[-1]["r"])
 
 
-@pytest.mark.filterwarnings("ignore:the env is stepped token by token")
-def test_save_load_go_on_with_a_wrapped_env(tmp_path):
-    agent = make_agent("GRPO", env=flipped(), n_envs=8)
-    agent.learn(60)
-    agent.save(tmp_path / "agent")
-    loaded = GRPO.load(tmp_path / "agent", env=flipped())
-    for a in (agent, loaded):
-        a.learn(60, reset_num_timesteps=False)
-    assert same(weights(agent), weights(loaded))
-
-
 class Rewriting(gym.ActionWrapper):
     def action(self, action):
         return 3

@@ -1,0 +1,198 @@
+"""Episodes and optimizer steps that leave an agent as it was: what an audit looks at."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from agents.gaps import active_dropout
+from agents.plain import gradient_of
+from agents.policy import Evaluation
+from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
+from agents.update import optimize
+from agents.vec_env import rules_of_vec_env
+from llm_env import TextGenerationVectorEnv
+from llm_env.rules import Rules
+
+if TYPE_CHECKING:
+    from agents.base import LanguageAgent
+
+POLICY_TERM = "policy_gradient_loss"
+
+
+class _Still(torch.optim.SGD):
+    """Takes the optimizer's place and moves nothing."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Leave the weights as they are."""
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Set attributes of an object for a while; those of a class, and the modules of a module, come to light again after."""
+    own = vars(owner)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
+
+
+@contextmanager
+def untouched(agent: LanguageAgent, seed: int) -> Iterator[None]:
+    """Let an agent collect and take optimizer steps that move nothing, with random numbers of its own, and put all back.
+
+    Put back are the agent's attributes, the gradients, the modes of the modules, the global random states and the seconds
+    that the rewards took; nothing is recorded. Weights, the optimizer's state and the order of the prompts are not written to.
+    """
+    policy, rules = agent.policy, agent.rules
+    attributes, seconds = dict(vars(agent)), rules.rewards.take_seconds()
+    modes = [(module, module.training) for module in policy.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in policy.parameters()]
+    states = random.getstate(), np.random.get_state()
+    still = _Still([parameter for parameter in policy.parameters() if parameter.requires_grad], lr=0.0)
+    generator = torch.Generator(device=agent.device).manual_seed(seed)
+    devices = [agent.device] if agent.device.type == "cuda" else []
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            torch.enable_grad(),
+            replaced(policy, optimizer=still),
+            _unrecorded(agent),
+        ):
+            agent._generator, agent.np_random, agent.max_grad_norm = generator, np.random.default_rng(seed), float("inf")
+            yield
+    finally:
+        vars(agent).clear()
+        vars(agent).update(attributes)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        rules.rewards._seconds = seconds
+
+
+@contextmanager
+def _unrecorded(agent: LanguageAgent) -> Iterator[None]:
+    """The episodes that end here are not written to the env's record."""
+    recorders = [(rules, rules.recorder) for rules in _all_rules(agent.env)]
+    for rules, _ in recorders:
+        rules.recorder = None
+    try:
+        yield
+    finally:
+        for rules, recorder in recorders:
+            rules.recorder = recorder
+
+
+def _all_rules(env: VecEnv | None) -> list[Rules]:
+    assert env is not None
+    return list({id(rules): rules for rules in env.get_attr("rules")}.values())
+
+
+def fresh_episodes(agent: LanguageAgent, n: int) -> tuple[Rollout, str]:
+    """About `n` episodes in whole groups, the longest and the shortest prompt of the env among them.
+
+    On the response clock they are played in a vector env of their own, on the token clock in a copy of the agent's.
+
+    Returns:
+        The episodes, and why the agent's own env had to be stepped, empty where it had not.
+    """
+    assert agent.env is not None
+    rules, group_size = agent.rules, agent.group_size
+    groups = min(max(2, n // group_size), max(1, agent.n_envs // group_size))
+    lengths = [len(ids) for ids in rules.prompts.ids]
+    indexes = agent.np_random.choice(len(lengths), groups, replace=groups > len(lengths))
+    indexes[-1], indexes[0] = np.argmin(lengths), np.argmax(lengths)
+    if clock_of(agent.env) is not None:
+        venv = TextGenerationVectorEnv.from_rules(rules, groups * group_size)
+        return collect(agent.policy, venv, group_size, agent.sampler(), {"index": indexes}), ""
+    env, obstacle = _copy_of(agent.env)
+    rows = np.repeat(indexes, group_size).tolist()
+    with replaced(agent.env, _seeds=list(agent.env._seeds), _options=list(agent.env._options)):
+        return collect_by_tokens(agent.policy, env, rows, group_size, agent.sampler()), obstacle
+
+
+def _copy_of(env: VecEnv) -> tuple[VecEnv, str]:
+    """A copy that shares the rules, or the env itself and why it cannot be copied."""
+    try:
+        copied = copy.deepcopy(env, {id(rules): rules for rules in _all_rules(env)})
+        rules_of_vec_env(copied)
+    except Exception as error:
+        return env, f"{type(error).__name__}: {error}"
+    return copied, ""
+
+
+@dataclass
+class Step:
+    """What one optimizer step was made of. B episodes in the order in which they came, n_i tokens in response i.
+
+    Attributes:
+        gradient: one tensor a trained weight, before any clipping; None where there is none.
+        rows: (B,) numbers of the episodes.
+        logp: B tensors (n_i,), log pi as the loss saw it, in nats.
+        old_logp: B tensors (n_i,), log pi_old as the loss saw it.
+        advantages: B tensors (n_i,), as the loss saw them.
+        weights: B tensors (T,), of all positions that the loss was given, beyond the response too.
+        padded: B bools, whether the prompt was padded.
+        terms: the names of the terms of the loss.
+        dropping: the names of the modules that dropped something out.
+    """
+
+    gradient: list[Tensor | None]
+    rows: np.ndarray
+    logp: list[Tensor]
+    old_logp: list[Tensor]
+    advantages: list[Tensor]
+    weights: list[Tensor]
+    padded: list[bool]
+    terms: list[str]
+    dropping: list[str]
+
+
+def take_step(
+    agent: LanguageAgent, rollout: Rollout, rows: np.ndarray | None = None, fresh: bool = True, only: str | None = None
+) -> Step:
+    """An optimizer step by the agent's own update over (all) rows, and what its loss was given.
+
+    Args:
+        agent: within `untouched`.
+        rollout: with advantages; it is not changed.
+        rows: the order of the episodes.
+        fresh: whether the log-probs of this step are those of pi_old, else they are the rollout's; see `update.optimize`.
+        only: the term of the loss that is wanted.
+    """
+    original = agent.loss
+    step = Step([], np.arange(len(rollout)) if rows is None else rows, [], [], [], [], [], [], [])
+
+    def loss(batch: Rollout, result: Evaluation, weights: Tensor) -> Any:
+        terms, statistics = original(batch, result, weights)
+        longest = max(map(len, batch.prompts))
+        for i, n in enumerate(batch.lengths.tolist()):
+            step.logp.append(result.logp.detach()[i, :n].cpu())
+            step.old_logp.append((result.logp.detach() if batch.old_logp is None else batch.old_logp)[i, :n].cpu())
+            assert batch.advantages is not None
+            step.advantages.append(batch.advantages[i, :n])
+            step.weights.append(weights[i])
+            step.padded.append(len(batch.prompts[i]) < longest)
+        step.terms = list(terms)
+        return terms if only is None else {only: terms[only]}, statistics
+
+    with replaced(agent, loss=loss):
+        optimize(agent, rollout.take(range(len(rollout))), step.rows, fresh)
+    step.gradient, step.dropping = gradient_of(agent.policy), active_dropout(agent.policy)
+    return step

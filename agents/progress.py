@@ -1,0 +1,64 @@
+"""How far a call of `learn` goes, and the callbacks that are called on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents.records import episode_infos
+from llm_env.reference import KLController
+
+if TYPE_CHECKING:
+    from agents.base import LanguageAgent
+    from agents.rollout import Rollout
+
+
+def tokens_to_go(agent: LanguageAgent, asked: int, reset: bool) -> int:
+    """How many tokens from `num_timesteps` on a call of `learn` is to go.
+
+    Rollouts are whole, so that a call overshoots what it was asked for. Where counting goes on, what was overshot counts
+    towards the next call; where that would leave it nothing to do, it counts from `num_timesteps`, as in SB3.
+
+    Args:
+        agent: has `num_timesteps` tokens behind it and was asked for `_total_timesteps` so far.
+        asked: `total_timesteps` of the call.
+        reset: counting begins anew.
+    """
+    overshot = 0 if reset else max(0, agent.num_timesteps - agent._total_timesteps)
+    return asked - overshot if asked > overshot else asked
+
+
+def feed_kl_controllers(controllers: Iterable[Any], rollout: Rollout) -> None:
+    """Tell the controllers, those of them that are any, the mean KL of the rollout's episodes."""
+    kls = [info["kl"] for info in rollout.infos if "kl" in info]
+    for controller in controllers:
+        if isinstance(controller, KLController) and kls:
+            controller.update(float(np.mean(kls)), len(kls))
+
+
+def call_back(agent: LanguageAgent, callback: BaseCallback, rollout: Rollout) -> bool:
+    """Count the tokens of a rollout and call `on_step` once every `env.num_envs` of them; False where it asked to stop.
+
+    Tokens left over from a rollout count towards the first call of the next.
+    """
+    assert agent.env is not None
+    rows = agent.env.num_envs
+    infos, rewards, dones = episode_infos(agent, rollout), rollout.scores.cpu().numpy(), np.ones(len(rollout), dtype=bool)
+    agent._update_info_buffer(infos, dones)
+    new = int(rollout.lengths.sum())
+    calls = max(1, (agent._tokens_left_over + new) // rows)
+    agent._tokens_left_over = max(0, agent._tokens_left_over + new - calls * rows)
+    end = agent.num_timesteps + new
+    for call in range(1, calls + 1):
+        last = call == calls
+        agent.num_timesteps = end if last else min(end, agent.num_timesteps + rows)
+        callback.update_locals(
+            {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
+        )
+        if not callback.on_step():
+            return False
+    agent.num_timesteps = end
+    return True

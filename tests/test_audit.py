@@ -1,0 +1,468 @@
+"""An audit passes clean agents, finds each planted bug on the bug's own line, and leaves the agent as it was."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.wrappers import TransformReward
+from stable_baselines3.common.monitor import Monitor
+from torch.profiler import ProfilerActivity, profile
+
+import agents.generation
+import agents.memory
+import agents.policy
+import agents.update
+import llm_env.scoring
+from agents import GRPO, PPO, REINFORCE, check_agent
+from agents.dry_run import fresh_episodes, untouched
+from agents.memory import LiveBytes, free_bytes, longest_step, peak_bytes
+from agents.policy import Evaluation
+from llm_env.reference import Reference
+from llm_env.report import CheckRow
+from tests.conftest import FAMILIES, make_model, make_tokenizer
+from tests.probes import make_env
+
+TOKENIZER = make_tokenizer("abcdefgh", pad=False)  # its padding is the end token, as many users have it
+TOKENIZER.pad_token = TOKENIZER.eos_token
+RATIO, TRAINER, PADDING = "ratio on fresh data", "sampler against trainer", "gradient under other padding"
+SAMPLED, TRAINED = "sampler against a plain forward", "trainer against a plain forward"
+BATCHES, END, ONLY = "gradient under other micro-batches", "end token in the loss", "only response tokens in the loss"
+VALUES, DROPOUT, GROUPS = "values before each token", "dropout is off", "groups with equal rewards"
+KL, MEMORY, ENV = "KL to the reference", "memory of the longest step", "env left as it was"
+ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, PADDING, BATCHES, END, ONLY, VALUES, DROPOUT, GROUPS, KL, MEMORY, ENV]
+
+
+def lengths_and_letters(completions, **kwargs):
+    """Scores that differ within a group."""
+    return [len(c) / 4 + c.count("a") for c in completions]
+
+
+def env_of(**kwargs):
+    arguments = {"reward": lengths_and_letters, "prompts": ("a", "abcd", "bc"), "max_prompt_tokens": 4, **kwargs}
+    return make_env(TOKENIZER, **arguments)
+
+
+def make_agent(kind=GRPO, family="llama", env=None, model=None, **kwargs):
+    defaults = {"group_size": 4} if kind is GRPO else {"baseline": "value"} if kind is REINFORCE else {}
+    model = make_model(family, len(TOKENIZER)) if model is None else model
+    settings = {"learning_rate": 1e-3, "n_envs": 16, "seed": 0, "temperature": 0.7, **defaults, **kwargs}
+    return kind(model, env_of() if env is None else env, **settings)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves out the measurement of the memory, half of an audit's time; it has tests of its own."""
+    monkeypatch.setattr(agents.audit, "memory_row", lambda *args: CheckRow(MEMORY, "passed"))
+
+
+def failures(agent, n=8):
+    report = agent.audit(n=n, quiet=True)
+    assert report.passed is not any(row.result == "FAILED" for row in report.rows)
+    return {row.check: row.detail for row in report.rows if row.result == "FAILED"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [GRPO, PPO, REINFORCE])
+def test_clean_agents_pass(kind, family, capsys):
+    agent = make_agent(kind, family)
+    report = agent.audit(n=8)
+    assert report.passed and [row.check for row in report.rows] == ROWS, str(report)
+    assert capsys.readouterr().out == f"{report}\n"
+    results = {row.check: row.result for row in report.rows}
+    without_groups = {GROUPS: "not applicable"} if kind is not GRPO else {VALUES: "not applicable"}
+    assert results == {**dict.fromkeys(ROWS, "passed"), KL: "not applicable", **without_groups}, str(report)
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"allowed_tokens": [0, 2, 3, 4], "min_new_tokens": 2},
+        {"allowed_tokens": lambda prompt, response: [0, 2 + len(response)]},
+    ],
+    ids=["fixed", "function"],
+)
+@pytest.mark.usefixtures("quick")
+def test_constrained_agents_pass(kind, arguments):
+    assert not failures(make_agent(kind, "gpt2", env_of(**arguments)))
+
+
+@pytest.mark.filterwarnings("ignore:the env is stepped token by token")
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_a_wrapped_env_is_audited_by_what_its_wrapper_pays(kind):
+    env = TransformReward(env_of(), lambda reward: reward + 100)
+    report = make_agent(kind, "gpt2", env, micro_batch_size=3).audit(n=8, quiet=True)
+    assert report.passed and report[ENV].result == "passed", str(report)
+    assert float(report[GROUPS].detail.split("mean ")[1].split(",")[0]) > 100
+
+
+# --- planted bugs ----------------------------------------------------------------------------------------------------------
+
+
+def without_positions(model, input_ids, attention_mask):
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.mark.usefixtures("quick")
+def test_positions_that_padding_shifts_in_training(monkeypatch):
+    monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
+    found = failures(make_agent(family="gpt2"))
+    assert {TRAINER, TRAINED, PADDING, BATCHES} <= found.keys() and SAMPLED not in found and RATIO not in found
+    assert "Only rows whose prompt was padded on the left are wrong" in found[TRAINED]
+
+
+@pytest.mark.usefixtures("quick")
+def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatch):
+    monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
+    monkeypatch.setattr(agents.generation, "model_inputs", without_positions)
+    found = failures(make_agent(family="gpt2"))
+    assert {SAMPLED, TRAINED} <= found.keys() and TRAINER not in found  # the two agree, both wrong
+    assert "position_ids" in found[SAMPLED] and "position_ids" in found[TRAINED]
+
+
+@pytest.mark.usefixtures("quick")
+def test_padding_that_is_attended_to(monkeypatch):
+    original = llm_env.scoring.model_inputs
+
+    def attending(model, input_ids, attention_mask):
+        return {**original(model, input_ids, attention_mask), "attention_mask": torch.ones_like(attention_mask)}
+
+    monkeypatch.setattr(llm_env.scoring, "model_inputs", attending)
+    found = failures(make_agent())
+    assert {TRAINER, TRAINED, PADDING} <= found.keys() and SAMPLED not in found
+    assert "padding is attended to" in found[TRAINED]
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_end_token_without_weight(monkeypatch):
+    original = agents.update.token_weights
+
+    def headless(mask, *args):
+        return torch.cat([torch.zeros(len(mask), 1), original(mask, *args)[:, 1:]], 1)
+
+    class Masked(GRPO):
+        def compute_advantages(self, rollout):
+            super().compute_advantages(rollout)
+            for i, response in enumerate(rollout.responses):
+                for t, token in enumerate(response):
+                    rollout.mask[i, t] = token != TOKENIZER.pad_token_id
+
+    found = failures(make_agent(Masked, group_size=4))
+    assert found.keys() == {END} and "pad_token_id=0" in found[END]
+    monkeypatch.setattr(agents.update, "token_weights", headless)
+    found = failures(make_agent())
+    assert ONLY in found and "response token 0 of episode 0 has no weight in the loss" in found[ONLY]
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_response_that_ended_is_said():
+    agent = make_agent(env=env_of(allowed_tokens=[2, 3]))
+    assert agent.audit(n=8, quiet=True)[END].result == "not run"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_temperature_that_training_leaves_out(monkeypatch):
+    original = agents.policy.log_probs_of
+    monkeypatch.setattr(agents.policy, "log_probs_of", lambda logits, tokens, temperature: original(logits, tokens))
+    found = failures(make_agent())
+    assert found.keys() == {TRAINER, TRAINED, ONLY}
+    assert "at temperature 1, not at the agent's 0.7" in found[TRAINED]
+    assert not failures(make_agent(temperature=1.0))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_dropout_that_is_on(kind, monkeypatch):
+    original = agents.policy.LanguagePolicy.evaluate
+
+    def training(self, *args, **kwargs):
+        self.lm.train()
+        return original(self, *args, **kwargs)
+
+    model = make_model("gpt2", len(TOKENIZER), attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
+    agent = make_agent(kind, model=model)
+    assert not failures(agent)
+    monkeypatch.setattr(agents.policy.LanguagePolicy, "evaluate", training)
+    found = failures(agent)
+    assert {DROPOUT, RATIO} <= found.keys() and SAMPLED not in found
+    assert "lm.transformer.drop" in found[DROPOUT] and "Dropout is on" in found[TRAINED]
+    assert not any(module.training for module in agent.policy.lm.modules())  # put back
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mask_that_begins_one_token_early(monkeypatch):
+    """Log-probs of the last prompt token up to the last but one of the response."""
+    original = agents.policy.response_outputs
+
+    def early(model, prompts, responses, vocab_size, hidden_states=False):
+        cut = [([*p[:-1]], [p[-1], *r[:-1]]) if len(p) > 1 else (p, r) for p, r in zip(prompts, responses, strict=True)]
+        return original(model, [p for p, _ in cut], [r for _, r in cut], vocab_size, hidden_states)
+
+    env = env_of(prompts=("ab", "abcd", "bcd"))
+    assert not failures(make_agent(env=env))
+    monkeypatch.setattr(agents.policy, "response_outputs", early)
+    found = failures(make_agent(env=env))
+    assert {TRAINED, ONLY} <= found.keys() and SAMPLED not in found and RATIO not in found
+    assert "off-by-one" in found[TRAINED] and "tokens of the prompt are in the loss" in found[ONLY]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_prompt_token_beside_the_response_in_the_loss():
+    """Every log-prob is right; the loss pushes the last prompt token as well."""
+
+    class Leaking(GRPO):
+        def loss(self, batch, result, weights):
+            terms, statistics = super().loss(batch, result, weights)
+            heads = [prompt[:-1] for prompt in batch.prompts]
+            leaked = self.policy.log_probs(heads, [prompt[-1:] for prompt in batch.prompts], self.temperature)
+            pushed = sum(-logp[0] * a[0] * w[0] for logp, a, w in zip(leaked, batch.advantages, weights, strict=True))
+            coefficient, value = terms["policy_gradient_loss"]
+            return {**terms, "policy_gradient_loss": (coefficient, value + pushed)}, statistics
+
+    env = env_of(prompts=("ab", "abcd", "bcd"))
+    assert failures(make_agent(Leaking, env=env, group_size=4)).keys() == {ONLY}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("where", ["in the loss", "before the update"])
+@pytest.mark.parametrize("kind", [PPO, REINFORCE])
+def test_values_of_the_state_after_the_token(kind, where, monkeypatch):
+    evaluate, score = agents.policy.LanguagePolicy.evaluate, agents.update.score_before_update
+
+    def shifted(self, *args, **kwargs):
+        result = evaluate(self, *args, **kwargs)
+        values = torch.cat([result.values[:, 1:], result.values[:, -1:]], 1)
+        return Evaluation(result.logp, result.mask, result.entropy, values)
+
+    def shifted_store(agent, rollout, step):
+        score(agent, rollout, step)
+        rollout.old_values = rollout.old_values.roll(-1, 1)
+
+    if where == "in the loss":
+        monkeypatch.setattr(agents.policy.LanguagePolicy, "evaluate", shifted)
+    else:
+        monkeypatch.setattr(agents.conditions, "score_before_update", shifted_store)
+    agent = make_agent(kind)
+    found = failures(agent)
+    assert found.keys() == {VALUES}
+    assert not agent.policy.value_head.weight.any()  # the random head is gone
+    if where == "in the loss":
+        assert "V of the state after the token" in found[VALUES]
+
+
+@pytest.mark.usefixtures("quick")
+def test_old_log_probs_of_other_weights(monkeypatch):
+    original = agents.update.score_before_update
+
+    def stale(agent, rollout, step):
+        original(agent, rollout, step)
+        rollout.old_logp = rollout.old_logp + 0.05 * rollout.mask
+
+    monkeypatch.setattr(agents.audit, "score_before_update", stale)
+    found = failures(make_agent())
+    assert found.keys() == {RATIO} and "max |ratio - 1| is 0.049" in found[RATIO]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cache_whose_positions_stand_still(monkeypatch):
+    """Every token after the first is sampled as if it stood right after the prompt's first."""
+    original = agents.generation._forward
+
+    def standing(model, ids, mask, cache):
+        if cache is not None and cache.get_seq_length():
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.zeros_like(ids)}
+            return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        return original(model, ids, mask, cache)
+
+    monkeypatch.setattr(agents.generation, "_forward", standing)
+    found = failures(make_agent())
+    assert found.keys() == {TRAINER, SAMPLED} and "cache of keys and values" in found[SAMPLED]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mean_within_each_micro_batch():
+    class Mean(REINFORCE):
+        def loss(self, batch, result, weights):
+            return super().loss(batch, result, weights / weights.sum())
+
+    assert failures(make_agent(Mean, baseline=None, micro_batch_size=5)).keys() == {BATCHES, ONLY}
+
+
+@pytest.mark.usefixtures("quick")
+def test_groups_whose_rewards_are_equal():
+    report = make_agent(env=env_of(reward=lambda completions: [0.5] * len(completions))).audit(n=8, quiet=True)
+    assert report[GROUPS].result == "note" and "2 of 2 groups of 4" in report[GROUPS].detail
+    assert "some were drawn" in report[ONLY].detail and report[ONLY].result == "passed"  # the gradient is looked at anyway
+    rare = env_of(
+        reward=lambda prompts, completions: [c.count("a") * (p == "a") for p, c in zip(prompts, completions, strict=True)]
+    )
+    report = make_agent(env=rare).audit(n=8, quiet=True)
+    assert report.passed and report[GROUPS].result == "note" and "1 of 2 groups" in report[GROUPS].detail
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_kl_to_a_reference():
+    model = make_model("llama", len(TOKENIZER))
+    same = make_agent(env=env_of(reference=Reference(model)), model=copy.deepcopy(model), kl_coef=0.1)
+    assert same.audit(n=8, quiet=True)[KL].result == "passed"
+    other = make_agent(env=env_of(reference=make_model("llama", len(TOKENIZER), seed=1)), kl_coef=0.1)
+    row = other.audit(n=8, quiet=True)[KL]
+    assert row.result == "note" and "the reference is not the policy" in row.detail and float(row.detail.split()[0]) > 0.1
+    same.rules.reference.temperature = 1.0  # the same weights, asked otherwise
+    found = failures(same)
+    assert found.keys() == {KL} and "the agent's is 0.7, the reference's 1" in found[KL]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------
+
+
+def allocated_peak(call):
+    """The most bytes between allocations and releases of torch's CPU allocator, as the profiler tells them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(np.cumsum([size for _, size in sorted(events)]))
+
+
+def test_live_bytes_are_those_of_the_allocator():
+    model = make_model("llama", 500)
+    ids = torch.arange(3 * 40).view(3, 40)
+
+    def step():
+        model.zero_grad()
+        model(ids, use_cache=False).logits.log_softmax(-1)[..., 7].sum().backward()
+
+    step()  # what is made once and kept
+    model.zero_grad()
+    live = LiveBytes()
+    with live:
+        step()
+    gradients = sum(parameter.nbytes for parameter in model.parameters())
+    assert live.now == gradients
+    model.zero_grad()
+    assert live.peak == pytest.approx(allocated_peak(step), rel=0.02) and live.peak > 2 * gradients
+
+
+def test_memory_by_rows_is_a_line_and_the_suggestion_just_fits(monkeypatch):
+    agent = make_agent(PPO, env=env_of(max_new_tokens=12), micro_batch_size=8)
+    weights = sum(parameter.nbytes for parameter in agent.policy.parameters())
+    with untouched(agent, 0):
+        rollout, _ = fresh_episodes(agent, 4)
+        agents.update.score_before_update(agent, rollout, 4)
+        agent.compute_advantages(rollout)
+        one, two, six = (longest_step(agent, rollout, rows) for rows in (1, 2, 6))
+        predicted = one + 5 * (two - one)
+        assert six <= predicted <= 1.1 * six and six > 2 * one
+    room = (predicted + 2 * weights + 1) / agents.memory.USABLE
+    monkeypatch.setattr(agents.memory, "free_bytes", lambda device: room)
+    assert "set micro_batch_size=6" in failures(agent)[MEMORY]
+    agent.micro_batch_size = 6
+    assert not failures(agent)
+    monkeypatch.setattr(agents.memory, "free_bytes", lambda device: weights)
+    assert "not even 1 does" in failures(agent)[MEMORY]
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:      64 kB\n")
+    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(agents.memory, "CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu) == 64 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, free in (("max", 64 * 1024), ("5000", 4000)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert free_bytes(cpu) == free
+    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "none")
+    assert free_bytes(cpu) is None and make_agent().audit(n=8, quiet=True)[MEMORY].result == "note"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_memory_on_cuda_is_that_of_its_allocator():
+    x = torch.zeros(1 << 20, device="cuda")
+    assert peak_bytes(lambda: x + 1, x.device) == 4 << 20
+
+
+# --- nothing is left behind ------------------------------------------------------------------------------------------------
+
+
+def states(agent):
+    """Everything that training depends on."""
+    states = agent._here()
+    states["counts"] = {k: v for k, v in states["counts"].items() if isinstance(v, int)}  # episodes' seconds differ
+    env = agent.env if states["env"] is None else None
+    inner = None if env is None else [e.unwrapped for e in env.envs]
+    return {
+        "weights": [p.clone() for p in agent.policy.parameters()],
+        "optimizer": copy.deepcopy(agent.policy.optimizer.state_dict()),
+        "agent": {k: v for k, v in vars(agent).items() if isinstance(v, (int, float, str, type(None)))},
+        "random": {**states, "torch": states["torch"][1]},
+        "global": [torch.get_rng_state(), np.random.get_state()[1], random.getstate()],
+        "env": inner and [(e.np_random.bit_generator.state, e._cursor.state_dict()) for e in inner],
+        "seeds": list(agent.env._seeds),
+        "logged": dict(agent.logger.name_to_value) if hasattr(agent, "_logger") else None,
+        "modes": [m.training for m in agent.policy.modules()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in agent.policy.parameters()],
+        "versions": [p._version for p in agent.policy.parameters()],
+        "seconds": dict(agent.rules.rewards._seconds),
+    }
+
+
+def bits(tree):
+    """The same with the bytes of every tensor and array in its place, to be compared by ==."""
+    if isinstance(tree, dict):
+        return {key: bits(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [bits(value) for value in tree]
+    return np.asarray(torch.as_tensor(tree).detach()).tobytes() if isinstance(tree, (torch.Tensor, np.ndarray)) else tree
+
+
+@pytest.mark.filterwarnings("ignore:the env is stepped token by token")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["vector", "wrapped"])
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_an_audited_agent_trains_to_the_same_bits(kind, wrapped, tmp_path):
+    when = 0 if kind is GRPO else 1  # before the first step, or between two
+
+    def trained(audited):
+        env = env_of(reference=make_model("llama", len(TOKENIZER), seed=1), record=tmp_path / f"{audited}.jsonl")
+        agent = make_agent(kind, env=TransformReward(env, lambda reward: 2 * reward) if wrapped else env, n_envs=8)
+        assert env.rules.recorder is not None
+        for time in range(2):
+            if audited and time == when:
+                before = bits(states(agent))
+                assert agent.audit(n=4, seed=5, quiet=True).passed
+                assert bits(states(agent)) == before
+            agent.learn(1, reset_num_timesteps=False)
+        return agent, states(agent)
+
+    (plain, expected), (audited, got) = trained(False), trained(True)
+    expected.pop("seconds"), got.pop("seconds"), expected.pop("logged"), got.pop("logged")
+    for left in (expected, got):
+        left["agent"].pop("start_time")
+    assert bits(got) == bits(expected)
+    assert audited._n_updates == plain._n_updates > 0
+    assert (tmp_path / "True.jsonl").read_bytes() == (tmp_path / "False.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:the env is stepped token by token")
+@pytest.mark.usefixtures("quick")
+def test_an_env_that_cannot_be_copied_is_said(tmp_path):
+    agent = make_agent(env=Monitor(env_of(), str(tmp_path / "log")), n_envs=8)
+    report = agent.audit(n=8, quiet=True)
+    assert report.passed and report[ENV].result == "note" and "TextIOWrapper" in report[ENV].detail
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_same_seed_sees_the_same_and_another_another():
+    agent = make_agent()
+    first, again, other = (str(check_agent(agent, n=8, seed=seed, quiet=True)[GROUPS]) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="n=0 must be a whole number of at least 1"):
+        make_agent().audit(n=0)
+    with pytest.raises(ValueError, match="the agent has no env yet"):
+        GRPO(make_model("llama", len(TOKENIZER))).audit()
