@@ -45,12 +45,13 @@ def same(a, b):
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("name", AGENTS)
 def test_learns_a_probe_to_within_5_percent_of_its_optimum(name, probe):
+    """Half as long again as three seeds needed at most to stay above 0.95: 34 rollouts, or 50 where the prompt matters."""
     env = make_env(TOKENIZER, **PROBES[probe])
+    exam = make_env(TOKENIZER, **{**PROBES[probe], "prompts": env.rules.prompts.texts * 64})
     agent = make_agent(name, env=env, learning_rate=1e-3 if name == "PPO" else 3e-3, n_envs=64)
-    before = agent.evaluate(env, deterministic=False)["reward"]
-    agent.learn(64 * 4 * 100)
-    after = np.mean([agent.evaluate(env, deterministic=False)["reward"] for _ in range(50)])
-    assert before < 0.7 and after >= 0.95
+    before = agent.evaluate(exam, deterministic=False)["reward"]
+    agent.learn(64 * env.rules.max_new_tokens * (80 if len(env.rules.prompts) > 2 else 50))
+    assert before < 0.3 and agent.evaluate(exam, deterministic=False)["reward"] >= 0.95
 
 
 class Ratios:

@@ -10,14 +10,15 @@ from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 from torch.profiler import ProfilerActivity, profile
 
+import agents.audit.memory
+import agents.audit.table
 import agents.generation
-import agents.memory
 import agents.policy
 import agents.update
 import llm_env.scoring
 from agents import GRPO, PPO, REINFORCE, check_agent
-from agents.dry_run import fresh_episodes, untouched
-from agents.memory import LiveBytes, free_bytes, longest_step, peak_bytes
+from agents.audit.dry_run import fresh_episodes, untouched
+from agents.audit.memory import LiveBytes, free_bytes, longest_step, peak_bytes
 from agents.policy import Evaluation
 from llm_env.reference import Reference
 from llm_env.report import CheckRow
@@ -54,7 +55,7 @@ def make_agent(kind=GRPO, family="llama", env=None, model=None, **kwargs):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out the measurement of the memory, half of an audit's time; it has tests of its own."""
-    monkeypatch.setattr(agents.audit, "memory_row", lambda *args: CheckRow(MEMORY, "passed"))
+    monkeypatch.setattr(agents.audit.table, "memory_row", lambda *args: CheckRow(MEMORY, "passed"))
 
 
 def failures(agent, n=8):
@@ -243,7 +244,7 @@ def test_values_of_the_state_after_the_token(kind, where, monkeypatch):
     if where == "in the loss":
         monkeypatch.setattr(agents.policy.LanguagePolicy, "evaluate", shifted)
     else:
-        monkeypatch.setattr(agents.conditions, "score_before_update", shifted_store)
+        monkeypatch.setattr(agents.audit.conditions, "score_before_update", shifted_store)
     agent = make_agent(kind)
     found = failures(agent)
     assert found.keys() == {VALUES}
@@ -260,7 +261,7 @@ def test_old_log_probs_of_other_weights(monkeypatch):
         original(agent, rollout, step)
         rollout.old_logp = rollout.old_logp + 0.05 * rollout.mask
 
-    monkeypatch.setattr(agents.audit, "score_before_update", stale)
+    monkeypatch.setattr(agents.audit.table, "score_before_update", stale)
     found = failures(make_agent())
     assert found.keys() == {RATIO} and "max |ratio - 1| is 0.049" in found[RATIO]
 
@@ -355,26 +356,26 @@ def test_memory_by_rows_is_a_line_and_the_suggestion_just_fits(monkeypatch):
         one, two, six = (longest_step(agent, rollout, rows) for rows in (1, 2, 6))
         predicted = one + 5 * (two - one)
         assert six <= predicted <= 1.1 * six and six > 2 * one
-    room = (predicted + 2 * weights + 1) / agents.memory.USABLE
-    monkeypatch.setattr(agents.memory, "free_bytes", lambda device: room)
+    room = (predicted + 2 * weights + 1) / agents.audit.memory.USABLE
+    monkeypatch.setattr(agents.audit.memory, "free_bytes", lambda device: room)
     assert "set micro_batch_size=6" in failures(agent)[MEMORY]
     agent.micro_batch_size = 6
     assert not failures(agent)
-    monkeypatch.setattr(agents.memory, "free_bytes", lambda device: weights)
+    monkeypatch.setattr(agents.audit.memory, "free_bytes", lambda device: weights)
     assert "not even 1 does" in failures(agent)[MEMORY]
 
 
 def test_free_memory_is_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:      64 kB\n")
-    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(agents.memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(agents.audit.memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(agents.audit.memory, "CGROUP", tmp_path)
     cpu = torch.device("cpu")
     assert free_bytes(cpu) == 64 * 1024
     (tmp_path / "memory.current").write_text("1000\n")
     for limit, free in (("max", 64 * 1024), ("5000", 4000)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert free_bytes(cpu) == free
-    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(agents.audit.memory, "MEMINFO", tmp_path / "none")
     assert free_bytes(cpu) is None and make_agent().audit(n=8, quiet=True)[MEMORY].result == "note"
 
 

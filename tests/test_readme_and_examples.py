@@ -24,10 +24,20 @@ def run(arguments, folder):
     return done.stdout
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[-1][:40] for block in BLOCKS])
-def test_the_readmes_code_runs(block, tmp_path):
-    (tmp_path / "script.py").write_text(block)
-    run(["script.py"], tmp_path)
+def test_the_readmes_first_code_runs_by_itself(tmp_path):
+    short = BLOCKS[0].replace("total_timesteps=20_000", "total_timesteps=2_000")
+    assert short != BLOCKS[0]
+    (tmp_path / "script.py").write_text(short)
+    assert re.fullmatch(r"\['\d+', '\d+'\]\n", run(["script.py"], tmp_path))
+    assert (tmp_path / "adder.zip").exists() and list(tmp_path.glob("runs/GRPO_1/events*"))
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning:llm_env")
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=[block.splitlines()[-1][:40] for block in BLOCKS[1:]])
+def test_the_readmes_other_code_runs(block, tmp_path, monkeypatch):
+    assert re.search(r"^import llm_env$", block, re.MULTILINE)  # in this process the ids are registered anyhow
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_the_first_ten_lines_are_ten():
@@ -69,10 +79,10 @@ def test_the_pupil_can_be_made_again(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_stories_get_dogs(algorithm, stories, tmp_path):
+@pytest.mark.parametrize(("algorithm", "timesteps"), [("grpo", 60_000), ("ppo", 30_000)])
+def test_stories_get_dogs(algorithm, timesteps, stories, tmp_path):
     script = ROOT / "examples/train_stories.py"
-    out = run([script, stories, "--algorithm", algorithm, "--timesteps", 60_000], tmp_path)
+    out = run([script, stories, "--algorithm", algorithm, "--timesteps", timesteps], tmp_path)
     before, after = map(int, re.findall(r"(\d+) of 64 stories have a dog", out))
     assert before < 16 and after > 2 * before + 8
     assert len(re.findall(r" \| '", out)) + len(re.findall(r' \| "', out)) == 8  # four stories before, four after

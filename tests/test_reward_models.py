@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import runpy
 
 import pytest
 import torch
@@ -326,8 +327,8 @@ def test_the_reward_model_example_takes_pairs_of_ones_own(tmp_path):
     assert float(re.search(r"([\d.]+) of \d+ held out", out)[1]) > 0.9
     assert RewardModel(tmp_path / "liker")(["p", "p"], ["yes", "no"])[0] > RewardModel(tmp_path / "liker")(["p"], ["no"])[0]
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a"}\n')
-    with pytest.raises(AssertionError, match=r"pairs.jsonl:1 has rejected=None"):
-        run(arguments, tmp_path)
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has rejected=None"):
+        runpy.run_path(str(ROOT / "examples/train_reward_model.py"))["read_pairs"](tmp_path / "pairs.jsonl")
 
 
 def table_of(out):
@@ -335,24 +336,18 @@ def table_of(out):
     return {name: tuple(map(float, values)) for name, *values in rows}
 
 
-def test_the_rlhf_example_leaves_a_figure_a_table_and_models(tmp_path):
+@pytest.mark.slow
+def test_without_a_reference_the_policy_hacks_the_reward_model(tmp_path):
     pytest.importorskip("matplotlib")
-    out = run([ROOT / "examples/train_rlhf.py", "--timesteps", 1500, "--pairs", 64, "--logs", "logs"], tmp_path)
-    table = table_of(out)
+    arguments = ["--timesteps", 16_000, "--learning-rate", 6e-4, "--logs", "logs"]
+    table = table_of(run([ROOT / "examples/train_rlhf.py", *arguments], tmp_path))
     assert list(table) == ["the pupil", "without KL", "with KL"]
-    assert abs(table["the pupil"][0]) < 0.4 and abs(table["the pupil"][1] - 0.57) < 0.1 and abs(table["the pupil"][2]) < 0.05
+    (proxy, true, kl), hacked, kept = table["the pupil"], table["without KL"], table["with KL"]
+    assert abs(proxy) < 0.4 and abs(true - 0.57) < 0.1 and abs(kl) < 0.05
+    assert hacked[0] > kept[0] + 0.3 and kept[0] > proxy + 0.1  # the proxy believes that hacking is better
+    assert hacked[1] < true - 0.1 and kept[1] > true + 0.1  # the truth is that it is worse
+    assert hacked[2] > 5 * kept[2]
     assert (tmp_path / "outputs/rlhf/rlhf.png").read_bytes().startswith(b"\x89PNG")
     for folder in ("reward_model", "with_kl", "without_kl"):
         assert (tmp_path / "outputs/rlhf" / folder / "model.safetensors").exists()
     assert len(list(tmp_path.glob("logs/RLHF_*/events*"))) == 2
-
-
-@pytest.mark.slow
-def test_without_a_reference_the_policy_hacks_the_reward_model(tmp_path):
-    pytest.importorskip("matplotlib")
-    arguments = ["--timesteps", 16_000, "--learning-rate", 6e-4]
-    table = table_of(run([ROOT / "examples/train_rlhf.py", *arguments], tmp_path))
-    (proxy, true, _), hacked, kept = table["the pupil"], table["without KL"], table["with KL"]
-    assert hacked[0] > kept[0] + 0.3 and kept[0] > proxy + 0.1  # the proxy believes that hacking is better
-    assert hacked[1] < true - 0.1 and kept[1] > true + 0.1  # the truth is that it is worse
-    assert hacked[2] > 5 * kept[2]

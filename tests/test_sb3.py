@@ -120,9 +120,12 @@ def test_the_wrapped_reward_is_the_one_trained_on(name):
     with pytest.warns(UserWarning, match="token by token to honour TransformReward"):
         agent = make_agent(name, env=flipped(), n_envs=16, learning_rate=3e-3)
     assert agent.n_envs == 16
-    agent.learn(64 * 40)
-    plain = agent.evaluate(make_env(TOKENIZER), deterministic=False)["reward"]
-    assert plain < 0.05  # a pays in the env itself and costs through the wrapper
+    rollouts, train = [], agent.train
+    agent.train = lambda rollout: rollouts.append(rollout) or train(rollout)
+    agent.learn(60)
+    for rollout in rollouts:
+        assert rollout.scores.tolist() == [-info["reward/always_a"] for info in rollout.infos]
+    assert min(rollout.scores.min() for rollout in rollouts) < 0  # a pays in the env itself and costs through the wrapper
     with pytest.warns(UserWarning):
         assert agent.evaluate(TransformReward(make_env(TOKENIZER), lambda reward: 7.0))["reward"] >= 7.0
 

@@ -14,8 +14,8 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.gaps import active_dropout
-from agents.plain import gradient_of
+from agents.audit.gaps import active_dropout
+from agents.audit.plain import gradient_of
 from agents.policy import Evaluation
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.update import optimize

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agents.dry_run import replaced, take_step
+from agents.audit.dry_run import replaced, take_step
 from agents.rollout import Rollout
 from llm_env.constraints import TokenConstraint
 from llm_env.report import FAILED, NOTE, PASSED, CheckRow

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.conditions import dropout_row, groups_row, kl_row, values_row
-from agents.dry_run import POLICY_TERM, Step, fresh_episodes, replaced, take_step, untouched
-from agents.gaps import LOGP_TOLERANCE, gap_of, likely_cause
-from agents.memory import memory_row
-from agents.plain import distance, policy_gradient, token_log_probs
+from agents.audit.conditions import dropout_row, groups_row, kl_row, values_row
+from agents.audit.dry_run import POLICY_TERM, Step, fresh_episodes, replaced, take_step, untouched
+from agents.audit.gaps import LOGP_TOLERANCE, gap_of, likely_cause
+from agents.audit.memory import memory_row
+from agents.audit.plain import distance, policy_gradient, token_log_probs
 from agents.policy import Evaluation
 from agents.rollout import Rollout
 from agents.update import score_before_update
@@ -51,8 +51,8 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     forward pass twice gives the same bits, but for the order of atomic additions on a GPU, hence 1e-6 for dropout.
 
     The memory is what torch's allocator counts on CUDA (`max_memory_allocated`, against `mem_get_info`); elsewhere the bytes of
-    the tensors alive (`agents.memory.LiveBytes`), against what the system calls available. The optimizer's state is reckoned
-    in, sampling is not.
+    the tensors alive (`agents.audit.memory.LiveBytes`), against what the system calls available. The optimizer's state is
+    reckoned in, sampling is not.
 
     The agent, its env and the random states are left as they were: the training that follows is that which would have been.
     Reward functions are called, and what they keep in mind themselves, they keep. Wrapped envs are played in a copy.
