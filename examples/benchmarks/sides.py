@@ -146,7 +146,7 @@ def trl_settings(task: Task, rollouts: int, seed: int, folder: str) -> GRPOConfi
         importance_sampling_level="token",
         epsilon=0.2,
         beta=task.kl_coef,
-        use_bias_correction_kl=False,  # on by default: k3 times the ratio, whose gradient is another one
+        use_bias_correction_kl=False,  # on by default: k3 times the ratio, whose gradient on-policy is that of k2
         mask_truncated_completions=False,
         reward_weights=task.env.get("reward_weights"),
         # AdamW as in torch; fused by default.
