@@ -15,7 +15,7 @@ from agents.advantages import equal_groups, group_relative, group_relative_steps
 from agents.base import DEFAULT_GROUP_SIZE, LanguageAgent, LossTerms
 from agents.checks import check_counts, check_numbers, check_process_supervision
 from agents.iterations import Iterations
-from agents.losses import KL_ESTIMATORS, clipped_surrogate, ratio_statistics, surrogate_terms, weighted_sum
+from agents.losses import KL_ESTIMATORS, clipped_surrogate, ratio, ratio_statistics, surrogate_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout, join
 from llm_env.arguments import whole
@@ -41,6 +41,7 @@ class GRPO(Iterations, LanguageAgent):
     | GSPO | `ratio_level="sequence"`, `clip_range=3e-4`, `clip_range_high=4e-4` | arXiv 2507.18071 |
     | CISPO | `surrogate="cispo"`, `clip_range=1.0`, `clip_range_high` tuned, `aggregation="token"` | arXiv 2506.13585 |
     | dual clip | `dual_clip=3.0` | arXiv 1912.09729 |
+    | DeepSeek-V3.2's KL | `kl_coef`, `unbiased_kl=True` (TRL's default) | arXiv 2512.02556 |
     | REINFORCE++ with a group baseline | `scale="batch"`, `aggregation="token"`, `kl_estimator="k2"` | arXiv 2501.03262 |
 
     RLOO, without ratio and clipping, is `REINFORCE(baseline="leave_one_out")`. A penalty by k1 belongs into the reward: that
@@ -54,6 +55,8 @@ class GRPO(Iterations, LanguageAgent):
             0 no reference is needed.
         kl_estimator: which estimate of the KL is in the loss: `"k3"` (the paper) or `"k2"` (on-policy its gradient is that
             of the reverse KL). `"k1"` is possible, warns, and moves nothing on-policy: its expected gradient is 0.
+        unbiased_kl: multiply the estimate by the token's ratio, which makes k3 and its gradient unbiased for the reverse KL, on
+            other policies' tokens too. On-policy that is the gradient of `"k2"`.
         clip_range: eps of the ratio, a number or an SB3 schedule.
         clip_range_high: eps of the upper bound ("clip-higher"); `clip_range` by default.
         dual_clip: c > 1, a bound on the loss of a negative advantage; None for none.
@@ -84,6 +87,7 @@ class GRPO(Iterations, LanguageAgent):
         n_epochs: int = 1,
         kl_coef: float | KLController = 0.0,
         kl_estimator: str = "k3",
+        unbiased_kl: bool = False,
         clip_range: float | Schedule = 0.2,
         clip_range_high: float | Schedule | None = None,
         dual_clip: float | None = None,
@@ -110,7 +114,7 @@ class GRPO(Iterations, LanguageAgent):
         check_numbers(1.0, dual_clip=dual_clip)
         check_numbers(ent_coef=ent_coef)
         check_counts(reference_every=reference_every)
-        if kl_estimator == "k1" and coefficient(kl_coef):
+        if kl_estimator == "k1" and coefficient(kl_coef) and not unbiased_kl:
             warnings.warn(
                 "kl_estimator='k1' in the loss has an expected gradient of 0 on-policy: it holds the policy nowhere. Take 'k3' "
                 "or 'k2', or put k1 into the reward with the env's kl_coef",
@@ -119,6 +123,7 @@ class GRPO(Iterations, LanguageAgent):
         self.group_size = group_size
         self.kl_coef = kl_coef
         self.kl_estimator = kl_estimator
+        self.unbiased_kl = unbiased_kl
         self.clip_range = FloatSchedule(clip_range)
         self.clip_range_high = None if clip_range_high is None else FloatSchedule(clip_range_high)
         self.dual_clip = dual_clip
@@ -186,6 +191,8 @@ class GRPO(Iterations, LanguageAgent):
         if self.kl_coef:
             assert batch.ref_logp is not None
             kl = KL_ESTIMATORS[self.kl_estimator](result.logp, batch.ref_logp)
+            if self.unbiased_kl:
+                kl = kl * ratio(result.logp, batch.old_logp)
             terms["kl_loss"] = (coefficient(self.kl_coef), weighted_sum(kl, weights))
         statistics = ratio_statistics(result.logp, batch.old_logp, batch.mask, low, high, self.ratio_level)
         return terms, statistics | {"clip_range": torch.tensor(low)}

@@ -8,6 +8,7 @@ from gymnasium.wrappers import TransformReward
 import agents.update as update_module
 from agents import GRPO, PPO, REINFORCE
 from agents.advantages import equal_groups
+from agents.losses import kl_k3, ratio
 from agents.rollout import collect, join
 from llm_env import process_reward
 from llm_env.reference import AdaptiveKLController
@@ -228,6 +229,32 @@ def test_iterative_grpo_moves_the_reference_every_k_rollouts():
     other = make_env(TOKENIZER, reference=make_model("gpt2", len(TOKENIZER)))
     refused(make_agent, GRPO, other, reference_every=3, match="models of different shapes")
     refused(make_agent, GRPO, env, on_iteration=hook, match="say how often")
+
+
+def test_the_unbiased_kl_has_the_gradient_of_the_reverse_kl_off_policy():
+    generator = torch.Generator().manual_seed(0)
+    logits, old, ref = (torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
+    logp, old, ref = logits.log_softmax(-1), old.log_softmax(-1).detach(), ref.log_softmax(-1).detach()
+    exact = (logp.exp() * (logp - ref)).sum()
+    estimate = (old.exp() * ratio(logp[None], old[None]) * kl_k3(logp, ref)).sum()
+    assert estimate.item() == pytest.approx(exact.item())
+    wanted, got, biased = (
+        torch.autograd.grad(value, logits, retain_graph=True)[0]
+        for value in (exact, estimate, (old.exp() * kl_k3(logp, ref)).sum())
+    )
+    torch.testing.assert_close(got, wanted)
+    assert (biased - wanted).abs().max() > 0.01
+
+
+def test_unbiased_kl_weighs_the_estimate_by_the_ratio():
+    env = make_env(TOKENIZER, reference=make_model("llama", len(TOKENIZER), seed=1))
+    agent = make_agent(GRPO, env, kl_coef=0.1, unbiased_kl=True)
+    rollout = agent.sample_rollout()
+    rollout.advantages, rollout.old_logp = torch.zeros_like(rollout.rewards), rollout.sampled_logp - 0.3
+    result = agent.policy.evaluate(rollout.prompts, rollout.responses)
+    terms, _ = agent.loss(rollout, result, rollout.mask)
+    expected = (kl_k3(result.logp, rollout.ref_logp) * np.exp(0.3) * rollout.mask).sum()
+    assert terms["kl_loss"][1].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_an_adaptive_coefficient_in_the_loss():
