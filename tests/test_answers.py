@@ -136,6 +136,6 @@ def test_tags():
 )  # fmt: skip
 def test_hostile_text_is_read_in_linear_time(piece):
     text = piece * (100_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     parse_number(text), parse_number(f"answer:{text}"), final_answer(text), tagged_answer(text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

@@ -124,9 +124,9 @@ def test_any_text_gets_a_score(text, at_most_once):
 )
 def test_hostile_answers_are_quick_and_worth_nothing(piece):
     text = piece * (2_000_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     assert not pays(text) and not pays(f"<answer>{text}</answer>") and not pays(text[:999])
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert not pays("(" * 600 + "(3+5)*2" + ")" * 600)  # more than anyone needs
     assert not pays("(" * 400 + "(3+5)*2" + ")" * 399) and pays("(" * 400 + "(3+5)*2" + ")" * 400)
 
