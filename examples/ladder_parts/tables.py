@@ -1,0 +1,158 @@
+"""The numbers of the ladder as Markdown: means and standard deviations over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ladder_parts.runs import STEPS, Run
+
+LAST = 5  # rollouts whose mean is the result of a noisy curve
+Numbers = dict[str, Any]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds; a single value stands alone."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def tokens_to(runs: list[Run], accuracy: float) -> str:
+    """Tokens until an accuracy, over the runs that came to it, and how many these are where not all did."""
+    tokens = [run.tokens_to(accuracy) for run in runs]
+    reached = [number for number in tokens if np.isfinite(number)]
+    share = "" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)} runs)"
+    return (spread(reached, 0) if reached else "never") + share
+
+
+def last(run: Run, name: str) -> float:
+    """Mean over the last rollouts."""
+    return float(run.values(name)[-LAST:].mean())
+
+
+def collapsed(run: Run) -> bool:
+    """Whether the run ended worse than it had begun."""
+    accuracy = run.values("accuracy")
+    return bool(accuracy[-1] < accuracy[0])
+
+
+def noise_to_signal(run: Run) -> float:
+    """E||g - E g||^2 / ||E g||^2 of a rollout's gradient, both averaged over the run."""
+    return float(run.values("noise").mean() / run.values("signal").mean())
+
+
+def runs_of(part: dict[str, list[dict[str, Any]]]) -> dict[str, list[Run]]:
+    """Runs by name, from what JSON holds."""
+    return {name: [Run(**run) for run in runs] for name, runs in part.items()}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def ladder_table(numbers: Numbers) -> str:
+    """The five agents."""
+    header = ["step", "agent", "tokens to 90%", "tokens to 95%", "accuracy at the end", "best"]
+    header += ["KL per update, median (nats)", "largest", "noise / signal", "processor s"]
+    rows = []
+    for step in STEPS:
+        runs = [Run(**run) for run in numbers["ladder"][step.name]]
+        settings = ", ".join(f"{key}={value!r}" for key, value in step.settings.items())
+        if "kl_coef" in step.rules:
+            settings += f"; env: kl_coef={step.rules['kl_coef']}"
+        row = [step.name, f"`{step.kind.__name__}({settings})`", tokens_to(runs, 0.9), tokens_to(runs, 0.95)]
+        row += [
+            spread([run.values("accuracy")[-1] for run in runs], 3),
+            spread([run.values("accuracy").max() for run in runs], 3),
+        ]
+        row += [spread([np.median(run.values("update_kl")) for run in runs], 4)]
+        row += [spread([run.values("update_kl").max() for run in runs], 3)]
+        row += [spread([noise_to_signal(run) for run in runs], 1), spread([run.seconds for run in runs], 0)]
+        rows.append(row)
+    return table(header, rows)
+
+
+def pooled(point: Sequence[Numbers], name: str) -> tuple[float, float]:
+    """Noise over signal, and the cosine to the naive mean gradient, of an estimator at a checkpoint.
+
+    Each seed's estimates are noisy and may be negative, so they are averaged before they are divided.
+    """
+    square, product, noise = np.mean([seed["estimators"][name] for seed in point], axis=0)
+    naive, _, _ = np.mean([seed["estimators"]["naive"] for seed in point], axis=0)
+    known = min(square, naive) > 0
+    return (noise / square, product / np.sqrt(square * naive)) if known else (float("inf"), float("nan"))
+
+
+def with_error(point: Sequence[Numbers], name: str, which: int, digits: int) -> str:
+    """A pooled number ± its standard error over seeds, by the jackknife."""
+    value, count = pooled(point, name)[which], len(point)
+    if count == 1:
+        return f"{value:.{digits}f}"
+    others = [pooled([*point[:i], *point[i + 1 :]], name)[which] for i in range(count)]
+    error = np.sqrt((count - 1) / count * np.sum((np.array(others) - np.mean(others)) ** 2))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def variance_table(numbers: Numbers) -> str:
+    """Noise over signal, and the cosine to the naive mean gradient, by estimator and checkpoint."""
+    points = list(zip(*numbers["variance"], strict=True))  # by checkpoint, then by seed
+    header = ["baseline"]
+    for name in ("noise / signal", "cosine"):
+        header += [f"{name} at {np.mean([seed['accuracy'] for seed in point]):.2f} right" for point in points]
+    rows = []
+    for name in points[0][0]["estimators"]:
+        ratios = [with_error(point, name, 0, 2) for point in points]
+        rows.append([name, *ratios, *(with_error(point, name, 1, 2) for point in points)])
+    explained = [spread([seed["explained_variance"] for seed in point]) for point in points]
+    return f"{table(header, rows)}\n\nThe critic explains {', '.join(explained)} of the variance of fresh returns."
+
+
+def collapse_table(numbers: Numbers) -> str:
+    """PPO with and without clipping."""
+    header = ["PPO, learning rate", "best accuracy", "accuracy at the end", "collapsed", "KL per update, median (nats)"]
+    rows = []
+    for name, runs in runs_of(numbers["collapse"]).items():
+        accuracies = [run.values("accuracy") for run in runs]
+        row = [name, spread([values.max() for values in accuracies]), spread([values[-1] for values in accuracies])]
+        row += [f"{sum(map(collapsed, runs))} of {len(runs)}"]
+        rows.append([*row, spread([np.median(run.values("update_kl")) for run in runs], 3)])
+    return table(header, rows)
+
+
+def hacking_table(numbers: Numbers) -> str:
+    """Proxy, true reward and KL, at the first rollout and at the end."""
+    names = {"reward/lazy_teacher": 2, "reward/exact_match": 2, "kl": 2}
+    runs = runs_of(numbers["hacking"])
+    first = [run for each in runs.values() for run in each]
+    rows = [["the pupil", *(spread([run.values(name)[0] for run in first], digits) for name, digits in names.items())]]
+    for name, each in runs.items():
+        rows.append([name, *(spread([last(run, key) for run in each], digits) for key, digits in names.items())])
+    return table(["PPO", "proxy (paid)", "right sums (true reward)", "KL per answer, nats"], rows)
+
+
+def costs_table(numbers: Numbers) -> str:
+    """Seconds and bytes of an update."""
+    parts = numbers["costs"]
+    header = ["agent", *(f"{what}, {name}" for name in parts for what in ("processor s", "peak MiB"))]
+    agents = next(iter(parts.values()))
+    rows = []
+    for agent in agents:
+        cells = [(part[agent][0], part[agent][1] / 2**20) for part in parts.values()]
+        rows.append([agent, *(cell for seconds, size in cells for cell in (f"{seconds:.2f}", f"{size:.0f}"))])
+    return table(header, rows)
+
+
+def tables(numbers: Numbers) -> str:
+    """The whole of `ladder.md`."""
+    seeds, tokens, rounds = (numbers["settings"][name] for name in ("seeds", "timesteps", "rounds"))
+    parts = {
+        f"The ladder: {tokens} tokens each, mean ± standard deviation over {seeds} seeds": ladder_table,
+        f"Variance of the gradient at fixed weights, {rounds} gradients a seed, ± standard error": variance_table,
+        "PPO with and without clipping": collapse_table,
+        "A reward that can be hacked": hacking_table,
+        "What an update costs": costs_table,
+    }
+    return "\n\n".join(f"## {title}\n\n{make(numbers)}" for title, make in parts.items()) + "\n"
