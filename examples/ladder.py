@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from ladder_parts import hacking, memory, variance
 from ladder_parts.runs import EPISODES, STEPS, Exam, Step, train
+from ladder_parts.tables import tables
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -38,7 +39,6 @@ from agents import PPO
 
 try:
     from ladder_parts.figure import draw
-    from ladder_parts.tables import tables
 except ImportError as error:
     raise SystemExit("this example draws a figure and needs matplotlib: pip install matplotlib") from error
 
