@@ -71,14 +71,16 @@ def clipped_or_not() -> list[Step]:
     ]
 
 
-def costs(length: int) -> dict[str, dict[str, tuple[float, float]]]:
+def costs(length: int, repeats: int) -> dict[str, dict[str, tuple[float, float]]]:
     """Processor seconds and bytes of an update, on the pupil and Addition's lengths and on a larger model and `length`."""
     pupil = AutoModelForCausalLM.from_pretrained(llm_env.PUPIL)
     larger = memory.larger_llama(pupil.config.vocab_size)
     names = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" for model in (pupil, larger)]
     return {
-        f"{names[0]}, {EPISODES} responses of 4": memory.measure(pupil, EPISODES, 6, 4),
-        f"{names[1]}, {LARGER['episodes']} responses of {length}": memory.measure(larger, **LARGER, response=length),
+        f"{names[0]}, {EPISODES} responses of 4": memory.measure(pupil, EPISODES, 6, 4, repeats),
+        f"{names[1]}, {LARGER['episodes']} responses of {length}": memory.measure(
+            larger, **LARGER, response=length, repeats=repeats
+        ),
     }
 
 
@@ -92,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "variance": lambda: [variance.measure(seed, arguments.rounds, checkpoints) for seed in seeds],
         "collapse": lambda: train_all(clipped_or_not(), seeds, tokens // 3, logs / "ladder_collapse"),
         "hacking": lambda: train_all(hacking.steps(HACKING_RATE, HACKING_KL), seeds, 2 * tokens // 3, logs / "ladder_hacking"),
-        "costs": lambda: costs(arguments.length),
+        "costs": lambda: costs(arguments.length, max(1, arguments.rounds // 4)),
     }
     settings = {"seeds": len(seeds), "timesteps": tokens, "rounds": arguments.rounds, "hacking_kl": HACKING_KL}
     numbers: dict[str, Any] = {"settings": settings}
@@ -109,7 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
     parser.add_argument("--timesteps", type=int, default=10_000, help="action tokens of each agent (default 10000)")
-    parser.add_argument("--rounds", type=int, default=12, help="gradients of each estimator at each checkpoint (default 12)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=12,
+        help="gradients of each estimator at each checkpoint, and four times the timings (default 12)",
+    )
     parser.add_argument("--length", type=int, default=128, help="tokens of a response where memory is measured (default 128)")
     parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard (default runs)")
     parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder for figure, tables and numbers")

@@ -46,10 +46,10 @@ def variance_panel(axes: Axes, numbers: Numbers) -> None:
         label = f"{np.mean([seed['accuracy'] for seed in point]):.0%} right"
         places = np.arange(len(names)) + (i - (len(points) - 1) / 2) * height
         axes.barh(places, values, height, label=label, color=f"C{i}", alpha=0.8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set(title="Variance of the gradient, by baseline", xlabel=r"E||g - Eg||² / ||Eg||² (weights fixed)", xscale="log")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9)
 
 
 def accuracy_panel(axes: Axes, numbers: Numbers) -> None:
@@ -58,7 +58,7 @@ def accuracy_panel(axes: Axes, numbers: Numbers) -> None:
         lines(axes, runs, "accuracy", color=COLOURS[name], label=name)
     axes.axhline(0.9, color="black", linewidth=0.7, linestyle=":")
     axes.set(title="Sample efficiency", xlabel="thousand tokens", ylabel="held-out problems solved")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9)
 
 
 def jumps_panel(axes: Axes, numbers: Numbers) -> None:
@@ -82,7 +82,7 @@ def collapse_panel(axes: Axes, numbers: Numbers) -> None:
     axes.axhline(start, color="black", linewidth=0.7, linestyle=":", label="the pupil at start")
     axes.set_xticks(range(len(rates)), rates)
     axes.set(title="PPO, too large a learning rate", xlabel="learning rate", ylabel="solved at the end", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9)
 
 
 def hacking_panel(axes: Axes, numbers: Numbers) -> None:
@@ -91,7 +91,7 @@ def hacking_panel(axes: Axes, numbers: Numbers) -> None:
         lines(axes, runs, "reward/lazy_teacher", 3, color=colour, linestyle="--", label=f"paid, {name}")
         lines(axes, runs, "reward/exact_match", 3, color=colour, label=f"meant, {name}")
     axes.set(title="A reward that can be hacked", xlabel="thousand tokens", ylabel="mean per answer", ylim=(0, 1.03))
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=9, loc="lower left")
 
 
 def costs_panel(axes: Axes, numbers: Numbers) -> None:
@@ -101,18 +101,18 @@ def costs_panel(axes: Axes, numbers: Numbers) -> None:
     seconds, sizes = np.array(list(part.values())).T
     axes.barh(range(len(names)), sizes / 2**20, color="C0", alpha=0.8)
     for i, (size, second) in enumerate(zip(sizes / 2**20, seconds, strict=True)):
-        axes.text(size * 0.97, i, f"{second:.1f} s", va="center", ha="right", fontsize=8, color="white")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.text(size * 0.97, i, f"{second:.1f} s", va="center", ha="right", fontsize=9, color="white")
+    axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set(title="Peak memory and time of an update", xlabel=f"MiB ({title})")
 
 
 def draw(numbers: Numbers, path: Path) -> None:
     """Write the figure."""
-    figure = Figure(figsize=(12, 10.5), layout="constrained")
+    figure = Figure(figsize=(10, 10), layout="constrained")
     panels = [variance_panel, accuracy_panel, jumps_panel, collapse_panel, hacking_panel, costs_panel]
     for axes, panel in zip(figure.subplots(3, 2).flat, panels, strict=True):
         panel(axes, numbers)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)

@@ -21,8 +21,6 @@ from agents.rollout import Rollout
 from agents.update import update
 from llm_env import TextGenerationEnv
 
-REPEATS = 2
-
 CRITICS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {
     "REINFORCE, no critic": (REINFORCE, {}),
     "REINFORCE, shared critic": (REINFORCE, {"baseline": "value"}),
@@ -94,8 +92,8 @@ def endless_rollout(agent: LanguageAgent, prompt: int, response: int) -> Rollout
     )
 
 
-def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int) -> dict[str, tuple[float, float]]:
-    """Processor seconds (the least of some) and peak bytes of an update, by agent.
+def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """Processor seconds (the least of `repeats`) and peak bytes of an update, by agent.
 
     Bytes are those of weights, gradients, optimizer state and all that an update makes, its first step behind it.
     """
@@ -112,7 +110,7 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int) -
             live.peak = live.now
             update(agent, endless_rollout(agent, prompt, response))
         seconds = []
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             rollout = endless_rollout(agent, prompt, response)
             start = time.process_time()
             update(agent, rollout)

@@ -40,6 +40,8 @@ class Step:
     rules: dict[str, Any] = field(default_factory=dict)
 
 
+# Each learning rate is the best of four, a factor of 3 apart, by the accuracy after 8000 tokens of one run with seed 100; the
+# reference has that of clipping, the algorithm being the same.
 STEPS = [
     Step("naive reward", REINFORCE, {"learning_rate": 3e-4}),
     Step("critic", REINFORCE, {"learning_rate": 3e-4, "baseline": "value"}),

@@ -145,14 +145,30 @@ def costs_table(numbers: Numbers) -> str:
     return table(header, rows)
 
 
+NOTES = {
+    ladder_table: """Every rollout has 64 episodes. Accuracy: share of 256 held-out problems solved by answers drawn as in
+training, examined every 500 tokens. KL(old, new) per token of a whole update: k3 on its own rollout. Noise / signal of a
+rollout's gradient: from its halves, every fourth rollout, averaged over the run. Learning rates: the best of four for each
+algorithm, by the accuracy after 8000 tokens of one run with another seed. Processor seconds with all measurements.""",
+    variance_table: """E||g - E g||^2 / ||E g||^2 of the gradient of 64 episodes, and the cosine between its mean and the
+naive one's, at the pupil and after a fifth and four fifths of the tokens. The critic: least squares on the last hidden states,
+from other episodes. In groups: 8 problems with 8 answers each, elsewhere 64 problems.""",
+    collapse_table: """Four passes over each rollout, clip_range 0.2 or 1e6, a third of the tokens. Collapsed: worse at the end
+than the pupil at start.""",
+    hacking_table: """The proxy pays by the length of an answer whose last digit is right. Means of the first rollout and of the
+last five.""",
+    costs_table: """Live tensors at their peak: weights, gradients, optimizer state, activations. One processor thread.""",
+}
+
+
 def tables(numbers: Numbers) -> str:
     """The whole of `ladder.md`."""
     seeds, tokens, rounds = (numbers["settings"][name] for name in ("seeds", "timesteps", "rounds"))
-    parts = {
-        f"The ladder: {tokens} tokens each, mean ± standard deviation over {seeds} seeds": ladder_table,
-        f"Variance of the gradient at fixed weights, {rounds} gradients a seed, ± standard error": variance_table,
-        "PPO with and without clipping": collapse_table,
-        "A reward that can be hacked": hacking_table,
-        "What an update costs": costs_table,
+    titles = {
+        ladder_table: f"The ladder: {tokens} tokens each, mean ± standard deviation over {seeds} seeds",
+        variance_table: f"Variance of the gradient at fixed weights, {rounds} gradients a seed, ± standard error",
+        collapse_table: "PPO with and without clipping",
+        hacking_table: f"A reward that can be hacked, without KL and with kl_coef={numbers['settings']['hacking_kl']}",
+        costs_table: "What an update costs",
     }
-    return "\n\n".join(f"## {title}\n\n{make(numbers)}" for title, make in parts.items()) + "\n"
+    return "\n\n".join(f"## {title}\n\n{make(numbers)}\n\n{NOTES[make]}" for make, title in titles.items()) + "\n"
