@@ -114,12 +114,18 @@ def test_what_a_run_came_to():
         {"accuracy": [(0, 0.6), (500, 0.92), (1000, 0.88)], "noise": [(0, 4.0), (9, 8.0)], "signal": [(0, 3.0), (9, 1.0)]}
     )
     assert done.tokens_to(0.9) == 500 and done.tokens_to(0.95) == float("inf")
-    assert not tables.collapsed(done) and tables.noise_to_signal(done) == 3
+    assert not tables.collapsed(done) and tables.noise_to_signal([done]) == 3
     worse = copy.deepcopy(done)
     worse.note(1500, accuracy=0.5)
     assert tables.collapsed(worse)
     assert tables.tokens_to([done, worse], 0.9) == "500 ± 0" and tables.tokens_to([done], 0.95) == "never (0 of 1 runs)"
     assert tables.spread([1.0, 3.0]) == "2.00 ± 1.41"
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    numbers = [1.0, 2.0, 4.0, 9.0]
+    assert tables.jackknife(np.mean, numbers, 3) == f"4.000 ± {np.std(numbers, ddof=1) / 2:.3f}"
+    assert tables.jackknife(np.mean, [3.0]) == "3.00"
 
 
 def test_noise_over_signal_is_pooled_before_it_is_divided():

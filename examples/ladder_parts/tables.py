@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,20 @@ def collapsed(run: Run) -> bool:
     return bool(accuracy[-1] < accuracy[0])
 
 
-def noise_to_signal(run: Run) -> float:
-    """E||g - E g||^2 / ||E g||^2 of a rollout's gradient, both averaged over the run."""
-    return float(run.values("noise").mean() / run.values("signal").mean())
+def noise_to_signal(runs: Sequence[Run]) -> float:
+    """E||g - E g||^2 / ||E g||^2 of a rollout's gradient, both averaged over the runs before they are divided."""
+    noise, signal = (np.mean([run.values(name).mean() for run in runs]) for name in ("noise", "signal"))
+    return float(noise / signal) if signal > 0 else float("inf")
+
+
+def jackknife(estimate: Callable[[Sequence[Any]], float], seeds: Sequence[Any], digits: int = 2) -> str:
+    """An estimate from all seeds together ± its standard error, from the estimates that leave one of them out."""
+    value, count = f"{estimate(seeds):.{digits}f}", len(seeds)
+    if count == 1:
+        return value
+    others = np.array([estimate([*seeds[:i], *seeds[i + 1 :]]) for i in range(count)])
+    error = np.sqrt((count - 1) / count * np.square(others - others.mean()).sum()) if np.isfinite(others).all() else np.inf
+    return f"{value} ± {error:.{digits}f}"
 
 
 def runs_of(part: dict[str, list[dict[str, Any]]]) -> dict[str, list[Run]]:
@@ -70,7 +81,7 @@ def ladder_table(numbers: Numbers) -> str:
         ]
         row += [spread([np.median(run.values("update_kl")) for run in runs], 4)]
         row += [spread([run.values("update_kl").max() for run in runs], 3)]
-        row += [spread([noise_to_signal(run) for run in runs], 1), spread([run.seconds for run in runs], 0)]
+        row += [jackknife(noise_to_signal, runs, 1), spread([run.seconds for run in runs], 0)]
         rows.append(row)
     return table(header, rows)
 
@@ -86,16 +97,6 @@ def pooled(point: Sequence[Numbers], name: str) -> tuple[float, float]:
     return (noise / square, product / np.sqrt(square * naive)) if known else (float("inf"), float("nan"))
 
 
-def with_error(point: Sequence[Numbers], name: str, which: int, digits: int) -> str:
-    """A pooled number ± its standard error over seeds, by the jackknife."""
-    value, count = pooled(point, name)[which], len(point)
-    if count == 1:
-        return f"{value:.{digits}f}"
-    others = [pooled([*point[:i], *point[i + 1 :]], name)[which] for i in range(count)]
-    error = np.sqrt((count - 1) / count * np.sum((np.array(others) - np.mean(others)) ** 2))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
 def variance_table(numbers: Numbers) -> str:
     """Noise over signal, and the cosine to the naive mean gradient, by estimator and checkpoint."""
     points = list(zip(*numbers["variance"], strict=True))  # by checkpoint, then by seed
@@ -104,8 +105,8 @@ def variance_table(numbers: Numbers) -> str:
         header += [f"{name} at {np.mean([seed['accuracy'] for seed in point]):.2f} right" for point in points]
     rows = []
     for name in points[0][0]["estimators"]:
-        ratios = [with_error(point, name, 0, 2) for point in points]
-        rows.append([name, *ratios, *(with_error(point, name, 1, 2) for point in points)])
+        cells = [jackknife(lambda seeds, i=i, name=name: pooled(seeds, name)[i], point) for i in (0, 1) for point in points]
+        rows.append([name, *cells])
     explained = [spread([seed["explained_variance"] for seed in point]) for point in points]
     return f"{table(header, rows)}\n\nThe critic explains {', '.join(explained)} of the variance of fresh returns."
 
@@ -148,8 +149,9 @@ def costs_table(numbers: Numbers) -> str:
 NOTES = {
     ladder_table: """Every rollout has 64 episodes. Accuracy: share of 256 held-out problems solved by answers drawn as in
 training, examined every 500 tokens. KL(old, new) per token of a whole update: k3 on its own rollout. Noise / signal of a
-rollout's gradient: from its halves, every fourth rollout, averaged over the run. Learning rates: the best of four for each
-algorithm, by the accuracy after 8000 tokens of one run with another seed. Processor seconds with all measurements.""",
+rollout's gradient: from its halves, every fourth rollout, averaged over the runs, ± standard error. Learning rates: the best
+of four for each algorithm, by the accuracy after 8000 tokens of one run with another seed; the reference has that of clipping.
+Processor seconds with all measurements.""",
     variance_table: """E||g - E g||^2 / ||E g||^2 of the gradient of 64 episodes, and the cosine between its mean and the
 naive one's, at the pupil and after a fifth and four fifths of the tokens. The critic: least squares on the last hidden states,
 from other episodes. In groups: 8 problems with 8 answers each, elsewhere 64 problems.""",
