@@ -124,8 +124,11 @@ def test_what_a_run_came_to():
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     numbers = [1.0, 2.0, 4.0, 9.0]
-    assert tables.jackknife(np.mean, numbers, 3) == f"4.000 ± {np.std(numbers, ddof=1) / 2:.3f}"
-    assert tables.jackknife(np.mean, [3.0]) == "3.00"
+    value, error = tables.jackknife(np.mean, numbers)
+    assert (value, error) == (4.0, pytest.approx(np.std(numbers, ddof=1) / 2))
+    assert tables.told(value, error) == f"4.00 ± {error:.2f}" and tables.told(value, 4.5) == "?"
+    assert tables.told(*tables.jackknife(np.mean, [3.0])) == "3.00"
+    assert tables.told(*tables.jackknife(np.mean, [3.0, np.inf])) == "?"
 
 
 def test_noise_over_signal_is_pooled_before_it_is_divided():
@@ -133,8 +136,9 @@ def test_noise_over_signal_is_pooled_before_it_is_divided():
         {"estimators": {"naive": (4.0, 4.0, 2.0), "other": (1.0, 1.0, 8.0)}},
         {"estimators": {"naive": (4.0, 4.0, 2.0), "other": (-0.5, 0.5, 4.0)}},
     ]
-    assert tables.pooled(seeds, "other") == pytest.approx((6 / 0.25, 0.75 / np.sqrt(0.25 * 4)))
-    assert tables.pooled(seeds[1:], "other")[0] == float("inf")
+    assert tables.pooled(seeds, "other") == pytest.approx(6 / 0.25)
+    assert tables.pooled(seeds, "other", "cosine") == pytest.approx(0.75 / np.sqrt(0.25 * 4))
+    assert tables.pooled(seeds[1:], "other") == float("inf")
 
 
 def test_the_command(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ladder_parts.runs import STEPS, Curve, Run
-from ladder_parts.tables import Numbers, pooled, runs_of
+from ladder_parts.tables import Numbers, jackknife, pooled, runs_of, told
 
 COLOURS = dict(zip([step.name for step in STEPS], ["C7", "C0", "C1", "C2", "C3"], strict=True))
 POINTS = 60  # of a mean curve
@@ -42,14 +43,16 @@ def variance_panel(axes: Axes, numbers: Numbers) -> None:
     names = list(points[0][0]["estimators"])
     height = 0.8 / len(points)
     for i, point in enumerate(points):
-        values = [pooled(point, name)[0] for name in names]
+        estimates = [jackknife(partial(pooled, name=name), point) for name in names]
+        values = [np.nan if told(*estimate) == "?" else estimate[0] for estimate in estimates]
         label = f"{np.mean([seed['accuracy'] for seed in point]):.0%} right"
         places = np.arange(len(names)) + (i - (len(points) - 1) / 2) * height
         axes.barh(places, values, height, label=label, color=f"C{i}", alpha=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set(title="Variance of the gradient, by baseline", xlabel=r"E||g - Eg||² / ||Eg||² (weights fixed)", xscale="log")
-    axes.legend(fontsize=9)
+    axes.set_xlim(right=10 * axes.get_xlim()[1])  # room for the legend
+    axes.legend(fontsize=9, loc="upper right")
 
 
 def accuracy_panel(axes: Axes, numbers: Numbers) -> None:
@@ -115,4 +118,4 @@ def draw(numbers: Numbers, path: Path) -> None:
         panel(axes, numbers)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)

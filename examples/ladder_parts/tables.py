@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,25 @@ def noise_to_signal(runs: Sequence[Run]) -> float:
     return float(noise / signal) if signal > 0 else float("inf")
 
 
-def jackknife(estimate: Callable[[Sequence[Any]], float], seeds: Sequence[Any], digits: int = 2) -> str:
-    """An estimate from all seeds together ± its standard error, from the estimates that leave one of them out."""
-    value, count = f"{estimate(seeds):.{digits}f}", len(seeds)
+def jackknife(estimate: Callable[[Sequence[Any]], float], seeds: Sequence[Any]) -> tuple[float, float]:
+    """An estimate from all seeds together, and its standard error, from the estimates that leave one of them out.
+
+    The error is NaN with a single seed, and infinite where one of the estimates is not finite.
+    """
+    value, count = estimate(seeds), len(seeds)
     if count == 1:
-        return value
+        return value, float("nan")
     others = np.array([estimate([*seeds[:i], *seeds[i + 1 :]]) for i in range(count)])
-    error = np.sqrt((count - 1) / count * np.square(others - others.mean()).sum()) if np.isfinite(others).all() else np.inf
-    return f"{value} ± {error:.{digits}f}"
+    if not np.isfinite([value, *others]).all():
+        return value, float("inf")
+    return value, float(np.sqrt((count - 1) / count * np.square(others - others.mean()).sum()))
+
+
+def told(value: float, error: float, digits: int = 2) -> str:
+    """Value ± error, or "?" where the error is as large as the value."""
+    if np.isnan(error):
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if error < abs(value) else "?"
 
 
 def runs_of(part: dict[str, list[dict[str, Any]]]) -> dict[str, list[Run]]:
@@ -81,20 +93,22 @@ def ladder_table(numbers: Numbers) -> str:
         ]
         row += [spread([np.median(run.values("update_kl")) for run in runs], 4)]
         row += [spread([run.values("update_kl").max() for run in runs], 3)]
-        row += [jackknife(noise_to_signal, runs, 1), spread([run.seconds for run in runs], 0)]
+        row += [told(*jackknife(noise_to_signal, runs), 1), spread([run.seconds for run in runs], 0)]
         rows.append(row)
     return table(header, rows)
 
 
-def pooled(point: Sequence[Numbers], name: str) -> tuple[float, float]:
-    """Noise over signal, and the cosine to the naive mean gradient, of an estimator at a checkpoint.
+def pooled(point: Sequence[Numbers], name: str, which: str = "noise / signal") -> float:
+    """Noise over signal of an estimator at a checkpoint, or the cosine between its mean gradient and the naive one's.
 
-    Each seed's estimates are noisy and may be negative, so they are averaged before they are divided.
+    Each seed's estimates are noisy and may be negative, so they are averaged before they are divided; infinite where that
+    leaves no mean gradient to compare with.
     """
     square, product, noise = np.mean([seed["estimators"][name] for seed in point], axis=0)
     naive, _, _ = np.mean([seed["estimators"]["naive"] for seed in point], axis=0)
-    known = min(square, naive) > 0
-    return (noise / square, product / np.sqrt(square * naive)) if known else (float("inf"), float("nan"))
+    if min(square, naive) <= 0:
+        return float("inf")
+    return float(noise / square if which == "noise / signal" else product / np.sqrt(square * naive))
 
 
 def variance_table(numbers: Numbers) -> str:
@@ -105,8 +119,8 @@ def variance_table(numbers: Numbers) -> str:
         header += [f"{name} at {np.mean([seed['accuracy'] for seed in point]):.2f} right" for point in points]
     rows = []
     for name in points[0][0]["estimators"]:
-        cells = [jackknife(lambda seeds, i=i, name=name: pooled(seeds, name)[i], point) for i in (0, 1) for point in points]
-        rows.append([name, *cells])
+        estimates = [partial(pooled, name=name, which=which) for which in ("noise / signal", "cosine")]
+        rows.append([name, *(told(*jackknife(estimate, point)) for estimate in estimates for point in points)])
     explained = [spread([seed["explained_variance"] for seed in point]) for point in points]
     return f"{table(header, rows)}\n\nThe critic explains {', '.join(explained)} of the variance of fresh returns."
 
@@ -149,12 +163,13 @@ def costs_table(numbers: Numbers) -> str:
 NOTES = {
     ladder_table: """Every rollout has 64 episodes. Accuracy: share of 256 held-out problems solved by answers drawn as in
 training, examined every 500 tokens. KL(old, new) per token of a whole update: k3 on its own rollout. Noise / signal of a
-rollout's gradient: from its halves, every fourth rollout, averaged over the runs, ± standard error. Learning rates: the best
-of four for each algorithm, by the accuracy after 8000 tokens of one run with another seed; the reference has that of clipping.
-Processor seconds with all measurements.""",
+rollout's gradient: from its halves, every fourth rollout, averaged over the runs, ± standard error ("?": as large as the
+number). Learning rates: the best of four for each algorithm, by the accuracy after 8000 tokens of one run with another seed;
+the reference has that of clipping. Processor seconds with all measurements.""",
     variance_table: """E||g - E g||^2 / ||E g||^2 of the gradient of 64 episodes, and the cosine between its mean and the
 naive one's, at the pupil and after a fifth and four fifths of the tokens. The critic: least squares on the last hidden states,
-from other episodes. In groups: 8 problems with 8 answers each, elsewhere 64 problems.""",
+from other episodes. In groups: 8 problems with 8 answers each, elsewhere 64 problems. "?": the standard error is as large as
+the number.""",
     collapse_table: """Four passes over each rollout, clip_range 0.2 or 1e6, a third of the tokens. Collapsed: worse at the end
 than the pupil at start.""",
     hacking_table: """The proxy pays by the length of an answer whose last digit is right. Means of the first rollout and of the
