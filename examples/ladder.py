@@ -1,0 +1,138 @@
+"""From naive reward to GRPO: five agents climb the same ladder, and what each step is for is measured.
+
+    python examples/ladder.py
+
+trains the packaged pupil (see `pretrain_pupil.py`) on `llm_env/Addition-v0` with the same number of tokens by
+
+1. naive reward: `REINFORCE`;
+2. a critic as baseline: `REINFORCE(baseline="value")`;
+3. clipping, which lets a rollout be used for several steps: `PPO`;
+4. a reference against cheating: `PPO` on an env with `kl_coef`;
+5. a group of answers in the critic's place: `GRPO`;
+
+and measures, over several seeds, the variance of the policy gradient at fixed weights by baseline (`ladder_parts/variance.py`),
+the tokens to 90% on held-out problems and the size of every update (`runs.py`), how PPO fares with and without clipping where
+the learning rate is too large, a reward that can be hacked with and without the reference (`hacking.py`), and time and memory
+of an update with and without a critic (`memory.py`).
+
+Half an hour on one core. It leaves the figure `ladder.png`, the tables `ladder.md` and all numbers `ladder.json` in `--out`,
+and TensorBoard logs in `--logs`. `--numbers ladder.json` draws and writes again without measuring.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from ladder_parts import hacking, memory, variance
+from ladder_parts.runs import EPISODES, STEPS, Exam, Step, train
+from ladder_parts.tables import tables
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import llm_env
+from agents import PPO
+
+try:
+    from ladder_parts.figure import draw
+except ImportError as error:
+    raise SystemExit("this example draws a figure and needs matplotlib: pip install matplotlib") from error
+
+NO_CLIP = 1e6  # a clip range that no ratio leaves
+RATES = (3e-4, 1e-3)  # of PPO with and without clipping
+HACKING_RATE, HACKING_KL = 3e-4, 0.1
+LARGER = {"episodes": 4, "prompt": 16}
+
+
+def train_all(steps: list[Step], seeds: list[int], timesteps: int, logs: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every step's runs, one a seed, as `asdict` gives them."""
+    exam = Exam()
+    results: dict[str, list[dict[str, Any]]] = {step.name: [] for step in steps}
+    for seed in seeds:
+        for step in steps:
+            run = train(step, seed, timesteps, exam, str(logs))
+            results[step.name].append(asdict(run))
+            accuracy = run.values("accuracy")
+            print(f"{step.name}, seed {seed}: {accuracy[-1]:.3f} right, {run.seconds:.0f} s", flush=True)
+    return results
+
+
+def clipped_or_not() -> list[Step]:
+    """PPO with and without clipping, at learning rates that are more and more too large."""
+    ranges = {"clipped": 0.2, "not clipped": NO_CLIP}
+    return [
+        Step(f"{name}, {rate:g}", PPO, {"learning_rate": rate, "clip_range": clip_range})
+        for name, clip_range in ranges.items()
+        for rate in RATES
+    ]
+
+
+def costs(length: int, repeats: int) -> dict[str, dict[str, tuple[float, float]]]:
+    """Processor seconds and bytes of an update, on the pupil and Addition's lengths and on a larger model and `length`."""
+    pupil = AutoModelForCausalLM.from_pretrained(llm_env.PUPIL)
+    larger = memory.larger_llama(pupil.config.vocab_size)
+    names = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" for model in (pupil, larger)]
+    return {
+        f"{names[0]}, {EPISODES} responses of 4": memory.measure(pupil, EPISODES, 6, 4, repeats),
+        f"{names[1]}, {LARGER['episodes']} responses of {length}": memory.measure(
+            larger, **LARGER, response=length, repeats=repeats
+        ),
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All numbers, by part; `ladder.json` is written after each."""
+    seeds, tokens = list(range(arguments.seeds)), arguments.timesteps
+    checkpoints = (0, tokens // 5, 4 * tokens // 5)
+    logs = arguments.logs
+    parts: dict[str, Callable[[], Any]] = {
+        "ladder": lambda: train_all(STEPS, seeds, tokens, logs / "ladder"),
+        "variance": lambda: [variance.measure(seed, arguments.rounds, checkpoints) for seed in seeds],
+        "collapse": lambda: train_all(clipped_or_not(), seeds, tokens // 3, logs / "ladder_collapse"),
+        "hacking": lambda: train_all(hacking.steps(HACKING_RATE, HACKING_KL), seeds, 2 * tokens // 3, logs / "ladder_hacking"),
+        "costs": lambda: costs(arguments.length, max(1, arguments.rounds // 4)),
+    }
+    settings = {"seeds": len(seeds), "timesteps": tokens, "rounds": arguments.rounds, "hacking_kl": HACKING_KL}
+    numbers: dict[str, Any] = {"settings": settings}
+    for name, part in parts.items():
+        start = time.monotonic()
+        numbers[name] = part()
+        (arguments.out / "ladder.json").write_text(json.dumps(numbers))
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    return numbers
+
+
+def main() -> None:
+    """Parse the command line, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
+    parser.add_argument("--timesteps", type=int, default=10_000, help="action tokens of each agent (default 10000)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=12,
+        help="gradients of each estimator at each checkpoint, and four times the timings (default 12)",
+    )
+    parser.add_argument("--length", type=int, default=128, help="tokens of a response where memory is measured (default 128)")
+    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard (default runs)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder for figure, tables and numbers")
+    parser.add_argument("--numbers", type=Path, help="a ladder.json to draw again, without measuring")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # on a model of this size threads cost more than they give
+    logging.disable_progress_bar()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.numbers is None:
+        measure(arguments)
+    numbers = json.loads((arguments.numbers or arguments.out / "ladder.json").read_text())
+    draw(numbers, arguments.out / "ladder.png")
+    text = tables(numbers)
+    (arguments.out / "ladder.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The measurements of `examples/ladder.py`, a file each."""

@@ -1,0 +1,119 @@
+"""Processor seconds and peak memory of one update, with and without a critic."""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.logger import Logger
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import llm_env
+from agents import GRPO, PPO, REINFORCE
+from agents.base import LanguageAgent
+from agents.rollout import Rollout
+from agents.update import update
+from llm_env import TextGenerationEnv
+
+CRITICS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {
+    "REINFORCE, no critic": (REINFORCE, {}),
+    "REINFORCE, shared critic": (REINFORCE, {"baseline": "value"}),
+    "REINFORCE, separate critic": (REINFORCE, {"baseline": "value", "separate_critic": True}),
+    "GRPO": (GRPO, {"group_size": 4}),
+    "PPO, shared critic": (PPO, {}),
+    "PPO, separate critic": (PPO, {"separate_critic": True}),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that PyTorch's operations make and that are still alive; `peak` is the most so far.
+
+    What an operation takes for itself while it runs is not seen; the process holds more than this.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, once, until it dies."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def larger_llama(vocab_size: int) -> LlamaForCausalLM:
+    """A Llama of 12M parameters with random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 6}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=256, tie_word_embeddings=True, **sizes))
+
+
+def endless_rollout(agent: LanguageAgent, prompt: int, response: int) -> Rollout:
+    """As many random episodes as the agent collects, of random tokens and of random score, each as long as can be."""
+    generator = np.random.default_rng(0)
+    count = agent.n_envs
+    tokens = generator.integers(3, agent.policy.vocab_size, (count, prompt + response))
+    rewards = torch.zeros(count, response)
+    rewards[:, -1] = torch.as_tensor(generator.integers(0, 2, count), dtype=torch.float32)
+    return Rollout(
+        prompts=tokens[:, :prompt].tolist(),
+        responses=tokens[:, prompt:].tolist(),
+        mask=torch.ones(count, response),
+        rewards=rewards,
+        step_ends=torch.zeros(count, response),
+        sampled_logp=torch.zeros(count, response),
+        ref_logp=None,
+        truncated=torch.zeros(count, dtype=torch.bool),
+        infos=[{} for _ in range(count)],
+        group_size=agent.group_size,
+    )
+
+
+def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """Processor seconds (the least of `repeats`) and peak bytes of an update, by agent.
+
+    Bytes are those of weights, gradients, optimizer state and all that an update makes, its first step behind it.
+    """
+    results = {}
+    for name, (kind, settings) in CRITICS.items():
+        env = TextGenerationEnv(["1"], lambda completions: [0.0] * len(completions), llm_env.PUPIL, max_new_tokens=response)
+        settings = {"policy_kwargs": {"tokenizer": env.rules.tokenizer}, **settings}
+        agent = kind(copy.deepcopy(model), env, n_envs=episodes, seed=0, **settings)
+        agent.set_logger(Logger(folder=None, output_formats=[]))
+        with LiveBytes() as live:
+            for parameter in agent.policy.parameters():
+                live.add(parameter)
+            update(agent, endless_rollout(agent, prompt, response))
+            live.peak = live.now
+            update(agent, endless_rollout(agent, prompt, response))
+        seconds = []
+        for _ in range(repeats):
+            rollout = endless_rollout(agent, prompt, response)
+            start = time.process_time()
+            update(agent, rollout)
+            seconds.append(time.process_time() - start)
+        results[name] = (min(seconds), float(live.peak))
+    return results

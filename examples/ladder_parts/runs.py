@@ -1,0 +1,165 @@
+"""The five agents, and training runs of them that note accuracy, the noise of the gradient and the size of every update."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+import llm_env
+from agents import GRPO, PPO, REINFORCE
+from agents.base import LanguageAgent
+from agents.generation import Sampler
+from agents.losses import ratio_statistics
+from agents.rollout import Rollout, collect
+from ladder_parts.gradients import halves
+from llm_env import TextGenerationEnv, TextGenerationVectorEnv
+from llm_env.rules import Rules
+from llm_env.tasks.addition import addition
+
+EPISODES = 64  # in a rollout, of about four tokens each
+GROUP = 8  # answers to one problem, for GRPO
+EXAM = 256  # held-out problems
+EXAM_EVERY = 500  # tokens
+HALVES_EVERY = 4  # rollouts
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the ladder: an agent, its arguments, and those of its env (on top of Addition's)."""
+
+    name: str
+    kind: type[LanguageAgent]
+    settings: dict[str, Any]
+    rules: dict[str, Any] = field(default_factory=dict)
+
+
+# Each learning rate is the best of four, a factor of 3 apart, by the accuracy after 8000 tokens of one run with seed 100; the
+# reference has that of clipping, the algorithm being the same.
+STEPS = [
+    Step("naive reward", REINFORCE, {"learning_rate": 3e-4}),
+    Step("critic", REINFORCE, {"learning_rate": 3e-4, "baseline": "value"}),
+    Step("clipping", PPO, {"learning_rate": 1e-4}),
+    Step("reference", PPO, {"learning_rate": 1e-4}, {"reference": llm_env.PUPIL, "kl_coef": 0.05}),
+    Step("group", GRPO, {"learning_rate": 3e-4, "group_size": GROUP}),
+]
+
+
+@dataclass
+class Run:
+    """What a training run leaves.
+
+    Attributes:
+        curves: lists of (tokens, number) by name.
+            accuracy: share of the exam's problems that are solved, by answers drawn as in training.
+            update_kl: KL(pi_old, pi_new) per token of a whole update, in nats (`train/approx_kl`: the mean over its steps).
+            signal, noise: unbiased estimates of ||E g||^2 and of E||g - E g||^2, g the gradient of a rollout.
+            reward/<name>, kl: means over the episodes of a rollout.
+        seconds: processor time, measurements included.
+    """
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def note(self, tokens: int, **numbers: float) -> None:
+        """Append a point to each of the named curves."""
+        for name, number in numbers.items():
+            self.curves.setdefault(name, []).append((tokens, number))
+
+    def values(self, name: str) -> np.ndarray:
+        """A curve's numbers without their tokens."""
+        return np.array([number for _, number in self.curves[name]])
+
+    def tokens_to(self, accuracy: float) -> float:
+        """Action tokens until the first exam of at least `accuracy`; infinity if there was none."""
+        return next((float(tokens) for tokens, share in self.curves["accuracy"] if share >= accuracy), float("inf"))
+
+
+class Exam:
+    """Held-out problems, the same for every agent, answered with randomness of its own so that no training changes by it."""
+
+    def __init__(self, problems: int = EXAM) -> None:
+        rules = Rules(**addition(split="test"))
+        self.indexes = np.random.default_rng(0).permutation(len(rules.prompts))[:problems].tolist()
+        self.venv = TextGenerationVectorEnv.from_rules(rules, len(self.indexes))
+
+    def __call__(self, agent: LanguageAgent) -> float:
+        """Share of the problems solved, answers drawn as in training."""
+        sampler = Sampler(agent.temperature, generator=torch.Generator().manual_seed(0))
+        rollout = collect(agent.policy, self.venv, 1, sampler, {"index": self.indexes})
+        return float(np.mean([info["is_success"] for info in rollout.infos]))
+
+
+class Watch(BaseCallback):
+    """Notes what every rollout earned, and examines the agent before, about every `EXAM_EVERY` tokens, and after."""
+
+    def __init__(self, run: Run, exam: Exam) -> None:
+        super().__init__()
+        self.run, self.exam, self.due = run, exam, 0
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps >= self.due:
+            self.examine()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        infos = self.locals["infos"]
+        names = [name for name in infos[0] if name == "kl" or name.startswith("reward/")]
+        self.run.note(self.num_timesteps, **{name: float(np.mean([info[name] for info in infos])) for name in names})
+
+    def _on_training_end(self) -> None:
+        self.examine()
+
+    def examine(self) -> None:
+        """Note the accuracy on held-out problems; it stands in the next row of the logs."""
+        accuracy = self.exam(self.model)
+        self.run.note(self.model.num_timesteps, accuracy=accuracy)
+        self.logger.record("ladder/held_out_accuracy", accuracy)
+        self.due = self.model.num_timesteps + EXAM_EVERY
+
+
+class Watched(LanguageAgent):
+    """Mixed into an agent, measures each of its updates."""
+
+    run: Run
+    updates = 0
+
+    def train(self, rollout: Rollout) -> None:
+        """The agent's own update, with the gradient's noise before it and the policy's jump after it."""
+        record, tokens = self.logger.record, self.num_timesteps
+        if self.updates % HALVES_EVERY == 0:
+            signal, noise = halves(self, rollout)
+            self.run.note(tokens, signal=signal, noise=noise)
+            record("ladder/gradient_signal", signal)
+            record("ladder/gradient_noise", noise)
+        self.updates += 1
+        super().train(rollout)
+        with torch.no_grad():
+            new = self.policy.evaluate(rollout.prompts, rollout.responses, self.temperature)
+        kl = ratio_statistics(new.logp, rollout.old_logp, rollout.mask, 0.0, 0.0)["approx_kl"].item()
+        self.run.note(tokens, update_kl=kl)
+        record("ladder/update_kl", kl)
+
+
+def make_env(**rules: Any) -> TextGenerationEnv:
+    """Addition, with what else the step says."""
+    return TextGenerationEnv(**addition(**rules))
+
+
+def train(step: Step, seed: int, timesteps: int, exam: Exam, logs: str | None) -> Run:
+    """Train a step's agent from the pupil for `timesteps` action tokens; what was measured on the way."""
+    kind = type(f"Watched{step.kind.__name__}", (Watched, step.kind), {})
+    agent = kind(llm_env.PUPIL, make_env(**step.rules), n_envs=EPISODES, seed=seed, tensorboard_log=logs, **step.settings)
+    agent.run = run = Run()
+    start = time.process_time()
+    agent.learn(timesteps, callback=Watch(run, exam), tb_log_name=f"{step.name}_{seed}".replace(" ", "_"))
+    run.seconds = time.process_time() - start
+    return run

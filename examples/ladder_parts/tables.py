@@ -1,0 +1,191 @@
+"""The numbers of the ladder as Markdown: means and standard deviations over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ladder_parts.runs import STEPS, Run
+
+LAST = 5  # rollouts whose mean is the result of a noisy curve
+Numbers = dict[str, Any]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds; a single value stands alone."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def tokens_to(runs: list[Run], accuracy: float) -> str:
+    """Tokens until an accuracy, over the runs that came to it, and how many these are where not all did."""
+    tokens = [run.tokens_to(accuracy) for run in runs]
+    reached = [number for number in tokens if np.isfinite(number)]
+    share = "" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)} runs)"
+    return (spread(reached, 0) if reached else "never") + share
+
+
+def last(run: Run, name: str) -> float:
+    """Mean over the last rollouts."""
+    return float(run.values(name)[-LAST:].mean())
+
+
+def collapsed(run: Run) -> bool:
+    """Whether the run ended worse than it had begun."""
+    accuracy = run.values("accuracy")
+    return bool(accuracy[-1] < accuracy[0])
+
+
+def noise_to_signal(runs: Sequence[Run]) -> float:
+    """E||g - E g||^2 / ||E g||^2 of a rollout's gradient, both averaged over the runs before they are divided."""
+    noise, signal = (np.mean([run.values(name).mean() for run in runs]) for name in ("noise", "signal"))
+    return float(noise / signal) if signal > 0 else float("inf")
+
+
+def jackknife(estimate: Callable[[Sequence[Any]], float], seeds: Sequence[Any]) -> tuple[float, float]:
+    """An estimate from all seeds together, and its standard error, from the estimates that leave one of them out.
+
+    The error is NaN with a single seed, and infinite where one of the estimates is not finite.
+    """
+    value, count = estimate(seeds), len(seeds)
+    if count == 1:
+        return value, float("nan")
+    others = np.array([estimate([*seeds[:i], *seeds[i + 1 :]]) for i in range(count)])
+    if not np.isfinite([value, *others]).all():
+        return value, float("inf")
+    return value, float(np.sqrt((count - 1) / count * np.square(others - others.mean()).sum()))
+
+
+def told(value: float, error: float, digits: int = 2) -> str:
+    """Value ± error, or "?" where the error is as large as the value."""
+    if np.isnan(error):
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if error < abs(value) else "?"
+
+
+def runs_of(part: dict[str, list[dict[str, Any]]]) -> dict[str, list[Run]]:
+    """Runs by name, from what JSON holds."""
+    return {name: [Run(**run) for run in runs] for name, runs in part.items()}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def ladder_table(numbers: Numbers) -> str:
+    """The five agents."""
+    header = ["step", "agent", "tokens to 90%", "tokens to 95%", "accuracy at the end", "best"]
+    header += ["KL per update, median (nats)", "largest", "noise / signal", "processor s"]
+    rows = []
+    for step in STEPS:
+        runs = [Run(**run) for run in numbers["ladder"][step.name]]
+        settings = ", ".join(f"{key}={value!r}" for key, value in step.settings.items())
+        if "kl_coef" in step.rules:
+            settings += f"; env: kl_coef={step.rules['kl_coef']}"
+        row = [step.name, f"`{step.kind.__name__}({settings})`", tokens_to(runs, 0.9), tokens_to(runs, 0.95)]
+        row += [
+            spread([run.values("accuracy")[-1] for run in runs], 3),
+            spread([run.values("accuracy").max() for run in runs], 3),
+        ]
+        row += [spread([np.median(run.values("update_kl")) for run in runs], 4)]
+        row += [spread([run.values("update_kl").max() for run in runs], 3)]
+        row += [told(*jackknife(noise_to_signal, runs), 1), spread([run.seconds for run in runs], 0)]
+        rows.append(row)
+    return table(header, rows)
+
+
+def pooled(point: Sequence[Numbers], name: str, which: str = "noise / signal") -> float:
+    """Noise over signal of an estimator at a checkpoint, or the cosine between its mean gradient and the naive one's.
+
+    Each seed's estimates are noisy and may be negative, so they are averaged before they are divided; infinite where that
+    leaves no mean gradient to compare with.
+    """
+    square, product, noise = np.mean([seed["estimators"][name] for seed in point], axis=0)
+    naive, _, _ = np.mean([seed["estimators"]["naive"] for seed in point], axis=0)
+    if min(square, naive) <= 0:
+        return float("inf")
+    return float(noise / square if which == "noise / signal" else product / np.sqrt(square * naive))
+
+
+def variance_table(numbers: Numbers) -> str:
+    """Noise over signal, and the cosine to the naive mean gradient, by estimator and checkpoint."""
+    points = list(zip(*numbers["variance"], strict=True))  # by checkpoint, then by seed
+    header = ["baseline"]
+    for name in ("noise / signal", "cosine"):
+        header += [f"{name} at {np.mean([seed['accuracy'] for seed in point]):.2f} right" for point in points]
+    rows = []
+    for name in points[0][0]["estimators"]:
+        estimates = [partial(pooled, name=name, which=which) for which in ("noise / signal", "cosine")]
+        rows.append([name, *(told(*jackknife(estimate, point)) for estimate in estimates for point in points)])
+    explained = [spread([seed["explained_variance"] for seed in point]) for point in points]
+    return f"{table(header, rows)}\n\nThe critic explains {', '.join(explained)} of the variance of fresh returns."
+
+
+def collapse_table(numbers: Numbers) -> str:
+    """PPO with and without clipping."""
+    header = ["PPO, learning rate", "best accuracy", "accuracy at the end", "collapsed", "KL per update, median (nats)"]
+    rows = []
+    for name, runs in runs_of(numbers["collapse"]).items():
+        accuracies = [run.values("accuracy") for run in runs]
+        row = [name, spread([values.max() for values in accuracies]), spread([values[-1] for values in accuracies])]
+        row += [f"{sum(map(collapsed, runs))} of {len(runs)}"]
+        rows.append([*row, spread([np.median(run.values("update_kl")) for run in runs], 3)])
+    return table(header, rows)
+
+
+def hacking_table(numbers: Numbers) -> str:
+    """Proxy, true reward and KL, at the first rollout and at the end."""
+    names = {"reward/lazy_teacher": 2, "reward/exact_match": 2, "kl": 2}
+    runs = runs_of(numbers["hacking"])
+    first = [run for each in runs.values() for run in each]
+    rows = [["the pupil", *(spread([run.values(name)[0] for run in first], digits) for name, digits in names.items())]]
+    for name, each in runs.items():
+        rows.append([name, *(spread([last(run, key) for run in each], digits) for key, digits in names.items())])
+    return table(["PPO", "proxy (paid)", "right sums (true reward)", "KL per answer, nats"], rows)
+
+
+def costs_table(numbers: Numbers) -> str:
+    """Seconds and bytes of an update."""
+    parts = numbers["costs"]
+    header = ["agent", *(f"{what}, {name}" for name in parts for what in ("processor s", "peak MiB"))]
+    agents = next(iter(parts.values()))
+    rows = []
+    for agent in agents:
+        cells = [(part[agent][0], part[agent][1] / 2**20) for part in parts.values()]
+        rows.append([agent, *(cell for seconds, size in cells for cell in (f"{seconds:.2f}", f"{size:.0f}"))])
+    return table(header, rows)
+
+
+NOTES = {
+    ladder_table: """Every rollout has 64 episodes. Accuracy: share of 256 held-out problems solved by answers drawn as in
+training, examined every 500 tokens. KL(old, new) per token of a whole update: k3 on its own rollout. Noise / signal of a
+rollout's gradient: from its halves, every fourth rollout, averaged over the runs, ± standard error ("?": as large as the
+number). Learning rates: the best of four for each algorithm, by the accuracy after 8000 tokens of one run with another seed;
+the reference has that of clipping. Processor seconds with all measurements.""",
+    variance_table: """E||g - E g||^2 / ||E g||^2 of the gradient of 64 episodes, and the cosine between its mean and the
+naive one's, at the pupil and after a fifth and four fifths of the tokens. The critic: least squares on the last hidden states,
+from other episodes. In groups: 8 problems with 8 answers each, elsewhere 64 problems. "?": the standard error is as large as
+the number.""",
+    collapse_table: """Four passes over each rollout, clip_range 0.2 or 1e6, a third of the tokens. Collapsed: worse at the end
+than the pupil at start.""",
+    hacking_table: """The proxy pays by the length of an answer whose last digit is right. Means of the first rollout and of the
+last five.""",
+    costs_table: """Live tensors at their peak: weights, gradients, optimizer state, activations. One processor thread.""",
+}
+
+
+def tables(numbers: Numbers) -> str:
+    """The whole of `ladder.md`."""
+    seeds, tokens, rounds = (numbers["settings"][name] for name in ("seeds", "timesteps", "rounds"))
+    titles = {
+        ladder_table: f"The ladder: {tokens} tokens each, mean ± standard deviation over {seeds} seeds",
+        variance_table: f"Variance of the gradient at fixed weights, {rounds} gradients a seed, ± standard error",
+        collapse_table: "PPO with and without clipping",
+        hacking_table: f"A reward that can be hacked, without KL and with kl_coef={numbers['settings']['hacking_kl']}",
+        costs_table: "What an update costs",
+    }
+    return "\n\n".join(f"## {title}\n\n{make(numbers)}\n\n{NOTES[make]}" for make, title in titles.items()) + "\n"
