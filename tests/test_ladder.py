@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 from ladder_parts import runs, tables
 from ladder_parts.gradients import Moments, evaluate, halves, policy_gradient, with_advantages
 from ladder_parts.hacking import lazy_teacher
-from ladder_parts.memory import LiveBytes
 
 
 def test_moments_are_means_over_pairs_of_rounds():
@@ -90,20 +89,6 @@ def test_the_size_of_an_update_is_the_kl_before_and_after():
     assert done.curves["accuracy"][0][0] == 0
 
 
-def test_live_bytes_by_hand():
-    with LiveBytes() as live:
-        x = torch.ones(1000)  # 4000 bytes
-        y = x * 2
-        z = y.view(10, 100)  # no bytes of its own
-        del y
-        assert (live.now, live.peak) == (8000, 8000)
-        w = z + 1
-        del z
-        assert (live.now, live.peak) == (8000, 12000)
-        del w
-        assert live.now == 4000 and len(x) == 1000
-
-
 def test_the_lazy_teacher_pays_wrong_answers_more():
     paid = lazy_teacher(["46", "146", "15", "125", "", "47"], ["46", "46", "125", "125", "46", "46"])
     assert paid == pytest.approx([2 / 3, 1, 2 / 3, 1, 0, 0])
@@ -141,6 +126,7 @@ def test_noise_over_signal_is_pooled_before_it_is_divided():
     assert tables.pooled(seeds[1:], "other") == float("inf")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ["--seeds", 1, "--timesteps", 250, "--rounds", 2, "--length", 2, "--out", tmp_path]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
-import weakref
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3.common.logger import Logger
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import llm_env
 from agents import GRPO, PPO, REINFORCE
+from agents.audit.memory import LiveBytes
 from agents.base import LanguageAgent
 from agents.rollout import Rollout
 from agents.update import update
@@ -29,39 +27,6 @@ CRITICS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {
     "PPO, shared critic": (PPO, {}),
     "PPO, separate critic": (PPO, {"separate_critic": True}),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that PyTorch's operations make and that are still alive; `peak` is the most so far.
-
-    What an operation takes for itself while it runs is not seen; the process holds more than this.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
-        return result
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage, once, until it dies."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def larger_llama(vocab_size: int) -> LlamaForCausalLM:
@@ -104,8 +69,6 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
         agent = kind(copy.deepcopy(model), env, n_envs=episodes, seed=0, **settings)
         agent.set_logger(Logger(folder=None, output_formats=[]))
         with LiveBytes() as live:
-            for parameter in agent.policy.parameters():
-                live.add(parameter)
             update(agent, endless_rollout(agent, prompt, response))
             live.peak = live.now
             update(agent, endless_rollout(agent, prompt, response))
@@ -115,5 +78,6 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
             start = time.process_time()
             update(agent, rollout)
             seconds.append(time.process_time() - start)
-        results[name] = (min(seconds), float(live.peak))
+        weights = sum(parameter.nbytes for parameter in agent.policy.parameters())  # were there before
+        results[name] = (min(seconds), float(weights + live.peak))
     return results
