@@ -141,6 +141,7 @@ def test_noise_over_signal_is_pooled_before_it_is_divided():
     assert tables.pooled(seeds[1:], "other") == float("inf")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ["--seeds", 1, "--timesteps", 250, "--rounds", 2, "--length", 2, "--out", tmp_path]
