@@ -45,7 +45,7 @@ except ImportError as error:
 NO_CLIP = 1e6  # a clip range that no ratio leaves
 RATES = (3e-4, 1e-3)  # of PPO with and without clipping
 HACKING_RATE, HACKING_KL = 3e-4, 0.1
-LARGER = {"episodes": 4, "prompt": 16}
+LARGER_EPISODES = 4
 
 
 def train_all(steps: list[Step], seeds: list[int], timesteps: int, logs: Path) -> dict[str, list[dict[str, Any]]]:
@@ -78,8 +78,8 @@ def costs(length: int, repeats: int) -> dict[str, dict[str, tuple[float, float]]
     names = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" for model in (pupil, larger)]
     return {
         f"{names[0]}, {EPISODES} responses of 4": memory.measure(pupil, EPISODES, 6, 4, repeats),
-        f"{names[1]}, {LARGER['episodes']} responses of {length}": memory.measure(
-            larger, **LARGER, response=length, repeats=repeats
+        f"{names[1]}, {LARGER_EPISODES} responses of {length}": memory.measure(
+            larger, LARGER_EPISODES, max(1, length // 8), length, repeats
         ),
     }
 
