@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.checks import check_counts, check_fit, check_groups, check_numbers, default_learning_rate, sort_out
+from agents.checks import check_counts, check_fit, check_groups, check_numbers, default_learning_rate, episodes_of, sort_out
 from agents.generation import Sampler
 from agents.inference import Inference
 from agents.losses import token_weights
@@ -184,14 +184,7 @@ class LanguageAgent(Inference):
         """Take an env for training, after checking that it and the model fit."""
         rules = rules_of_vec_env(env)
         venv = clock_of(env)
-        n_envs = env.num_envs if venv is not None or env.num_envs > 1 else self.n_envs
-        if self._wanted_n_envs not in (None, n_envs):
-            if venv is not None:
-                raise ValueError(
-                    f"n_envs={self._wanted_n_envs}, but the vector env has num_envs={n_envs}; leave n_envs out or make "
-                    "them equal"
-                )
-            n_envs = self._wanted_n_envs
+        n_envs = episodes_of(self._wanted_n_envs, self.n_envs, env.num_envs, by_response=venv is not None)
         check_fit(self, rules, n_envs)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space

@@ -102,6 +102,20 @@ def check_groups(group_size: int, n_envs: int) -> None:
         )
 
 
+def episodes_of(wanted: int | None, default: int, rows: int, by_response: bool) -> int:
+    """Episodes in a rollout: as many as were asked for, else the rows of a vector env, else the default.
+
+    Raises:
+        ValueError: whole responses are taken of each of `rows` rows, and another number was asked for.
+    """
+    n_envs = rows if by_response or rows > 1 else default
+    if wanted in (None, n_envs):
+        return n_envs
+    if by_response:
+        raise ValueError(f"n_envs={wanted}, but the vector env has num_envs={rows}; leave n_envs out or make them equal")
+    return wanted
+
+
 def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
     """Refuse an env whose tokens, lengths or KL do not fit the agent's model and arguments.
 
