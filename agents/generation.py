@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from agents.decoding import SharedDecoding
 from llm_env.arguments import as_whole
 from llm_env.constraints import TokenConstraint
-from llm_env.scoring import log_probs_of, model_inputs, pad, restrict
+from llm_env.scoring import model_inputs, pad, restrict
+from llm_env.shared_prompt import shares_prompts
 
 StopRule = Callable[[Sequence[int]], bool]
 
@@ -44,12 +46,26 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw from logits (B, V): tokens (B,) and their log-probs (B,) under the tempered distribution, in nats."""
-        scaled = logits.float() / self.temperature
+        scaled = logits.float() / self.temperature if self.temperature != 1 else logits.float()
+        likeliest = scaled.max(-1, keepdim=True)
+        weights = (scaled - likeliest.values).exp_()
+        total = weights.sum(-1, keepdim=True)
         if self.deterministic:
-            tokens = scaled.argmax(-1)
+            tokens = likeliest.indices
         else:
-            tokens = torch.multinomial(self._restrict(scaled).softmax(-1), 1, generator=self.generator)[:, 0]
-        return tokens, log_probs_of(scaled, tokens)
+            restricted = self.top_k or self.top_p < 1
+            tokens = self._draw(self._restrict(scaled).softmax(-1) if restricted else weights, likeliest.indices)
+        return tokens[:, 0], (scaled.gather(-1, tokens) - likeliest.values - total.log())[:, 0]
+
+    def _draw(self, weights: Tensor, likeliest: Tensor) -> Tensor:
+        """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V), by their running sums.
+
+        That takes one random number a row, where `torch.multinomial` takes V.
+        """
+        sums = weights.cumsum(-1)
+        uniform = torch.rand(len(weights), 1, generator=self.generator, device=weights.device)
+        tokens = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
+        return torch.where(tokens < weights.shape[-1], tokens, likeliest)  # rounded up to the sum of all, once in 2^24
 
     def _restrict(self, scaled: Tensor) -> Tensor:
         if 0 < self.top_k < scaled.shape[-1]:
@@ -97,14 +113,8 @@ def sample_responses(
     responses: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
     logps: list[list[float]] = [[] for _ in responses]
     alive = torch.arange(len(responses), device=model.device)
-    cache = DynamicCache(config=model.config) if _has_cache(model) else None
-    ids, mask = pad(prompts, "left", model.device)
-    logits = _forward(model, ids, mask, cache).repeat_interleave(group_size, 0)
-    mask = mask.repeat_interleave(group_size, 0)
-    if cache is None:
-        ids = ids.repeat_interleave(group_size, 0)
-    elif group_size > 1:
-        cache.batch_repeat_interleave(group_size)
+    decoding = (SharedDecoding if shares_prompts(model.base_model) else PlainDecoding)(model, prompts, group_size)
+    logits = decoding.logits
     for step in range(max_new_tokens):
         states = [(prompts[row // group_size], responses[row]) for row in alive.tolist()]
         allowed = None if constraint is None else constraint.masks(states)
@@ -118,18 +128,45 @@ def sample_responses(
             goes_on &= ~torch.tensor(stopped, device=goes_on.device)
         if step == max_new_tokens - 1 or not goes_on.any():
             break
-        keep = goes_on.nonzero()[:, 0]
-        if len(keep) < len(alive):
-            alive, tokens, mask = alive[keep], tokens[keep], mask[keep]
-            if cache is None:
-                ids = ids[keep]
-            else:
-                cache.batch_select_indices(keep)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if cache is None:
-            ids = torch.cat([ids, tokens[:, None]], 1)
-        logits = _forward(model, tokens[:, None] if cache is not None else ids, mask, cache)
+        if not goes_on.all():
+            alive, tokens = alive[goes_on], tokens[goes_on]
+            decoding.keep(alive)
+        logits = decoding(tokens)
     return responses, [np.array(row, dtype=np.float32) for row in logps]
+
+
+class PlainDecoding:
+    """What `SharedDecoding` does, for any model: a row a response, over transformers' own cache, or over none.
+
+    Attributes:
+        logits: (N * G, V), of the first token of each response.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], group_size: int) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config) if _has_cache(model) else None
+        ids, mask = pad(prompts, "left", model.device)
+        self.logits = _forward(model, ids, mask, self.cache).repeat_interleave(group_size, 0)
+        self.ids, self.mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
+        self.numbers = torch.arange(len(self.mask), device=model.device)
+        if self.cache is not None and group_size > 1:
+            self.cache.batch_repeat_interleave(group_size)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) after the next token of each response that is left, `tokens` (R,), in the order of their numbers."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        if self.cache is None:
+            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        return _forward(self.model, tokens[:, None] if self.cache is not None else self.ids, self.mask, self.cache)
+
+    def keep(self, numbers: Tensor) -> None:
+        """Go on with these responses only, (R,) int64 in ascending order."""
+        left = torch.isin(self.numbers, numbers).nonzero()[:, 0]
+        self.numbers, self.mask = self.numbers[left], self.mask[left]
+        if self.cache is None:
+            self.ids = self.ids[left]
+        else:
+            self.cache.batch_select_indices(left)
 
 
 def _has_cache(model: PreTrainedModel) -> bool:

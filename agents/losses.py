@@ -152,12 +152,6 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_
     return 0.5 * error
 
 
-def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature), (..., V) -> (...), in nats and float32."""
-    logp = (logits.float() / temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """The plain estimate of KL(pi, pi_ref) per token: -d, d = ref_logp - logp.
 

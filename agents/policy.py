@@ -19,12 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from agents.checks import check_tokens, checked_masks
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
-from agents.losses import entropy_of
 from agents.vec_env import ids_and_mask, rows_of
 from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
-from llm_env.scoring import log_probs_of, pad_masks, response_outputs, response_states, restrict
+from llm_env.scoring import response_states, restrict, score
 
 PretrainedFiles = dict[str, bytes]
 
@@ -144,18 +143,18 @@ class LanguagePolicy(BasePolicy):
             responses: B lists of token ids.
             temperature: divides the logits, as in sampling.
         """
-        shared = self.value_head is not None and self.critic is None
-        logits, targets, mask, hidden = response_outputs(self.lm, prompts, responses, self.vocab_size, hidden_states=shared)
+        allowed = None
         if self.constraint is not None:
             allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
-            logits = restrict(logits, pad_masks(allowed))
+        states = self.value_head is not None and self.critic is None
+        scored = score(self.lm, prompts, responses, self.vocab_size, temperature, allowed, entropy=True, states=states)
         values = None
         if self.value_head is not None:
-            if self.critic is not None:
-                hidden = response_states(self.critic, prompts, responses)
+            hidden = scored.states if self.critic is None else response_states(self.critic, prompts, responses)
             assert hidden is not None
             values = self.value_head(hidden.float())[..., 0]
-        return Evaluation(log_probs_of(logits, targets, temperature), mask, entropy_of(logits, temperature), values)
+        assert scored.entropy is not None
+        return Evaluation(scored.logp, scored.mask, scored.entropy, values)
 
     def log_probs(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llm_env.scoring import log_probs_of, pad_masks, response_outputs, restrict
+from llm_env.scoring import score
 
 
 class Reference:
@@ -80,10 +80,9 @@ class Reference:
         results: list[np.ndarray] = []
         for begin in range(0, len(prompts), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
-            logits, targets, mask, _ = response_outputs(self.model, prompts[rows], responses[rows], self._vocab_size)
-            logits = restrict(logits, pad_masks(None if allowed is None else allowed[rows]))
-            logp = log_probs_of(logits, targets, self.temperature)
-            results += [row[keep].cpu().numpy() for row, keep in zip(logp, mask.bool(), strict=True)]
+            masks = None if allowed is None else allowed[rows]
+            scored = score(self.model, prompts[rows], responses[rows], self._vocab_size, self.temperature, masks)
+            results += [row[keep].cpu().numpy() for row, keep in zip(scored.logp, scored.mask.bool(), strict=True)]
         return results
 
 

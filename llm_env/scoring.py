@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llm_env.shared_prompt import NotShareable, group_states, shares_prompts
+
 FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stays finite in the entropy
+CHUNK_BYTES = 2**28  # of logits at a time, in float32
+SAVES = 0.9  # shared prompts are computed once where that leaves at most this share of the positions
+
+Rows = Sequence[Sequence[int]]
+Head = Callable[[Tensor], Tensor]
 
 
-def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(rows: Rows, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of token ids as one int64 tensor (B, longest row), and the 0/1 mask of the same shape and type.
 
     The padding is token 0; nothing may depend on its value.
@@ -38,62 +49,16 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return inputs
 
 
-def response_outputs(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    vocab_size: int,
-    hidden_states: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Logits of every response token, from one pass over `[prompt padded left | response padded right]`.
-
-    Args:
-        model: any causal language model of transformers.
-        prompts: token ids, one row each, at least one token a row.
-        responses: token ids, one row each.
-        vocab_size: V; logits of ids beyond it, which pad some models' embeddings, are cut off: they are no actions.
-        hidden_states: also return the last hidden states.
-
-    Returns:
-        logits (B, T, V) of the response tokens, in the model's type; the tokens themselves (B, T); their 0/1 mask (B, T);
-        and the hidden states (B, T + 1, H) that every response token is chosen from, with the one after the last, or None.
-    """
-    inputs, targets, mask = _inputs(model, prompts, responses, with_last=hidden_states)
-    length = targets.shape[1]
-    first = inputs["input_ids"].shape[1] - length - int(hidden_states)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    if keeps:
-        inputs["logits_to_keep"] = torch.arange(first, first + length, device=model.device)
-    outputs = model(**inputs, use_cache=False, output_hidden_states=hidden_states)
-    logits = outputs.logits if keeps else outputs.logits[:, first : first + length]
-    hidden = outputs.hidden_states[-1][:, first : first + length + 1] if hidden_states else None
-    return logits[..., :vocab_size], targets, mask, hidden
-
-
-def response_states(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
-    """The hidden states (B, T + 1, H) of a model without a head, as `response_outputs` returns those of a language model."""
-    inputs, targets, _ = _inputs(model, prompts, responses, with_last=True)
-    return model(**inputs, use_cache=False).last_hidden_state[:, -targets.shape[1] - 1 :]
-
-
-def _inputs(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], with_last: bool
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """`[prompt padded left | response padded right]` for a forward pass; the responses (B, T) and their 0/1 mask.
-
-    The last response token is fed only `with_last`: nothing but V of the state after it depends on it.
-    """
-    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
-    targets, mask = pad(responses, "right", model.device)
-    fed = targets.shape[1] if with_last else targets.shape[1] - 1
-    both = torch.cat([prompt_ids, targets[:, :fed]], 1), torch.cat([prompt_mask, mask[:, :fed]], 1)
-    return model_inputs(model, *both), targets, mask
-
-
 def log_probs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log softmax(logits / temperature) at the tokens, in float32: (..., V) and (...) -> (...), in nats."""
     scaled = logits.float() / temperature
     return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)
+
+
+def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / temperature), (..., V) -> (...), in nats and float32."""
+    logp = (logits.float() / temperature).log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
 
 
 def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
@@ -103,11 +68,157 @@ def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
     return logits.float().masked_fill(torch.as_tensor(~allowed, device=logits.device), FORBIDDEN)
 
 
-def pad_masks(allowed: Sequence[np.ndarray] | None) -> np.ndarray | None:
-    """(n, V) bool arrays, one a row, as one of (B, longest n, V), all True at the padding; None stays None."""
-    if allowed is None:
+@dataclass
+class Scored:
+    """What a model says of B responses of up to T tokens; padded on the right.
+
+    Attributes:
+        logp: (B, T) float32, log pi of the response tokens, in nats; 0 at padding.
+        entropy: (B, T) float32, of the distributions they were drawn from, in nats; 0 at padding. None if not asked for.
+        mask: (B, T) int64, 1 at response tokens.
+        states: (B, T + 1, H), the hidden state before each token and after the last; None if not asked for.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+    mask: Tensor
+    states: Tensor | None
+
+
+def score(
+    model: PreTrainedModel,
+    prompts: Rows,
+    responses: Rows,
+    vocab_size: int,
+    temperature: float = 1.0,
+    allowed: Sequence[np.ndarray] | None = None,
+    entropy: bool = False,
+    states: bool = False,
+) -> Scored:
+    """Log-probs of all response tokens, from one pass in which prompts that follow each other are computed once.
+
+    Logits are made of some tokens at a time (`CHUNK_BYTES`) and made again in the backward pass, never of all.
+
+    Args:
+        model: any causal language model of transformers.
+        prompts: B lists of token ids, at least one token each.
+        responses: B lists of token ids, at least one token each.
+        vocab_size: V; logits of ids beyond it, which pad some models' embeddings, are cut off: they are no actions.
+        temperature: divides the logits.
+        allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
+        entropy: also of the distributions' entropies.
+        states: also return the hidden states.
+    """
+    targets, mask = pad(responses, "right", model.device)
+    at, head = mask.bool(), head_of(model)
+    if head is None:
+        hidden, known = _plain_outputs(model, prompts, responses, states)
+        head = _identity
+    else:
+        hidden = known = response_states(model.base_model, prompts, responses, with_last=states)
+    masks = None if allowed is None else np.concatenate(list(allowed))
+    chosen = known[:, : targets.shape[1]][at]
+    logp, spread = _token_scores(head, chosen, targets[at], vocab_size, temperature, masks, entropy)
+    table = torch.zeros(mask.shape, device=mask.device)
+    return Scored(
+        table.masked_scatter(at, logp),
+        table.masked_scatter(at, spread) if entropy else None,
+        mask,
+        hidden if states else None,
+    )
+
+
+def _token_scores(
+    head: Head,
+    states: Tensor,
+    tokens: Tensor,
+    vocab_size: int,
+    temperature: float,
+    allowed: np.ndarray | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of N tokens, (N,) each, from their states (N, H)."""
+
+    def scores(part: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        logits = restrict(head(part)[..., :vocab_size], None if allowed is None else allowed[at])
+        logp = log_probs_of(logits, tokens[at], temperature)
+        return logp, entropy_of(logits, temperature) if entropy else torch.zeros_like(logp)
+
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    parts = [slice(i, i + size) for i in range(0, len(tokens), size)]
+    if len(parts) == 1:
+        return scores(states, parts[0])
+    found = [checkpoint(scores, states[at], at, use_reentrant=False) for at in parts]
+    return torch.cat([logp for logp, _ in found]), torch.cat([spread for _, spread in found])
+
+
+def response_states(base: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool = True) -> Tensor:
+    """The hidden states (B, T + 1, H) before each response token and after the last, of a model without its head.
+
+    Without the last token's (B, T, H): nothing but V of the state after it depends on it. Prompts that are the same in rows
+    that follow each other are computed once where that saves work and the model's attention allows it.
+    """
+    fed = responses if with_last else [row[:-1] for row in responses]
+    groups = groups_of(prompts, fed)
+    if groups is not None and shares_prompts(base):
+        with suppress(NotShareable):
+            return group_states(base, *groups)
+    inputs, width = _inputs(base, prompts, fed)
+    return base(**inputs, use_cache=False).last_hidden_state[:, -width - 1 :]
+
+
+def groups_of(prompts: Rows, fed: Rows) -> tuple[Rows, Sequence[Rows]] | None:
+    """Rows of one prompt that follow each other as N prompts and N lists of rows; None where that would save no work.
+
+    The work is the number of positions in the batch, padding included.
+    """
+    heads: list[Sequence[int]] = []
+    members: list[list[Sequence[int]]] = []
+    for prompt, row in zip(prompts, fed, strict=True):
+        if not heads or list(heads[-1]) != list(prompt):
+            heads.append(prompt)
+            members.append([])
+        members[-1].append(row)
+    longest_prompt, longest = max(map(len, prompts)), max(map(len, fed))
+    together = len(heads) * (longest_prompt + max(map(len, members)) * longest)
+    return (heads, members) if together < SAVES * len(prompts) * (longest_prompt + longest) else None
+
+
+def _inputs(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], int]:
+    """`[prompt padded left | response padded right]` for a forward pass, and the width of the responses."""
+    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
+    ids, mask = pad(fed, "right", model.device)
+    return model_inputs(model, torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)), ids.shape[1]
+
+
+def _plain_outputs(model: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states and logits before each response token, from the whole language model: for a head that stands not alone."""
+    inputs, width = _inputs(model, prompts, responses if with_last else [row[:-1] for row in responses])
+    last = {"logits_to_keep": width + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    outputs = model(**inputs, **last, use_cache=False, output_hidden_states=with_last)
+    hidden = outputs.hidden_states[-1][:, -width - 1 :] if with_last else outputs.logits
+    return hidden, outputs.logits[:, -width - 1 :]
+
+
+_heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def head_of(model: PreTrainedModel) -> Head | None:
+    """The map from last hidden states to logits, if it is the output embedding alone; None where a model does more.
+
+    Which of the two is found out by a trial, once a model.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
         return None
-    table = np.ones((len(allowed), max(map(len, allowed)), allowed[0].shape[1]), dtype=bool)
-    for row, masks in zip(table, allowed, strict=True):
-        row[: len(masks)] = masks
-    return table
+    if model not in _heads:
+        ids = torch.arange(3, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+            alone = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        _heads[model] = torch.equal(logits, alone)  # bit for bit: a soft cap hardly shows on small logits
+    return head if _heads[model] else None
+
+
+def _identity(logits: Tensor) -> Tensor:
+    return logits

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import agents.audit.memory
 import agents.audit.table
+import agents.decoding
 import agents.generation
 import agents.policy
 import agents.update
@@ -109,6 +110,7 @@ def without_positions(model, input_ids, attention_mask):
 @pytest.mark.usefixtures("quick")
 def test_positions_that_padding_shifts_in_training(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
+    monkeypatch.setattr(llm_env.scoring, "SAVES", 0.0)  # plain rows, which are the ones that are padded
     found = failures(make_agent(family="gpt2"))
     assert {TRAINER, TRAINED, PADDING, BATCHES} <= found.keys() and SAMPLED not in found and RATIO not in found
     assert "Only rows whose prompt was padded on the left are wrong" in found[TRAINED]
@@ -118,6 +120,8 @@ def test_positions_that_padding_shifts_in_training(monkeypatch):
 def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
     monkeypatch.setattr(agents.generation, "model_inputs", without_positions)
+    monkeypatch.setattr(llm_env.scoring, "SAVES", 0.0)
+    monkeypatch.setattr(agents.generation, "shares_prompts", lambda base: False)
     found = failures(make_agent(family="gpt2"))
     assert {SAMPLED, TRAINED} <= found.keys() and TRAINER not in found  # the two agree, both wrong
     assert "position_ids" in found[SAMPLED] and "position_ids" in found[TRAINED]
@@ -165,8 +169,8 @@ def test_no_response_that_ended_is_said():
 
 @pytest.mark.usefixtures("quick")
 def test_a_temperature_that_training_leaves_out(monkeypatch):
-    original = agents.policy.log_probs_of
-    monkeypatch.setattr(agents.policy, "log_probs_of", lambda logits, tokens, temperature: original(logits, tokens))
+    original = llm_env.scoring.log_probs_of
+    monkeypatch.setattr(llm_env.scoring, "log_probs_of", lambda logits, tokens, temperature: original(logits, tokens))
     found = failures(make_agent())
     assert found.keys() == {TRAINER, TRAINED, ONLY}
     assert "at temperature 1, not at the agent's 0.7" in found[TRAINED]
@@ -195,15 +199,15 @@ def test_dropout_that_is_on(kind, monkeypatch):
 @pytest.mark.usefixtures("quick")
 def test_a_mask_that_begins_one_token_early(monkeypatch):
     """Log-probs of the last prompt token up to the last but one of the response."""
-    original = agents.policy.response_outputs
+    original = agents.policy.score
 
-    def early(model, prompts, responses, vocab_size, hidden_states=False):
+    def early(model, prompts, responses, *args, **kwargs):
         cut = [([*p[:-1]], [p[-1], *r[:-1]]) if len(p) > 1 else (p, r) for p, r in zip(prompts, responses, strict=True)]
-        return original(model, [p for p, _ in cut], [r for _, r in cut], vocab_size, hidden_states)
+        return original(model, [p for p, _ in cut], [r for _, r in cut], *args, **kwargs)
 
     env = env_of(prompts=("ab", "abcd", "bcd"))
     assert not failures(make_agent(env=env))
-    monkeypatch.setattr(agents.policy, "response_outputs", early)
+    monkeypatch.setattr(agents.policy, "score", early)
     found = failures(make_agent(env=env))
     assert {TRAINED, ONLY} <= found.keys() and SAMPLED not in found and RATIO not in found
     assert "off-by-one" in found[TRAINED] and "tokens of the prompt are in the loss" in found[ONLY]
@@ -268,16 +272,14 @@ def test_old_log_probs_of_other_weights(monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 def test_a_cache_whose_positions_stand_still(monkeypatch):
-    """Every token after the first is sampled as if it stood right after the prompt's first."""
-    original = agents.generation._forward
+    """Every token after the first is sampled as if it stood where the first does."""
+    original = agents.decoding.SharedDecoding.__call__
 
-    def standing(model, ids, mask, cache):
-        if cache is not None and cache.get_seq_length():
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.zeros_like(ids)}
-            return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
-        return original(model, ids, mask, cache)
+    def standing(self, tokens):
+        self.lengths = self.lengths - int(self.step > 0)
+        return original(self, tokens)
 
-    monkeypatch.setattr(agents.generation, "_forward", standing)
+    monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", standing)
     found = failures(make_agent())
     assert found.keys() == {TRAINER, SAMPLED} and "cache of keys and values" in found[SAMPLED]
 

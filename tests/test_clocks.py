@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
 from llm_env.reference import AdaptiveKLController, Reference
-from llm_env.scoring import response_outputs
+from llm_env.scoring import score
 from tests.conftest import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer("abc")
@@ -139,8 +139,8 @@ def test_the_reference_pads_by_hand_as_well():
         got = REFERENCES[1].log_probs(prompts, responses)
     for row, prompt, response in zip(got, prompts, responses, strict=True):
         np.testing.assert_allclose(row, slow_log_probs(model, prompt, response), atol=1e-5)
-    logits, _, mask, _ = response_outputs(model, prompts, responses, len(TOKENIZER))
-    assert logits.shape == (2, 3, len(TOKENIZER)) and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    scored = score(model, prompts, responses, len(TOKENIZER))
+    assert scored.logp.shape == (2, 3) and scored.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_a_reference_model_is_copied_so_that_training_does_not_move_it():

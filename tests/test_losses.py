@@ -10,7 +10,6 @@ from agents.losses import (
     cispo_terms,
     clipped_surrogate,
     clipped_terms,
-    entropy_of,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -20,7 +19,7 @@ from agents.losses import (
     value_terms,
     weighted_sum,
 )
-from llm_env.scoring import log_probs_of
+from llm_env.scoring import entropy_of, log_probs_of
 
 
 def logs(*rows):

@@ -18,7 +18,7 @@ from agents.rollout import Rollout, collect
 from ladder_parts.gradients import Moments, evaluate, policy_gradient, with_advantages
 from ladder_parts.runs import EPISODES, GROUP, STEPS, Exam, make_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.scoring import response_outputs
+from llm_env.scoring import response_states
 
 SHIFTED, IN_GROUPS = "naive, rewards + 1", "naive, in groups"
 CRITIC_EPISODES = 100  # a round, from which the critic is fitted, and as many to say how good it is
@@ -107,7 +107,7 @@ def fit_critic(policy: LanguagePolicy, sampler: Sampler, seed: int, episodes: in
 
 def _states_and_returns(policy: LanguagePolicy, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Last hidden states (tokens, H) that the action tokens are chosen from, and the returns (tokens,) from there on."""
-    *_, hidden = response_outputs(policy.lm, rollout.prompts, rollout.responses, policy.vocab_size, hidden_states=True)
+    hidden = response_states(policy.lm.base_model, rollout.prompts, rollout.responses)
     assert hidden is not None
     here = rollout.mask.bool()
     return hidden[:, :-1][here], discounted_returns(rollout.rewards, rollout.mask, 1.0)[here]
