@@ -20,6 +20,8 @@ FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stay
 CHUNK_BYTES = 2**28  # of logits at a time, in float32
 SAVES = 0.9  # shared prompts are computed once where that leaves at most this share of the positions
 
+ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what models call what they do to logits
+
 Rows = Sequence[Sequence[int]]
 Head = Callable[[Tensor], Tensor]
 
@@ -208,8 +210,8 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
     Which of the two is found out by a trial, once a model.
     """
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if head is None or model.base_model is model or any(getattr(config, name, None) not in (None, 1) for name in ON_LOGITS):
         return None
     if model not in _heads:
         ids = torch.arange(3, device=model.device)[None] % model.get_input_embeddings().num_embeddings
