@@ -116,8 +116,9 @@ def sample_responses(
     decoding = (SharedDecoding if shares_prompts(model.base_model) else PlainDecoding)(model, prompts, group_size)
     logits = decoding.logits
     for step in range(max_new_tokens):
-        states = [(prompts[row // group_size], responses[row]) for row in alive.tolist()]
-        allowed = None if constraint is None else constraint.masks(states)
+        allowed = None
+        if constraint is not None:
+            allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in alive.tolist()])
         tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed))
         for row, token, value in zip(alive.tolist(), tokens.tolist(), logp.tolist(), strict=True):
             responses[row].append(token)

@@ -182,10 +182,7 @@ def shares_prompts(base: PreTrainedModel) -> bool:
     if base not in _able and not _attends_to_everything(base):
         _able[base] = False
     if base not in _able:
-        vocabulary = base.get_input_embeddings().num_embeddings
-        prompts = [[1, 2, 0], [3]]
-        prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
-        groups = [[[0, 1], [2]], [[1, 2], [0]]]
+        prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
         try:
             with torch.no_grad():
                 states = group_states(base, prompts, groups)
@@ -197,6 +194,6 @@ def shares_prompts(base: PreTrainedModel) -> bool:
             rows = [row for group in groups for row in group]
             pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, row in zip(states, alone, rows, strict=True)]
             _able[base] = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
-        except (NotShareable, TypeError, ValueError, RuntimeError, NotImplementedError):
+        except Exception:  # plain rows are taken, where an error that is the model's own comes again
             _able[base] = False
     return _able[base]
