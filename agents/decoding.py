@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_env.scoring import model_inputs, pad
@@ -15,92 +15,157 @@ from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_o
 BLOCK = 64  # tokens by which the responses' keys and values get more room
 COMPACT = 0.8  # rows are moved together when at most this share of the slots is left by it
 
-Cached = tuple[Tensor, Tensor]  # keys and values
+Cached = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 
 
 class SharedDecoding:
-    """N prompts and, in slots (N, G), responses that go on from them, all of the same length so far.
+    """Responses that are under way, in slots (N, G): up to G responses to each of N prompts.
 
     Args:
         model: a causal language model whose body `shares_prompts`.
-        prompts: N lists of token ids.
         group_size: G.
 
     Attributes:
-        logits: (N * G, V), of the first token of each response.
-        rows: (N, G) int64, the number i * G + j of the response in a slot, -1 where a slot is empty.
+        rows: (N, G) int64, the number of the response in a slot, -1 where a slot is empty.
+        ages: (N, G) int64, how many tokens of the response have been computed.
+        lengths: (N,) int64, tokens of the prompts.
+        prompts: (N, K, D, P) and (N, K, P, D), padded on the left: keys lie in memory as they are multiplied with.
+        own: (2, N, K, G, W, D) by layer, the responses' keys and values, with room for W tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], group_size: int) -> None:
-        self.model = model
-        ids, mask = pad(prompts, "left", model.device)
+    refills = True  # responses may begin while others are under way
+
+    def __init__(self, model: PreTrainedModel, group_size: int) -> None:
+        self.model, self.group_size, self.begun = model, group_size, 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.rows = torch.empty(0, self.group_size, dtype=torch.int64, device=self.model.device)
+        self.ages, self.lengths = self.rows.clone(), self.rows[:, 0].clone()
+        self.prompts: Cached = {}
+        self.own: dict[int, Tensor] = {}
+        self.oldest = 0
+        self.even = True  # all responses have that age
+        self._hidden: Tensor | None = None
+        self._ahead: Tensor | None = None
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Begin responses to n more prompts, numbered from the last on: logits (n * G, V) of their first tokens."""
+        ids, mask = pad(prompts, "left", self.model.device)
         packed = PackedRows(mask.bool(), kept={})
-        inputs = model_inputs(model, ids, mask)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        with attention_by(model, packed):
-            self.logits = model(**inputs, **last, use_cache=False).logits[:, -1].repeat_interleave(group_size, 0)
+        inputs = model_inputs(self.model, ids, mask)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        with attention_by(self.model, packed):
+            logits = self.model(**inputs, **last, use_cache=False).logits[:, -1].repeat_interleave(self.group_size, 0)
         assert packed.kept is not None
-        # In the order of memory in which they are multiplied with at every token.
-        self.prompts = {layer: (k.transpose(-1, -2).contiguous(), v.contiguous()) for layer, (k, v) in packed.kept.items()}
-        self.lengths = mask.sum(1)
-        self.hidden = None if mask.all() else torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)
-        self.rows = torch.arange(len(prompts) * group_size, device=ids.device).view(len(prompts), group_size)
-        self.full = True  # no slot is empty
-        self.own: dict[int, Cached] = {}
-        self.step = 0
+        rows = self.begun + torch.arange(len(logits), device=ids.device).view(-1, self.group_size)
+        self.begun += len(logits)
+        self._join(rows, mask.sum(1), packed.kept)
+        return logits
+
+    def _join(self, rows: Tensor, lengths: Tensor, prompts: Cached) -> None:
+        """Put n prompts and their responses, of age 0, below those that are there."""
+        self.oldest = int(self.ages.max()) if self.own else 0
+        self.even = self.oldest == 0
+        self.rows = torch.cat([widened(self.rows, 1, self.group_size, value=-1), rows])
+        self.ages = torch.cat([widened(self.ages, 1, self.group_size), torch.zeros_like(rows)])
+        self.lengths = torch.cat([self.lengths, lengths])
+        width = max(int(self.lengths.max()), next(iter(self.prompts.values()))[1].shape[2] if self.prompts else 0)
+        for layer, (keys, values) in prompts.items():
+            keys, values = widened(keys.transpose(-1, -2), 3, -width), widened(values, 2, -width)
+            if layer in self.prompts:
+                old_keys, old_values = self.prompts[layer]
+                keys = torch.cat([widened(old_keys, 3, -width), keys])
+                values = torch.cat([widened(old_values, 2, -width), values])
+            self.prompts[layer] = keys.contiguous(), values.contiguous()
+        for layer, own in self.own.items():
+            self.own[layer] = widened(widened(own, 3, self.group_size), 1, len(self.rows))
+        padding = torch.arange(width, device=rows.device) < width - self.lengths[:, None]
+        self._hidden = (
+            torch.zeros(padding.shape, device=rows.device).masked_fill(padding, -torch.inf) if padding.any() else None
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (R, V) after the next token of each response that is left, `tokens` (R,), in the order of their numbers."""
         filled = self.rows >= 0
         ids = torch.zeros_like(self.rows).masked_scatter(filled, tokens)
-        positions = (self.lengths + self.step)[:, None].expand_as(ids)
+        self._make_room()
+        logits = self._forward(ids)
+        self.ages += filled
+        self.oldest += 1
+        return logits.flatten(0, 1) if len(tokens) == ids.numel() else logits[filled]
+
+    def _make_room(self) -> None:
+        """Room for one more token of every response."""
+        width = next(iter(self.own.values())).shape[4] if self.own else 0
+        if width > self.oldest:
+            return
+        for layer, (_, values) in self.prompts.items():
+            n, kinds, _, d = values.shape
+            more = values.new_zeros(2, n, kinds, self.rows.shape[1], max(BLOCK, width), d)
+            self.own[layer] = torch.cat([self.own[layer], more], 4) if width else more
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """Logits (N, G, V) after the tokens `ids` (N, G)."""
+        if not self.even:
+            ahead = torch.arange(self.oldest + 1, device=ids.device) > self.ages[..., None]  # (N, G, W)
+            self._ahead = torch.zeros(ahead.shape, device=ids.device).masked_fill(ahead, -torch.inf)[:, None, :, None]
         with attention_by(self.model, self):
-            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        self.step += 1
-        return logits.flatten(0, 1) if self.full else logits[filled]
+            return self.model(input_ids=ids, position_ids=self.lengths[:, None] + self.ages, use_cache=False).logits
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         """Each of the G positions of a row is a response's next token: it attends to the prompt and to its own past."""
-        (n, heads, g, d), kinds, t = query.shape, key.shape[1], self.step
-        prompt_keys, prompt_values = self.prompts[layer]  # (N, K, D, P) and (N, K, P, D)
+        (n, heads, g, d), kinds = query.shape, key.shape[1]
+        prompt_keys, prompt_values = self.prompts[layer]
         p, repeats = prompt_keys.shape[3], heads // kinds
-        own_keys, own_values = self._room(layer, key)
-        own_keys[:, :, :, t], own_values[:, :, :, t] = key, value
+        own_keys, own_values = self._remember(layer, key, value)
         query = query.view(n, kinds, repeats, g, d).transpose(2, 3)
         to_prompt = scores_of(query.reshape(n, kinds, g * repeats, d), prompt_keys.transpose(-1, -2), softcap)
-        if self.hidden is not None:
-            to_prompt = to_prompt + self.hidden[:, None, None].to(to_prompt.dtype)
-        to_own = scores_of(query, own_keys[:, :, :, : t + 1], softcap)
+        if self._hidden is not None:
+            to_prompt = to_prompt + self._hidden[:, None, None].to(to_prompt.dtype)
+        to_own = scores_of(query, own_keys, softcap)
+        if not self.even and self._ahead is not None:
+            to_own = to_own + self._ahead.to(to_own.dtype)
         weights = weights_of(to_prompt.view(n, kinds, g, repeats, p), to_own)
         mixed = (weights[..., :p].reshape(n, kinds, g * repeats, p) @ prompt_values).view(n, kinds, g, repeats, d)
-        mixed = mixed + weights[..., p:] @ own_values[:, :, :, : t + 1]
+        mixed = mixed + weights[..., p:] @ own_values
         return mixed.transpose(2, 3).reshape(n, heads, g, d)
 
-    def _room(self, layer: int, key: Tensor) -> Cached:
-        """The responses' keys and values, (N, K, G, at least step + 1, D) each."""
-        if layer not in self.own or self.own[layer][0].shape[3] == self.step:
-            n, kinds, g, d = key.shape
-            keys, values = self.own.get(layer, (key.new_empty(n, kinds, g, 0, d),) * 2)
-            more = key.new_empty(n, kinds, g, max(BLOCK, self.step), d)
-            self.own[layer] = torch.cat([keys, more], 3), torch.cat([values, more], 3)
-        return self.own[layer]
+    def _remember(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
+        """Add the new tokens' keys and values, (N, K, G, D) each, to the responses' own: those so far, (2, N, K, G, W, D)."""
+        own = self.own[layer]
+        if self.even:
+            own[0, :, :, :, self.oldest], own[1, :, :, :, self.oldest] = key, value
+        else:
+            n, g = (torch.arange(size, device=key.device) for size in self.ages.shape)
+            at = n[:, None], slice(None), g, self.ages
+            own[0][at], own[1][at] = key.transpose(1, 2), value.transpose(1, 2)
+        return own[..., : self.oldest + 1, :]
 
     def keep(self, numbers: Tensor) -> None:
         """Go on with these responses only, (R,) int64 in ascending order; rows move together where that saves enough."""
         left = torch.isin(self.rows, numbers)
         self.rows = self.rows.masked_fill(~left, -1)
-        self.full = False
         counts = left.sum(1)
         prompts, width = (counts > 0).nonzero()[:, 0], int(counts.max())
+        if width == 0:
+            return self._clear()
         if len(prompts) * width > COMPACT * self.rows.numel():
             return
         order = left[prompts].to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-        self.rows = self.rows[prompts].gather(1, order)
+        self.rows, self.ages = self.rows[prompts].gather(1, order), self.ages[prompts].gather(1, order)
         self.lengths = self.lengths[prompts]
-        self.hidden = None if self.hidden is None else self.hidden[prompts]
+        self._hidden = None if self._hidden is None else self._hidden[prompts]
         self.prompts = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prompts.items()}
-        if not self.own:
-            return
-        kinds = torch.arange(next(iter(self.own.values()))[0].shape[1], device=prompts.device)
-        at = (prompts[:, None, None], kinds[None, :, None], order[:, None])
-        self.own = {layer: (k[at], v[at]) for layer, (k, v) in self.own.items()}
+        kinds = torch.arange(next(iter(self.prompts.values()))[1].shape[1], device=prompts.device)
+        at = (slice(None), prompts[:, None, None], kinds[None, :, None], order[:, None])
+        self.own = {layer: own[at] for layer, own in self.own.items()}
+
+
+def widened(table: Tensor, dim: int, size: int, value: int = 0) -> Tensor:
+    """A table with more entries along one dimension, `size` in all, after those that are there, or before them if negative."""
+    more = abs(size) - table.shape[dim]
+    if more == 0:
+        return table
+    sides = (more, 0) if size < 0 else (0, more)
+    return nn.functional.pad(table, (0, 0) * (table.ndim - 1 - dim) + sides, value=value)

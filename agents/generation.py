@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -16,6 +17,8 @@ from llm_env.arguments import as_whole
 from llm_env.constraints import TokenConstraint
 from llm_env.scoring import model_inputs, pad, restrict
 from llm_env.shared_prompt import shares_prompts
+
+BLOCK = 64  # tokens whose probabilities are summed first when one is drawn
 
 StopRule = Callable[[Sequence[int]], bool]
 
@@ -26,7 +29,8 @@ class Sampler:
 
     Attributes:
         temperature: divides the logits, here and in training.
-        top_k, top_p: draw among the k likeliest tokens, among the likeliest of total probability p. Off by default: the
+        top_k, top_p, min_p: draw among the k likeliest tokens; among the likeliest of total probability p; among those that
+            are at least `min_p` times as likely as the likeliest (arXiv 2407.01082). In this order, and off by default: the
             log-probs stay those of the whole distribution, so that training with these on is off-policy.
         deterministic: take the likeliest token.
         generator: source of the randomness.
@@ -37,35 +41,46 @@ class Sampler:
     top_p: float = 1.0
     deterministic: bool = False
     generator: torch.Generator | None = None
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, (int, float, np.number)) or not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive; for greedy decoding set deterministic=True")
         if (as_whole(self.top_k) or 0) != self.top_k or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off) and top_p={self.top_p} in (0, 1] (1 is off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be in [0, 1] (0 is off)")
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some tokens that are possible are never drawn."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw from logits (B, V): tokens (B,) and their log-probs (B,) under the tempered distribution, in nats."""
         scaled = logits.float() / self.temperature if self.temperature != 1 else logits.float()
-        likeliest = scaled.max(-1, keepdim=True)
-        weights = (scaled - likeliest.values).exp_()
-        total = weights.sum(-1, keepdim=True)
+        probabilities = scaled.softmax(-1)
         if self.deterministic:
-            tokens = likeliest.indices
+            tokens = scaled.argmax(-1, keepdim=True)
         else:
-            restricted = self.top_k or self.top_p < 1
-            tokens = self._draw(self._restrict(scaled).softmax(-1) if restricted else weights, likeliest.indices)
-        return tokens[:, 0], (scaled.gather(-1, tokens) - likeliest.values - total.log())[:, 0]
+            tokens = self._draw(self._restrict(scaled).softmax(-1) if self.restricted else probabilities)
+        return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
-    def _draw(self, weights: Tensor, likeliest: Tensor) -> Tensor:
-        """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V), by their running sums.
+    def _draw(self, weights: Tensor) -> Tensor:
+        """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V).
 
-        That takes one random number a row, where `torch.multinomial` takes V.
+        By one random number a row, where `torch.multinomial` takes V: it is looked up in the running sums of blocks of tokens,
+        then of the tokens in its block.
         """
-        sums = weights.cumsum(-1)
-        uniform = torch.rand(len(weights), 1, generator=self.generator, device=weights.device)
-        tokens = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-        return torch.where(tokens < weights.shape[-1], tokens, likeliest)  # rounded up to the sum of all, once in 2^24
+        at = torch.rand(len(weights), 1, generator=self.generator, device=weights.device)
+        size = weights.shape[-1]
+        if size > BLOCK:
+            weights = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+            sums = weights.sum(-1)
+            block, at = _look_up(sums, at * sums.sum(-1, keepdim=True))
+            token, _ = _look_up(weights.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0], at)
+            return block * BLOCK + token
+        return _look_up(weights, at * weights.sum(-1, keepdim=True))[0]
 
     def _restrict(self, scaled: Tensor) -> Tensor:
         if 0 < self.top_k < scaled.shape[-1]:
@@ -76,7 +91,20 @@ class Sampler:
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the likeliest token always stays
             dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
             scaled = scaled.masked_fill(dropped, -torch.inf)
+        if self.min_p > 0:
+            scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + math.log(self.min_p), -torch.inf)
         return scaled
+
+
+def _look_up(weights: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry at which the running sum of `weights` (B, W) is over `at` (B, 1), and how far into it that is; (B, 1).
+
+    An entry of weight 0 is never taken: not below 0, and where rounding has put `at` beyond the sum of all, the largest is.
+    """
+    running = weights.cumsum(-1)
+    entry = torch.searchsorted(running, at.clamp(min=0), right=True)
+    entry = torch.where(entry < weights.shape[-1], entry, weights.argmax(-1, keepdim=True))
+    return entry, at - (running.gather(-1, entry) - weights.gather(-1, entry))
 
 
 @torch.no_grad()
@@ -87,10 +115,11 @@ def sample_responses(
     *,
     vocab_size: int,
     eos_id: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     group_size: int = 1,
     completes_stop: StopRule | None = None,
     constraint: TokenConstraint | None = None,
+    max_num_seqs: int | None = None,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Draw `group_size` responses to every prompt.
 
@@ -102,56 +131,91 @@ def sample_responses(
         sampler: draws a token.
         vocab_size: ids from here on are never drawn.
         eos_id: the end token; it is part of the response.
-        max_new_tokens: the longest response.
+        max_new_tokens: the longest response, or that to each of the N prompts.
         group_size: G.
         completes_stop: whether the last token of a response completes a stop string.
         constraint: which tokens may come next.
+        max_num_seqs: responses that are under way at a time, at least G, which bounds the memory; prompts that wait take the
+            places of responses that have ended. All by default.
 
     Returns:
         N * G responses (lists of ids; those to prompt i at i*G..i*G+G-1) and the log-probs of their tokens in nats (float32).
+
+    Raises:
+        ValueError: `max_num_seqs` or `max_new_tokens` is unusable.
     """
-    responses: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
-    logps: list[list[float]] = [[] for _ in responses]
-    alive = torch.arange(len(responses), device=model.device)
-    decoding = (SharedDecoding if shares_prompts(model.base_model) else PlainDecoding)(model, prompts, group_size)
-    logits = decoding.logits
-    for step in range(max_new_tokens):
+    limits = _limits(max_new_tokens, len(prompts)).repeat(group_size)
+    places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
+    if len(prompts) and places < 1:
+        raise ValueError(
+            f"max_num_seqs={max_num_seqs} has no room for a group of {group_size} responses; raise it to that at least"
+        )
+    responses: list[list[int]] = [[] for _ in limits]
+    logps: list[list[float]] = [[] for _ in limits]
+    alive = torch.empty(0, dtype=torch.int64, device=model.device)
+    logits = torch.empty(0, device=model.device)
+    decoding = (SharedDecoding if shares_prompts(model.base_model) else PlainDecoding)(model, group_size)
+    begun = 0
+    while begun < len(prompts) or len(alive):
+        free = min(places - -(-len(alive) // group_size), len(prompts) - begun)
+        # A few at a time: what is there is copied.
+        if not len(alive) or (decoding.refills and free >= max(1, min(places // 4, len(prompts) - begun))):
+            first = decoding.add(prompts[begun : begun + free])
+            numbers = torch.arange(begun * group_size, (begun + free) * group_size, device=alive.device)
+            logits, alive = torch.cat([logits.reshape(-1, first.shape[-1]), first]), torch.cat([alive, numbers])
+            begun += free
+        rows = alive.tolist()
         allowed = None
         if constraint is not None:
-            allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in alive.tolist()])
+            allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
         tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed))
-        for row, token, value in zip(alive.tolist(), tokens.tolist(), logp.tolist(), strict=True):
+        for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
             responses[row].append(token)
             logps[row].append(value)
-        goes_on = tokens != eos_id
-        if completes_stop is not None:
-            stopped = [completes_stop(responses[row]) for row in alive.tolist()]
-            goes_on &= ~torch.tensor(stopped, device=goes_on.device)
-        if step == max_new_tokens - 1 or not goes_on.any():
-            break
-        if not goes_on.all():
+        ended = [
+            responses[row][-1] == eos_id
+            or len(responses[row]) == limits[row]
+            or (completes_stop is not None and completes_stop(responses[row]))
+            for row in rows
+        ]
+        if any(ended):
+            goes_on = torch.tensor(ended, device=alive.device).logical_not()
             alive, tokens = alive[goes_on], tokens[goes_on]
             decoding.keep(alive)
-        logits = decoding(tokens)
+        logits = decoding(tokens) if len(alive) else logits[:0]
     return responses, [np.array(row, dtype=np.float32) for row in logps]
 
 
+def _limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarray:
+    """The longest response to each of `count` prompts, (count,) int64."""
+    limits = np.asarray(max_new_tokens)
+    if limits.dtype.kind not in "iu" or limits.shape not in ((), (count,)) or (limits < 1).any():
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} must be a whole number of at least 1, or one for each of the {count} prompts"
+        )
+    return np.broadcast_to(limits, (count,))
+
+
 class PlainDecoding:
-    """What `SharedDecoding` does, for any model: a row a response, over transformers' own cache, or over none.
+    """What `SharedDecoding` does, for any model: a row a response, over transformers' own cache, or over none."""
 
-    Attributes:
-        logits: (N * G, V), of the first token of each response.
-    """
+    refills = False
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], group_size: int) -> None:
-        self.model = model
-        self.cache = DynamicCache(config=model.config) if _has_cache(model) else None
-        ids, mask = pad(prompts, "left", model.device)
-        self.logits = _forward(model, ids, mask, self.cache).repeat_interleave(group_size, 0)
-        self.ids, self.mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
-        self.numbers = torch.arange(len(self.mask), device=model.device)
-        if self.cache is not None and group_size > 1:
-            self.cache.batch_repeat_interleave(group_size)
+    def __init__(self, model: PreTrainedModel, group_size: int) -> None:
+        self.model, self.group_size, self.begun = model, group_size, 0
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Begin responses to n prompts, numbered from the last on, once all others have ended: logits (n * G, V)."""
+        cache = DynamicCache(config=self.model.config) if _has_cache(self.model) else None
+        ids, mask = pad(prompts, "left", self.model.device)
+        logits = _forward(self.model, ids, mask, cache).repeat_interleave(self.group_size, 0)
+        self.ids, self.mask = (table.repeat_interleave(self.group_size, 0) for table in (ids, mask))
+        self.numbers = self.begun + torch.arange(len(logits), device=ids.device)
+        self.begun += len(logits)
+        self.cache = cache
+        if cache is not None and self.group_size > 1:
+            cache.batch_repeat_interleave(self.group_size)
+        return logits
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (R, V) after the next token of each response that is left, `tokens` (R,), in the order of their numbers."""

@@ -134,7 +134,11 @@ class LanguagePolicy(BasePolicy):
     # --- the training path -------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        entropy_gradient: bool = True,
     ) -> Evaluation:
         """Log-probs, entropies and values of the responses' tokens, from one forward pass.
 
@@ -142,12 +146,23 @@ class LanguagePolicy(BasePolicy):
             prompts: B lists of token ids.
             responses: B lists of token ids.
             temperature: divides the logits, as in sampling.
+            entropy_gradient: whether the entropies are differentiated, which costs time.
         """
         allowed = None
         if self.constraint is not None:
             allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
         states = self.value_head is not None and self.critic is None
-        scored = score(self.lm, prompts, responses, self.vocab_size, temperature, allowed, entropy=True, states=states)
+        scored = score(
+            self.lm,
+            prompts,
+            responses,
+            self.vocab_size,
+            temperature,
+            allowed,
+            entropy=True,
+            states=states,
+            entropy_gradient=entropy_gradient,
+        )
         values = None
         if self.value_head is not None:
             hidden = scored.states if self.critic is None else response_states(self.critic, prompts, responses)

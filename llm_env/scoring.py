@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -51,16 +53,51 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return inputs
 
 
-def log_probs_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log softmax(logits / temperature) at the tokens, in float32: (..., V) and (...) -> (...), in nats."""
-    scaled = logits.float() / temperature
-    return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)
+def log_probs_and_entropies(
+    logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = True, entropy_gradient: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log softmax(logits / temperature) at the tokens and the distributions' entropies, in float32 and nats.
+
+    Args:
+        logits: (N, V).
+        tokens: (N,) int64.
+        temperature: divides the logits.
+        entropy: whether the entropies are wanted; they are 0 if not.
+        entropy_gradient: whether they are differentiated, which costs time.
+
+    Returns:
+        (N,) and (N,).
+    """
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    return _LogProbsAndEntropies.apply(scaled, tokens, entropy, entropy and entropy_gradient)
 
 
-def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature), (..., V) -> (...), in nats and float32."""
-    logp = (logits.float() / temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+class _LogProbsAndEntropies(torch.autograd.Function):
+    """Keeps one table (N, V) for the backward pass, l = log_softmax(x) with p = exp(l).
+
+    d l_token / d x = onehot(token) - p, and d H / d x = -p * (l + H).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scaled: Tensor, tokens: Tensor, entropy: bool, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+        table = scaled.log_softmax(-1)
+        entropies = -torch.linalg.vecdot(table.exp(), table) if entropy else scaled.new_zeros(len(scaled))
+        ctx.save_for_backward(table, tokens, entropies)
+        ctx.entropy_gradient = entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        return table.gather(-1, tokens[:, None])[:, 0], entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        of_logp, of_entropies = gradients
+        table, tokens, entropies = ctx.saved_tensors
+        factors = -of_logp[:, None]
+        if ctx.entropy_gradient:
+            factors = factors - of_entropies[:, None] * (table + entropies[:, None])
+        out = table.exp().mul_(factors)
+        return out.scatter_add_(-1, tokens[:, None], of_logp[:, None]), None, None, None
 
 
 def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
@@ -96,6 +133,7 @@ def score(
     allowed: Sequence[np.ndarray] | None = None,
     entropy: bool = False,
     states: bool = False,
+    entropy_gradient: bool = True,
 ) -> Scored:
     """Log-probs of all response tokens, from one pass in which prompts that follow each other are computed once.
 
@@ -110,6 +148,7 @@ def score(
         allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
         entropy: also of the distributions' entropies.
         states: also return the hidden states.
+        entropy_gradient: whether the entropies are differentiated.
     """
     targets, mask = pad(responses, "right", model.device)
     at, head = mask.bool(), head_of(model)
@@ -120,7 +159,12 @@ def score(
         hidden = known = response_states(model.base_model, prompts, responses, with_last=states)
     masks = None if allowed is None else np.concatenate(list(allowed))
     chosen = known[:, : targets.shape[1]][at]
-    logp, spread = _token_scores(head, chosen, targets[at], vocab_size, temperature, masks, entropy)
+
+    def scores(states: Tensor, tokens: Tensor, allowed: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        logits = restrict(head(states)[..., :vocab_size], allowed)
+        return log_probs_and_entropies(logits, tokens, temperature, entropy, entropy_gradient)
+
+    logp, spread = _in_chunks(scores, chosen, targets[at], masks, max(1, CHUNK_BYTES // (4 * vocab_size)))
     table = torch.zeros(mask.shape, device=mask.device)
     return Scored(
         table.masked_scatter(at, logp),
@@ -130,28 +174,18 @@ def score(
     )
 
 
-def _token_scores(
-    head: Head,
-    states: Tensor,
-    tokens: Tensor,
-    vocab_size: int,
-    temperature: float,
-    allowed: np.ndarray | None,
-    entropy: bool,
+def _in_chunks(
+    scores: Callable[..., tuple[Tensor, Tensor]], states: Tensor, tokens: Tensor, allowed: np.ndarray | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of N tokens, (N,) each, from their states (N, H)."""
-
-    def scores(part: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-        logits = restrict(head(part)[..., :vocab_size], None if allowed is None else allowed[at])
-        logp = log_probs_of(logits, tokens[at], temperature)
-        return logp, entropy_of(logits, temperature) if entropy else torch.zeros_like(logp)
-
-    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    """`scores` of N tokens, (N,) each, from `size` tokens at a time; of more than that the logits are not kept."""
+    if len(tokens) <= size:
+        return scores(states, tokens, allowed)
     parts = [slice(i, i + size) for i in range(0, len(tokens), size)]
-    if len(parts) == 1:
-        return scores(states, parts[0])
-    found = [checkpoint(scores, states[at], at, use_reentrant=False) for at in parts]
-    return torch.cat([logp for logp, _ in found]), torch.cat([spread for _, spread in found])
+    found = [
+        checkpoint(scores, states[at], tokens[at], None if allowed is None else allowed[at], use_reentrant=False)
+        for at in parts
+    ]
+    return torch.cat([logp for logp, _ in found]), torch.cat([entropy for _, entropy in found])
 
 
 def response_states(base: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool = True) -> Tensor:

@@ -169,8 +169,12 @@ def test_no_response_that_ended_is_said():
 
 @pytest.mark.usefixtures("quick")
 def test_a_temperature_that_training_leaves_out(monkeypatch):
-    original = llm_env.scoring.log_probs_of
-    monkeypatch.setattr(llm_env.scoring, "log_probs_of", lambda logits, tokens, temperature: original(logits, tokens))
+    original = llm_env.scoring.log_probs_and_entropies
+    monkeypatch.setattr(
+        llm_env.scoring,
+        "log_probs_and_entropies",
+        lambda logits, tokens, temperature, *rest: original(logits, tokens, 1.0, *rest),
+    )
     found = failures(make_agent())
     assert found.keys() == {TRAINER, TRAINED, ONLY}
     assert "at temperature 1, not at the agent's 0.7" in found[TRAINED]
@@ -276,7 +280,7 @@ def test_a_cache_whose_positions_stand_still(monkeypatch):
     original = agents.decoding.SharedDecoding.__call__
 
     def standing(self, tokens):
-        self.lengths = self.lengths - int(self.step > 0)
+        self.lengths = self.lengths - int(self.oldest > 0)
         return original(self, tokens)
 
     monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", standing)

@@ -19,7 +19,7 @@ from agents.losses import (
     value_terms,
     weighted_sum,
 )
-from llm_env.scoring import entropy_of, log_probs_of
+from llm_env.scoring import log_probs_and_entropies
 
 
 def logs(*rows):
@@ -164,10 +164,27 @@ def test_ratio_statistics_by_hand():
 
 
 def test_entropy_and_log_probs_by_hand():
-    logits = torch.tensor([[[0.0, math.log(3.0)]]])  # probabilities 1/4, 3/4; at temperature 1/2: 1/10, 9/10
-    assert entropy_of(logits).item() == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
-    assert log_probs_of(logits, torch.tensor([[1]])).item() == pytest.approx(math.log(0.75))
-    assert log_probs_of(logits, torch.tensor([[0]]), 0.5).item() == pytest.approx(math.log(0.1))
+    logits = torch.tensor([[0.0, math.log(3.0)]] * 2)  # probabilities 1/4, 3/4; at temperature 1/2: 1/10, 9/10
+    logp, entropy = log_probs_and_entropies(logits, torch.tensor([1, 0]))
+    np.testing.assert_allclose(logp, [math.log(0.75), math.log(0.25)], rtol=1e-6)
+    np.testing.assert_allclose(entropy, [-(0.25 * math.log(0.25) + 0.75 * math.log(0.75))] * 2, rtol=1e-6)
+    assert log_probs_and_entropies(logits, torch.tensor([0, 0]), 0.5)[0][0].item() == pytest.approx(math.log(0.1))
+
+
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+def test_gradients_of_log_probs_and_entropies_are_those_of_torch(entropy_gradient):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, generator=generator).mul_(3).requires_grad_()
+    tokens, factors = torch.tensor([0, 6, 3, 3, 1]), torch.randn(2, 5, generator=generator)
+    table = (logits / 0.7).log_softmax(-1)
+    spread = -(table.exp() * table).sum(-1)
+    loss = (factors[0] * table[range(5), tokens]).sum() + (factors[1] * spread).sum() * entropy_gradient
+    (expected,) = torch.autograd.grad(loss, logits)
+    logp, entropy = log_probs_and_entropies(logits, tokens, 0.7, entropy_gradient=entropy_gradient)
+    torch.testing.assert_close(entropy, spread)
+    assert entropy.requires_grad == entropy_gradient
+    (got,) = torch.autograd.grad((factors[0] * logp).sum() + (factors[1] * entropy).sum(), logits)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
