@@ -49,6 +49,11 @@ class SharedDecoding:
         self._hidden: Tensor | None = None
         self._ahead: Tensor | None = None
 
+    @property
+    def reach(self) -> int:
+        """The largest distance between two positions that see each other."""
+        return next(iter(self.prompts.values()))[1].shape[2] + self.oldest
+
     def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Begin responses to n more prompts, numbered from the last on: logits (n * G, V) of their first tokens."""
         ids, mask = pad(prompts, "left", self.model.device)

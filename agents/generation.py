@@ -17,6 +17,7 @@ from llm_env.arguments import as_whole
 from llm_env.constraints import TokenConstraint
 from llm_env.scoring import model_inputs, pad, restrict
 from llm_env.shared_prompt import shares_prompts
+from llm_env.sharing import PrefixSharing
 
 BLOCK = 64  # tokens whose probabilities are summed first when one is drawn
 
@@ -120,6 +121,7 @@ def sample_responses(
     completes_stop: StopRule | None = None,
     constraint: TokenConstraint | None = None,
     max_num_seqs: int | None = None,
+    prefix_sharing: PrefixSharing = "auto",
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Draw `group_size` responses to every prompt.
 
@@ -137,12 +139,14 @@ def sample_responses(
         constraint: which tokens may come next.
         max_num_seqs: responses that are under way at a time, at least G, which bounds the memory; prompts that wait take the
             places of responses that have ended. All by default.
+        prefix_sharing: whether a prompt's keys and values are held once for its responses: "auto" where the model can, True, or
+            False.
 
     Returns:
         N * G responses (lists of ids; those to prompt i at i*G..i*G+G-1) and the log-probs of their tokens in nats (float32).
 
     Raises:
-        ValueError: `max_num_seqs` or `max_new_tokens` is unusable.
+        ValueError: `max_num_seqs`, `max_new_tokens` or `prefix_sharing` is unusable.
     """
     limits = _limits(max_new_tokens, len(prompts)).repeat(group_size)
     places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
@@ -154,7 +158,14 @@ def sample_responses(
     logps: list[list[float]] = [[] for _ in limits]
     alive = torch.empty(0, dtype=torch.int64, device=model.device)
     logits = torch.empty(0, device=model.device)
-    decoding = (SharedDecoding if shares_prompts(model.base_model) else PlainDecoding)(model, group_size)
+    length = max(map(len, prompts), default=0) + int(limits.max(initial=0))
+    shares = prefix_sharing is not False and shares_prompts(model.base_model, length)
+    if prefix_sharing is True and not shares:
+        raise ValueError(
+            f"prefix_sharing=True, but {type(model).__name__} cannot decode several responses of up to {length} tokens to one "
+            "prompt; set prefix_sharing='auto'"
+        )
+    decoding = (SharedDecoding if shares else PlainDecoding)(model, group_size)
     begun = 0
     while begun < len(prompts) or len(alive):
         free = min(places - -(-len(alive) // group_size), len(prompts) - begun)

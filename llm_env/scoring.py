@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,15 +15,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llm_env.shared_prompt import NotShareable, group_states, shares_prompts
+from llm_env.shared_prompt import NotShareable, Rows, group_states
+from llm_env.sharing import Extent, PrefixSharing, groups_of, way_to_share
 
 FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stays finite in the entropy
 CHUNK_BYTES = 2**28  # of logits at a time, in float32
-SAVES = 0.9  # shared prompts are computed once where that leaves at most this share of the positions
 
 ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what models call what they do to logits
 
-Rows = Sequence[Sequence[int]]
 Head = Callable[[Tensor], Tensor]
 
 
@@ -134,6 +132,7 @@ def score(
     entropy: bool = False,
     states: bool = False,
     entropy_gradient: bool = True,
+    prefix_sharing: PrefixSharing = "auto",
 ) -> Scored:
     """Log-probs of all response tokens, from one pass in which prompts that follow each other are computed once.
 
@@ -149,6 +148,7 @@ def score(
         entropy: also of the distributions' entropies.
         states: also return the hidden states.
         entropy_gradient: whether the entropies are differentiated.
+        prefix_sharing: see `way_to_share`.
     """
     targets, mask = pad(responses, "right", model.device)
     at, head = mask.bool(), head_of(model)
@@ -156,7 +156,7 @@ def score(
         hidden, known = _plain_outputs(model, prompts, responses, states)
         head = _identity
     else:
-        hidden = known = response_states(model.base_model, prompts, responses, with_last=states)
+        hidden = known = response_states(model.base_model, prompts, responses, states, prefix_sharing)
     masks = None if allowed is None else np.concatenate(list(allowed))
     chosen = known[:, : targets.shape[1]][at]
 
@@ -188,36 +188,24 @@ def _in_chunks(
     return torch.cat([logp for logp, _ in found]), torch.cat([entropy for _, entropy in found])
 
 
-def response_states(base: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool = True) -> Tensor:
+def response_states(
+    base: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool = True, prefix_sharing: PrefixSharing = "auto"
+) -> Tensor:
     """The hidden states (B, T + 1, H) before each response token and after the last, of a model without its head.
 
-    Without the last token's (B, T, H): nothing but V of the state after it depends on it. Prompts that are the same in rows
-    that follow each other are computed once where that saves work and the model's attention allows it.
+    Without the last token's (B, T, H): nothing but V of the state after it depends on it.
     """
     fed = responses if with_last else [row[:-1] for row in responses]
     groups = groups_of(prompts, fed)
-    if groups is not None and shares_prompts(base):
-        with suppress(NotShareable):
-            return group_states(base, *groups)
+    way = way_to_share(base, Extent.of(*groups), prefix_sharing)
+    if way is not None:
+        try:
+            return group_states(base, *groups, way)
+        except NotShareable:
+            if prefix_sharing is True:
+                raise
     inputs, width = _inputs(base, prompts, fed)
     return base(**inputs, use_cache=False).last_hidden_state[:, -width - 1 :]
-
-
-def groups_of(prompts: Rows, fed: Rows) -> tuple[Rows, Sequence[Rows]] | None:
-    """Rows of one prompt that follow each other as N prompts and N lists of rows; None where that would save no work.
-
-    The work is the number of positions in the batch, padding included.
-    """
-    heads: list[Sequence[int]] = []
-    members: list[list[Sequence[int]]] = []
-    for prompt, row in zip(prompts, fed, strict=True):
-        if not heads or list(heads[-1]) != list(prompt):
-            heads.append(prompt)
-            members.append([])
-        members[-1].append(row)
-    longest_prompt, longest = max(map(len, prompts)), max(map(len, fed))
-    together = len(heads) * (longest_prompt + max(map(len, members)) * longest)
-    return (heads, members) if together < SAVES * len(prompts) * (longest_prompt + longest) else None
 
 
 def _inputs(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], int]:

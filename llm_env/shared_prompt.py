@@ -2,7 +2,11 @@
 
 A row of the batch is `[prompt | response 1 | ... | response G]`. Responses attend to the prompt and, causally, to themselves,
 not to each other, and their positions go on from the prompt's end: what comes out is what G rows `[prompt | response]` would
-give, for P + G * T tokens in the place of G * (P + T). It goes through transformers' own `AttentionInterface`.
+give, for P + G * T tokens in the place of G * (P + T). There are two ways to it:
+
+- "split": through transformers' `AttentionInterface`, scores of the prompt in one product for the group, and scores of the
+  responses' own tokens, under one softmax;
+- "dense": the model's own attention under a mask of all pairs of positions, for models with windows or terms of their own.
 """
 
 from __future__ import annotations
@@ -18,8 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+Rows = Sequence[Sequence[int]]
+
 NAME = "llm_env_shared_prompt"
-OTHER_ATTENTION = ("sliding_window", "s_aux", "position_bias")  # arguments of attention that is computed otherwise than here
+OTHER_ATTENTION = ("s_aux", "position_bias")  # arguments of attention that is computed otherwise than here
+LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
 
 
 class NotShareable(Exception):
@@ -28,6 +35,10 @@ class NotShareable(Exception):
 
 class Attention(Protocol):
     """What attention computes in a row of a batch that is not one sequence."""
+
+    @property
+    def reach(self) -> int:
+        """The largest distance between two positions that see each other."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         """Attention of L positions: `query` (N, H, L, D), scaled; `key`, `value` (N, K, L, D), K dividing H; (N, H, L, D)."""
@@ -50,7 +61,9 @@ def attention(
     """What is registered with transformers: shapes as in `Attention.attend`, but for the result, (N, L, H, D)."""
     rows = _rows.get()
     assert rows is not None
-    if dropout or any(kwargs.get(name) is not None for name in OTHER_ATTENTION):
+    window = kwargs.get("sliding_window")
+    too_far = window is not None and rows.reach >= window
+    if dropout or too_far or any(kwargs.get(name) is not None for name in OTHER_ATTENTION):
         raise NotShareable
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return rows.attend(module.layer_idx, query * scale, key, value, softcap).transpose(1, 2), None  # type: ignore[arg-type]
@@ -101,6 +114,11 @@ class PackedRows:
     kept: dict[int, tuple[Tensor, Tensor]] | None = None
     calls: int = 0
 
+    @property
+    def reach(self) -> int:
+        """The largest distance between two positions that see each other."""
+        return self.visible.shape[1] + self.width - 1
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         """Prompts attend to what they hold before each token, responses to all of the prompt and to that of their own."""
         self.calls += 1
@@ -131,13 +149,17 @@ class PackedRows:
         return out
 
 
-def group_states(base: PreTrainedModel, prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], way: str = "split") -> Tensor:
     """Hidden states (B, T + 1, H) of the B rows of N groups: before each token of a row and after its last.
 
     Args:
-        base: a model without its head that `shares_prompts`.
+        base: a model without its head that `shares_prompts` in this way.
         prompts: N lists of token ids.
         groups: for each prompt the rows that go on from it, B in all.
+        way: "split" or "dense".
+
+    Raises:
+        NotShareable: the model's attention is of another kind after all.
     """
     size, t = max(map(len, groups)), max(len(row) for rows in groups for row in rows)
     n, p, device = len(prompts), max(map(len, prompts)), base.device
@@ -150,50 +172,86 @@ def group_states(base: PreTrainedModel, prompts: Sequence[Sequence[int]], groups
         positions[i, p:] = (len(prompt) + torch.arange(t)).repeat(size)
         for j, row in enumerate(rows):
             ids[i, p + j * t : p + j * t + len(row)] = torch.as_tensor(row, dtype=torch.int64)
-    packed = PackedRows(visible.to(device), size, t)
-    with attention_by(base, packed):
-        out = base(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).last_hidden_state
-    if not packed.calls:
-        raise NotShareable
+    ids, positions, visible = ids.to(device), positions.to(device), visible.to(device)
+    if way == "dense":
+        mask = _dense_masks(base, visible, positions, size, t)
+        out = base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    else:
+        packed = PackedRows(visible, size, t)
+        with attention_by(base, packed):
+            out = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        if not packed.calls:
+            raise NotShareable
     before = out[:, p - 1 : p].expand(-1, size, -1)[:, :, None]
     states = torch.cat([before, out[:, p:].view(n, size, t, out.shape[-1])], 2)
     return states[torch.tensor([[j < len(rows) for j in range(size)] for rows in groups], device=device)]
 
 
-def _attends_to_everything(base: PreTrainedModel) -> bool:
-    """Whether no layer is said to have a window, which a trial on a few tokens would not show."""
+def _dense_masks(base: PreTrainedModel, visible: Tensor, positions: Tensor, size: int, t: int) -> Tensor | dict[str, Tensor]:
+    """What is added to the scores of all pairs of positions, (N, 1, L, L); by kind of layer where a model has several."""
+    n, p = visible.shape
+    part = torch.arange(size, device=visible.device).repeat_interleave(t)
+    part = torch.cat([part.new_full((p,), -1), part])  # which response, -1 in the prompt
+    at = torch.arange(p + size * t, device=visible.device)
+    seen = (at[:, None] >= at) & ((part == -1) | (part[:, None] == part))
+    seen = seen & torch.cat([visible, visible.new_ones(n, size * t)], 1)[:, None]
+    seen = seen | torch.eye(len(at), dtype=torch.bool, device=seen.device)  # padding sees itself: no row without a score
+
+    def added(pairs: Tensor) -> Tensor:
+        return torch.zeros(pairs.shape, dtype=base.dtype, device=pairs.device).masked_fill(~pairs, torch.finfo(base.dtype).min)[
+            :, None
+        ]
+
+    window = window_of(base)
+    if window is None:
+        return added(seen)
+    near = seen & (positions[:, :, None] - positions[:, None] < window)
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or [])
+    return {"full_attention": added(seen), "sliding_attention": added(near)} if len(kinds) > 1 else added(near)
+
+
+def window_of(base: PreTrainedModel) -> int | None:
+    """How many positions a token sees, itself included, in layers with a sliding window; None without such layers."""
     config = base.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return window is None and getattr(config, "attention_chunk_size", None) is None and kinds == {"full_attention"}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if slides else None
 
 
-_able: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_ways: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
 
 
-def shares_prompts(base: PreTrainedModel) -> bool:
-    """Whether `group_states` gives what plain rows give, found out by a trial on a few tokens, once a model.
+def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bool:
+    """Whether `group_states` gives what plain rows give, for rows of up to `length` tokens.
 
-    It does for decoders whose layers all attend to everything before them, through `AttentionInterface`; not for sliding
-    windows, state spaces and attention with terms of its own.
+    It is found out by a trial on a few tokens, once a model, but for windows, which the config tells. Dropped out are state
+    spaces, attention with biases by distance and the like.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+    window = window_of(base)
+    if way == "split" and window is not None and length > window:
+        return False
+    if way == "split" and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         return False  # attention would be computed again after the layout is gone
-    if base not in _able and not _attends_to_everything(base):
-        _able[base] = False
-    if base not in _able:
-        prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
-        try:
-            with torch.no_grad():
-                states = group_states(base, prompts, groups)
-                alone = [
-                    base(input_ids=torch.tensor([prompt + row], device=base.device), use_cache=False).last_hidden_state[0]
-                    for prompt, rows in zip(prompts, groups, strict=True)
-                    for row in rows
-                ]
-            rows = [row for group in groups for row in group]
-            pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, row in zip(states, alone, rows, strict=True)]
-            _able[base] = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
-        except Exception:  # plain rows are taken, where an error that is the model's own comes again
-            _able[base] = False
-    return _able[base]
+    if base not in _ways:
+        config = base.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or LAYERS)
+        describable = kinds <= LAYERS and getattr(config, "attention_chunk_size", None) is None
+        _ways[base] = {name for name in ("split", "dense") if describable and _passes_trial(base, name)}
+    return way in _ways[base]
+
+
+def _passes_trial(base: PreTrainedModel, way: str) -> bool:
+    prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
+    try:
+        with torch.no_grad():
+            states = group_states(base, prompts, groups, way)
+            alone = [
+                base(input_ids=torch.tensor([prompt + row], device=base.device), use_cache=False).last_hidden_state[0]
+                for prompt, rows in zip(prompts, groups, strict=True)
+                for row in rows
+            ]
+        rows = [row for group in groups for row in group]
+        pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, row in zip(states, alone, rows, strict=True)]
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+    except Exception:  # plain rows are taken, where an error that is the model's own comes again
+        return False

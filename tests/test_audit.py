@@ -17,6 +17,7 @@ import agents.generation
 import agents.policy
 import agents.update
 import llm_env.scoring
+import llm_env.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent
 from agents.audit.dry_run import fresh_episodes, untouched
 from agents.audit.memory import LiveBytes, free_bytes, longest_step, peak_bytes
@@ -110,7 +111,7 @@ def without_positions(model, input_ids, attention_mask):
 @pytest.mark.usefixtures("quick")
 def test_positions_that_padding_shifts_in_training(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
-    monkeypatch.setattr(llm_env.scoring, "SAVES", 0.0)  # plain rows, which are the ones that are padded
+    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)  # plain rows, which are the ones that are padded
     found = failures(make_agent(family="gpt2"))
     assert {TRAINER, TRAINED, PADDING, BATCHES} <= found.keys() and SAMPLED not in found and RATIO not in found
     assert "Only rows whose prompt was padded on the left are wrong" in found[TRAINED]
@@ -120,8 +121,8 @@ def test_positions_that_padding_shifts_in_training(monkeypatch):
 def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
     monkeypatch.setattr(agents.generation, "model_inputs", without_positions)
-    monkeypatch.setattr(llm_env.scoring, "SAVES", 0.0)
-    monkeypatch.setattr(agents.generation, "shares_prompts", lambda base: False)
+    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
+    monkeypatch.setattr(agents.generation, "shares_prompts", lambda base, length: False)
     found = failures(make_agent(family="gpt2"))
     assert {SAMPLED, TRAINED} <= found.keys() and TRAINER not in found  # the two agree, both wrong
     assert "position_ids" in found[SAMPLED] and "position_ids" in found[TRAINED]

@@ -18,6 +18,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -25,10 +27,12 @@ from transformers import (
 import agents.decoding
 import agents.generation
 import llm_env.scoring
+import llm_env.sharing
 from agents.audit.memory import LiveBytes
 from agents.generation import Sampler, sample_responses
-from llm_env.scoring import groups_of, head_of, response_states, score
+from llm_env.scoring import head_of, response_states, score
 from llm_env.shared_prompt import shares_prompts
+from llm_env.sharing import Extent, groups_of, way_to_share
 from tests.conftest import FAMILIES, make_model
 
 V = 60
@@ -38,21 +42,32 @@ OTHERS = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(vocab_size=64, num_key_value_heads=1, head_dim=8, **SIZES)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(vocab_size=64, logit_scale=0.3, eos_token_id=1, **SIZES)),
 }
-UNABLE = {
+WINDOWS = {
     "a sliding window": lambda: MistralForCausalLM(
-        MistralConfig(vocab_size=64, sliding_window=4, num_key_value_heads=2, **SIZES)
+        MistralConfig(vocab_size=64, sliding_window=6, num_key_value_heads=2, **SIZES)
     ),
-    "windows in some layers": lambda: Gemma2ForCausalLM(Gemma2Config(vocab_size=64, head_dim=8, sliding_window=4, **SIZES)),
+    "windows in some layers": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=64, use_sliding_window=True, sliding_window=6, max_window_layers=1, num_key_value_heads=2, **SIZES
+        )
+    ),
+    "capped logits": lambda: Gemma2ForCausalLM(Gemma2Config(vocab_size=64, head_dim=8, sliding_window=6, **SIZES)),
+}
+UNABLE = {
     "attention of its own": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
     "a state space": lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
 }
+WAYS = [
+    *((name, way) for name in (*FAMILIES, *OTHERS) for way in ("split", "dense")),
+    *((name, "dense") for name in WINDOWS if name != "capped logits"),  # its head stands not alone
+]
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8] * 9]
 GROUPS = [4, 3, 4]
 
 
 def build(name):
     torch.manual_seed(0)
-    model = make_model(name, 64) if name in FAMILIES else {**OTHERS, **UNABLE}[name]()
+    model = make_model(name, 64) if name in FAMILIES else {**OTHERS, **WINDOWS, **UNABLE}[name]()
     for parameter in model.parameters():
         parameter.data *= 1 if name in FAMILIES else 2
     return model.eval()
@@ -73,12 +88,35 @@ def plain(model, prompt, response, temperature=1.0):
     return logp[range(len(response)), response], -(logp.exp() * logp).sum(-1), states
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS, *UNABLE])
-def test_scores_are_those_of_one_plain_forward_a_response(name):
+@pytest.fixture
+def only(monkeypatch):
+    """Leaves one way of sharing prompts."""
+    original = llm_env.sharing.shares_prompts
+
+    def leave(chosen):
+        monkeypatch.setattr(llm_env.sharing, "shares_prompts", lambda base, n, way: way == chosen and original(base, n, way))
+
+    return leave
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS, *WINDOWS, *UNABLE])
+def test_which_models_can_share_prompts(name):
+    base = build(name).base_model
+    expected = () if name in UNABLE else ("dense",) if name in WINDOWS else ("split", "dense")
+    assert tuple(way for way in ("split", "dense") if shares_prompts(base, 20, way)) == expected
+    if name in WINDOWS:  # beyond which nothing lies in six tokens
+        assert shares_prompts(base, 6) and not shares_prompts(base, 7)
+    if name in UNABLE:
+        with pytest.raises(ValueError, match="cannot compute a prompt once"):
+            score(build(name), *batch(), V, prefix_sharing=True)
+
+
+@pytest.mark.parametrize(("name", "way"), [*WAYS, *((name, None) for name in (*WINDOWS, *UNABLE))])
+def test_scores_are_those_of_one_plain_forward_a_response(name, way, only):
     model, (prompts, responses) = build(name), batch()
-    assert shares_prompts(model.base_model) == (name not in UNABLE)
-    assert groups_of(prompts, responses) is not None  # it would pay
-    scored = score(model, prompts, responses, V, 0.7, entropy=True, states=True)
+    only(way)
+    sharing = way is not None or "auto"
+    scored = score(model, prompts, responses, V, 0.7, entropy=True, states=True, prefix_sharing=sharing)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         logp, entropy, states = plain(model, prompt, response, 0.7)
         n = len(response)
@@ -92,9 +130,10 @@ def test_scores_are_those_of_one_plain_forward_a_response(name):
 
 
 @pytest.mark.parametrize("chunk", [None, 7], ids=["at once", "in chunks"])
-@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
-def test_gradients_are_those_of_plain_forwards(name, chunk, monkeypatch):
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_gradients_are_those_of_plain_forwards(name, way, chunk, monkeypatch, only):
     model, (prompts, responses) = build(name), batch()
+    only(way)
     factors = torch.randn(len(prompts), 8, generator=torch.Generator().manual_seed(1))
     loss = 0.0
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -104,7 +143,7 @@ def test_gradients_are_those_of_plain_forwards(name, chunk, monkeypatch):
     expected = torch.autograd.grad(loss, list(model.parameters()))
     if chunk is not None:
         monkeypatch.setattr(llm_env.scoring, "CHUNK_BYTES", chunk * 4 * V)
-    scored = score(model, prompts, responses, V, entropy=True, states=True)
+    scored = score(model, prompts, responses, V, entropy=True, states=True, prefix_sharing=True)
     width = scored.logp.shape[1]
     inside = torch.cat([scored.mask.new_ones(len(prompts), 1), scored.mask], 1)[..., None]
     got = (factors[:, :width] * scored.logp).sum() + 0.3 * scored.entropy.sum()
@@ -114,11 +153,28 @@ def test_gradients_are_those_of_plain_forwards(name, chunk, monkeypatch):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6 * scale
 
 
-def test_a_prompt_alone_or_without_a_saving_takes_plain_rows():
-    assert groups_of([[1, 2], [3]], [[1], [2]]) is None
-    assert groups_of([[1]] * 2 + [[2]] * 1, [[1] * 9] * 3) is None  # four rows of nine for three
+def test_prompts_that_follow_each_other_make_a_group():
     assert groups_of([[1] * 9] * 4, [[1]] * 4) == ([[1] * 9], [[[1]] * 4])
-    assert groups_of([[1] * 9, [2], [1] * 9], [[1]] * 3) is None  # what does not follow is not the same group
+    prompts, members = groups_of([[1] * 9, [2], [1] * 9], [[1], [2], [3]])  # what does not follow is not the same group
+    assert prompts == [[1] * 9, [2], [1] * 9] and members == [[[1]], [[2]], [[3]]]
+
+
+def test_prompts_are_shared_where_that_is_less_work():
+    """Work by hand: 12 a position and 2/32 a pair of positions, for hidden states of 32."""
+    base = build("llama").base_model
+    long_prompt, long_answers = Extent(8, 2, 4, 50, 3), Extent(8, 2, 4, 3, 50)
+    assert (long_prompt.positions(True), long_prompt.positions(False)) == (2 * (50 + 12), 8 * 53)
+    assert long_prompt.work("split", 32) == 12 * 124 + (2 * (50**2 + 4 * 3 * 53)) / 16
+    assert long_prompt.work("dense", 32) == 12 * 124 + (2 * 62**2) / 16
+    assert long_prompt.work(None, 32) == 12 * 424 + 8 * 53**2 / 16
+    assert way_to_share(base, long_prompt) == "split"
+    assert way_to_share(base, long_prompt, False) is None
+    assert way_to_share(base, long_answers) is None  # 406 positions in the place of 424
+    assert way_to_share(base, long_answers, True) == "split"
+    assert way_to_share(base, Extent(3, 3, 1, 50, 3), True) is None  # nothing to share
+    windows = build("a sliding window").base_model
+    assert way_to_share(windows, long_prompt) == "dense"
+    assert way_to_share(windows, Extent(8, 2, 4, 20, 40)) is None  # 360 positions for 480, but 64,800 pairs for 28,800
 
 
 def test_states_without_the_last_token():
@@ -130,10 +186,10 @@ def test_states_without_the_last_token():
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "windows in some layers"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "capped logits"])
 def test_a_head_that_does_more_than_multiply_is_noticed(name):
     """Cohere scales its logits, Gemma 2 caps them."""
-    assert (head_of(build(name)) is None) == (name in ("cohere", "windows in some layers"))
+    assert (head_of(build(name)) is None) == (name in ("cohere", "capped logits"))
 
 
 def test_memory_does_not_grow_with_the_vocabulary_beyond_a_chunk(monkeypatch):
@@ -152,7 +208,7 @@ def test_memory_does_not_grow_with_the_vocabulary_beyond_a_chunk(monkeypatch):
     assert large - small < 8 * 2**24 < 1024 * 128_000 * 4 / 3  # some copies of a chunk, not one of all logits
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS, *UNABLE])
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS, *WINDOWS, *UNABLE])
 def test_sampled_log_probs_are_those_of_a_plain_forward(name):
     model = build(name)
     responses, logps = sample_responses(
@@ -194,11 +250,11 @@ def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
 def test_waiting_prompts_take_the_places_of_responses_that_have_ended(name, monkeypatch):
     """At most six responses are under way; those that begin later have the log-probs of plain forwards all the same."""
     batches = []
-    kind = agents.generation.PlainDecoding if name in UNABLE else agents.decoding.SharedDecoding
+    kind = agents.generation.PlainDecoding if name in WINDOWS else agents.decoding.SharedDecoding
     original = kind.__call__
 
     def spy(self, tokens):
-        ages = self.ages[self.rows >= 0] if name not in UNABLE else torch.zeros(1)
+        ages = self.ages[self.rows >= 0] if name not in WINDOWS else torch.zeros(1)
         batches.append((len(tokens), len(ages.unique())))
         return original(self, tokens)
 
@@ -216,7 +272,7 @@ def test_waiting_prompts_take_the_places_of_responses_that_have_ended(name, monk
         max_num_seqs=7,
     )
     assert max(rows for rows, _ in batches) <= 6 and len(responses) == 14
-    assert (max(ages for _, ages in batches) > 1) == (name not in UNABLE)
+    assert (max(ages for _, ages in batches) > 1) == (name not in WINDOWS)
     assert list(map(len, responses[4:6])) == [1, 1] and max(map(len, responses[2:4])) <= 9
     for i, (response, logp) in enumerate(zip(responses, logps, strict=True)):
         assert not {3, 5, 6} & set(response[:-1])
