@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_o
 
 BLOCK = 64  # tokens by which the responses' keys and values get more room
 COMPACT = 0.8  # rows are moved together when at most this share of the slots is left by it
+COMPACT_GRAPH = 0.5  # likewise, where a CUDA graph has to be captured again
 
 Cached = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 
@@ -21,9 +22,13 @@ Cached = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 class SharedDecoding:
     """Responses that are under way, in slots (N, G): up to G responses to each of N prompts.
 
+    On CUDA shapes are static, but for growth and compaction, and a step is a CUDA graph (not measured).
+
     Args:
         model: a causal language model whose body `shares_prompts`.
         group_size: G.
+        static: whether a step computes all W tokens for which there is room, under a mask, so that its shapes stay; by default
+            on CUDA.
 
     Attributes:
         rows: (N, G) int64, the number of the response in a slot, -1 where a slot is empty.
@@ -35,8 +40,10 @@ class SharedDecoding:
 
     refills = True  # responses may begin while others are under way
 
-    def __init__(self, model: PreTrainedModel, group_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, group_size: int, static: bool | None = None) -> None:
         self.model, self.group_size, self.begun = model, group_size, 0
+        self.captures = model.device.type == "cuda"
+        self.static = self.captures if static is None else static
         self._clear()
 
     def _clear(self) -> None:
@@ -48,6 +55,7 @@ class SharedDecoding:
         self.even = True  # all responses have that age
         self._hidden: Tensor | None = None
         self._ahead: Tensor | None = None
+        self._graph: CapturedStep | None = None
 
     @property
     def reach(self) -> int:
@@ -71,7 +79,8 @@ class SharedDecoding:
     def _join(self, rows: Tensor, lengths: Tensor, prompts: Cached) -> None:
         """Put n prompts and their responses, of age 0, below those that are there."""
         self.oldest = int(self.ages.max()) if self.own else 0
-        self.even = self.oldest == 0
+        self.even = self.oldest == 0 and not self.static
+        self._graph = None
         self.rows = torch.cat([widened(self.rows, 1, self.group_size, value=-1), rows])
         self.ages = torch.cat([widened(self.ages, 1, self.group_size), torch.zeros_like(rows)])
         self.lengths = torch.cat([self.lengths, lengths])
@@ -95,7 +104,9 @@ class SharedDecoding:
         filled = self.rows >= 0
         ids = torch.zeros_like(self.rows).masked_scatter(filled, tokens)
         self._make_room()
-        logits = self._forward(ids)
+        if self.captures and self._graph is None:
+            self._graph = CapturedStep(self._forward, ids)
+        logits = self._forward(ids) if self._graph is None else self._graph(ids)
         self.ages += filled
         self.oldest += 1
         return logits.flatten(0, 1) if len(tokens) == ids.numel() else logits[filled]
@@ -109,11 +120,17 @@ class SharedDecoding:
             n, kinds, _, d = values.shape
             more = values.new_zeros(2, n, kinds, self.rows.shape[1], max(BLOCK, width), d)
             self.own[layer] = torch.cat([self.own[layer], more], 4) if width else more
+        self._graph = None
+
+    @property
+    def _width(self) -> int:
+        """How many of a response's own tokens a step looks at."""
+        return next(iter(self.own.values())).shape[4] if self.static else self.oldest + 1
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Logits (N, G, V) after the tokens `ids` (N, G)."""
         if not self.even:
-            ahead = torch.arange(self.oldest + 1, device=ids.device) > self.ages[..., None]  # (N, G, W)
+            ahead = torch.arange(self._width, device=ids.device) > self.ages[..., None]  # (N, G, W)
             self._ahead = torch.zeros(ahead.shape, device=ids.device).masked_fill(ahead, -torch.inf)[:, None, :, None]
         with attention_by(self.model, self):
             return self.model(input_ids=ids, position_ids=self.lengths[:, None] + self.ages, use_cache=False).logits
@@ -145,7 +162,7 @@ class SharedDecoding:
             n, g = (torch.arange(size, device=key.device) for size in self.ages.shape)
             at = n[:, None], slice(None), g, self.ages
             own[0][at], own[1][at] = key.transpose(1, 2), value.transpose(1, 2)
-        return own[..., : self.oldest + 1, :]
+        return own[..., : self._width, :]
 
     def keep(self, numbers: Tensor) -> None:
         """Go on with these responses only, (R,) int64 in ascending order; rows move together where that saves enough."""
@@ -155,8 +172,9 @@ class SharedDecoding:
         prompts, width = (counts > 0).nonzero()[:, 0], int(counts.max())
         if width == 0:
             return self._clear()
-        if len(prompts) * width > COMPACT * self.rows.numel():
+        if len(prompts) * width > (COMPACT_GRAPH if self.captures else COMPACT) * self.rows.numel():
             return
+        self._graph = None
         order = left[prompts].to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
         self.rows, self.ages = self.rows[prompts].gather(1, order), self.ages[prompts].gather(1, order)
         self.lengths = self.lengths[prompts]
@@ -165,6 +183,30 @@ class SharedDecoding:
         kinds = torch.arange(next(iter(self.prompts.values()))[1].shape[1], device=prompts.device)
         at = (slice(None), prompts[:, None, None], kinds[None, :, None], order[:, None])
         self.own = {layer: own[at] for layer, own in self.own.items()}
+
+
+class CapturedStep:
+    """A function of token ids (N, G) as a CUDA graph, which is launched at once in the place of some hundred kernels.
+
+    What the function reads besides must stay in its place in memory.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], ids: Tensor) -> None:
+        self.ids = ids.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(self.ids)  # libraries set themselves up, which cannot be captured; it writes what the first step will
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = function(self.ids)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The function's value, which the next call overwrites."""
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits
 
 
 def widened(table: Tensor, dim: int, size: int, value: int = 0) -> Tensor:

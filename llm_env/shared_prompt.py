@@ -2,8 +2,10 @@
 
 A row of the batch is `[prompt | response 1 | ... | response G]`. Responses attend to the prompt and, causally, to themselves,
 not to each other, and their positions go on from the prompt's end: what comes out is what G rows `[prompt | response]` would
-give, for P + G * T tokens in the place of G * (P + T). There are two ways to it:
+give, for P + G * T tokens in the place of G * (P + T). There are three ways to it:
 
+- "flex", on CUDA: through transformers' `AttentionInterface`, by torch's compiled `flex_attention`, which skips the blocks of
+  pairs that do not see each other (not measured);
 - "split": through transformers' `AttentionInterface`, scores of the prompt in one product for the group, and scores of the
   responses' own tokens, under one softmax;
 - "dense": the model's own attention under a mask of all pairs of positions, for models with windows or terms of their own.
@@ -11,21 +13,24 @@ give, for P + G * T tokens in the place of G * (P + T). There are two ways to it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 Rows = Sequence[Sequence[int]]
 
 NAME = "llm_env_shared_prompt"
 OTHER_ATTENTION = ("s_aux", "position_bias")  # arguments of attention that is computed otherwise than here
+FLEX_DEVICES = ("cuda",)
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
 
 
@@ -66,7 +71,8 @@ def attention(
     if dropout or too_far or any(kwargs.get(name) is not None for name in OTHER_ATTENTION):
         raise NotShareable
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return rows.attend(module.layer_idx, query * scale, key, value, softcap).transpose(1, 2), None  # type: ignore[arg-type]
+    query, key = (query * scale).to(value.dtype), key.to(value.dtype)  # under autocast the rotation leaves float32
+    return rows.attend(module.layer_idx, query, key, value, softcap).transpose(1, 2), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(NAME, attention)
@@ -149,6 +155,41 @@ class PackedRows:
         return out
 
 
+class FlexRows(PackedRows):
+    """The same rows, by `torch.nn.attention.flex_attention`."""
+
+    @cached_property
+    def mask(self) -> BlockMask:
+        """Which blocks of pairs of positions are computed."""
+        p, t, visible = self.visible.shape[1], max(self.width, 1), self.visible
+
+        def sees(row: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            of_prompt = (j < p) & visible[row, j.clamp(max=p - 1)]
+            of_response = (j >= p) & ((i - p) // t == (j - p) // t)
+            return (i >= j) & (of_prompt | of_response)
+
+        length = p + self.group * self.width
+        return create_block_mask(sees, len(visible), None, length, length, device=str(visible.device))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
+        """See `PackedRows`; a padded position of a prompt sees nothing, and gets 0."""
+        self.calls += 1
+
+        def capped(score: Tensor, *_: Tensor) -> Tensor:
+            return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
+
+        modified = None if softcap is None else capped
+        out = flex()(query, key, value, modified, self.mask, scale=1.0, enable_gqa=query.shape[1] != key.shape[1])
+        assert isinstance(out, Tensor)
+        return out
+
+
+@cache
+def flex() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """`flex_attention`, compiled: uncompiled it would make all scores."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
 def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], way: str = "split") -> Tensor:
     """Hidden states (B, T + 1, H) of the B rows of N groups: before each token of a row and after its last.
 
@@ -156,7 +197,7 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
         base: a model without its head that `shares_prompts` in this way.
         prompts: N lists of token ids.
         groups: for each prompt the rows that go on from it, B in all.
-        way: "split" or "dense".
+        way: "flex", "split" or "dense".
 
     Raises:
         NotShareable: the model's attention is of another kind after all.
@@ -177,7 +218,7 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
         mask = _dense_masks(base, visible, positions, size, t)
         out = base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     else:
-        packed = PackedRows(visible, size, t)
+        packed = (FlexRows if way == "flex" else PackedRows)(visible, size, t)
         with attention_by(base, packed):
             out = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         if not packed.calls:
@@ -228,30 +269,36 @@ def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bo
     spaces, attention with biases by distance and the like.
     """
     window = window_of(base)
-    if way == "split" and window is not None and length > window:
+    if way != "dense" and window is not None and length > window:
         return False
-    if way == "split" and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+    if way != "dense" and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         return False  # attention would be computed again after the layout is gone
     if base not in _ways:
         config = base.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or LAYERS)
         describable = kinds <= LAYERS and getattr(config, "attention_chunk_size", None) is None
-        _ways[base] = {name for name in ("split", "dense") if describable and _passes_trial(base, name)}
+        ways = ("flex", "split", "dense") if base.device.type in FLEX_DEVICES else ("split", "dense")
+        with torch.autocast(base.device.type, enabled=False):
+            _ways[base] = {name for name in ways if describable and _passes_trial(base, name)}
     return way in _ways[base]
 
 
 def _passes_trial(base: PreTrainedModel, way: str) -> bool:
     prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
+    rows = [(prompt, row) for prompt, group in zip(prompts, groups, strict=True) for row in group]
+    weight = base.get_input_embeddings().weight
+    with_gradient = way == "flex" and weight.requires_grad  # its backward pass is compiled on its own
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_gradient):
             states = group_states(base, prompts, groups, way)
+            if with_gradient:
+                torch.autograd.grad(states.sum(), weight)
+        with torch.no_grad():
             alone = [
                 base(input_ids=torch.tensor([prompt + row], device=base.device), use_cache=False).last_hidden_state[0]
-                for prompt, rows in zip(prompts, groups, strict=True)
-                for row in rows
+                for prompt, row in rows
             ]
-        rows = [row for group in groups for row in group]
-        pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, row in zip(states, alone, rows, strict=True)]
+        pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, (_, row) in zip(states, alone, rows, strict=True)]
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
     except Exception:  # plain rows are taken, where an error that is the model's own comes again
         return False

@@ -62,16 +62,17 @@ class Extent(NamedTuple):
         pair of positions whose score is computed 2 in `width`.
         """
         length = self.longest_prompt + self.longest
-        pairs = {
-            None: self.rows * length**2,
-            "dense": self.prompts * (self.longest_prompt + self.group * self.longest) ** 2,
-            "split": self.prompts * (self.longest_prompt**2 + self.group * self.longest * length),
-        }
-        return 12 * self.positions(way is not None) + 2 * pairs[way] / width
+        if way is None:
+            pairs = self.rows * length**2
+        elif way == "dense":
+            pairs = self.prompts * (self.longest_prompt + self.group * self.longest) ** 2
+        else:
+            pairs = self.prompts * (self.longest_prompt**2 + self.group * self.longest * length)
+        return 12 * self.positions(way is not None) + 2 * pairs / width
 
 
 def way_to_share(base: PreTrainedModel, extent: Extent, prefix_sharing: PrefixSharing = "auto") -> str | None:
-    """How a forward pass over a batch shares prompts, "split" or "dense"; None where each row has its prompt for itself.
+    """How a forward pass over a batch shares prompts, "flex", "split" or "dense"; None where each row has its own prompt.
 
     Args:
         base: a model without its head.
@@ -85,7 +86,7 @@ def way_to_share(base: PreTrainedModel, extent: Extent, prefix_sharing: PrefixSh
     if prefix_sharing is False or extent.group < 2:
         return None
     length = extent.longest_prompt + extent.longest
-    able = [way for way in ("split", "dense") if shares_prompts(base, length, way)]
+    able = [way for way in ("flex", "split", "dense") if shares_prompts(base, length, way)]
     if prefix_sharing is True:
         if not able:
             raise ValueError(
