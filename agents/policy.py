@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +13,17 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from agents.checks import check_tokens, checked_masks
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
+from agents.pretrained import PretrainedFiles, files_of, load
 from agents.vec_env import ids_and_mask, rows_of
 from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
-from llm_env.scoring import response_states, restrict, score
-
-PretrainedFiles = dict[str, bytes]
+from llm_env.scoring import autocast, response_states, restrict, score
+from llm_env.sharing import PrefixSharing
 
 
 @dataclass
@@ -63,6 +61,9 @@ class LanguagePolicy(BasePolicy):
         tokenizer: the tokenizer, or None.
         vocab_size: V, how many token ids are actions; the env's once there is one.
         constraint: which of them may come next; the env's once there is one, None for all.
+        bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
+        prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
+        max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
 
     Raises:
         TypeError: `model` is none of these.
@@ -76,7 +77,7 @@ class LanguagePolicy(BasePolicy):
         value_head: bool = False,
         separate_critic: bool = False,
     ) -> None:
-        lm, tokenizer = _load(model, tokenizer)
+        lm, tokenizer = load(model, tokenizer)
         size = lm.get_input_embeddings().num_embeddings
         length = getattr(lm.config, "max_position_embeddings", None) or 1024
         super().__init__(
@@ -92,6 +93,9 @@ class LanguagePolicy(BasePolicy):
         self.tokenizer = tokenizer
         self.vocab_size = size
         self.constraint: TokenConstraint | None = None
+        self.bf16 = False
+        self.prefix_sharing: PrefixSharing = "auto"
+        self.max_num_seqs: int | None = None
         if tokenizer is not None:
             self.vocab_size = vocabulary_size(tokenizer)
             self.check_vocabulary(self.vocab_size)
@@ -152,20 +156,24 @@ class LanguagePolicy(BasePolicy):
         if self.constraint is not None:
             allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
         states = self.value_head is not None and self.critic is None
-        scored = score(
-            self.lm,
-            prompts,
-            responses,
-            self.vocab_size,
-            temperature,
-            allowed,
-            entropy=True,
-            states=states,
-            entropy_gradient=entropy_gradient,
-        )
+        with autocast(self.device, self.bf16):
+            scored = score(
+                self.lm,
+                prompts,
+                responses,
+                self.vocab_size,
+                temperature,
+                allowed,
+                entropy=True,
+                states=states,
+                entropy_gradient=entropy_gradient,
+                prefix_sharing=self.prefix_sharing,
+            )
+            hidden = scored.states
+            if self.critic is not None:
+                hidden = response_states(self.critic, prompts, responses, prefix_sharing=self.prefix_sharing)
         values = None
         if self.value_head is not None:
-            hidden = scored.states if self.critic is None else response_states(self.critic, prompts, responses)
             assert hidden is not None
             values = self.value_head(hidden.float())[..., 0]
         assert scored.entropy is not None
@@ -184,7 +192,7 @@ class LanguagePolicy(BasePolicy):
         self,
         prompts: Sequence[Sequence[int]],
         group_size: int = 1,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 1.0,
         *,
         eos_id: int | None = None,
@@ -196,11 +204,11 @@ class LanguagePolicy(BasePolicy):
         Args:
             prompts: N lists of token ids.
             group_size: G.
-            max_new_tokens: the longest response, in tokens.
+            max_new_tokens: the longest response, in tokens, or that to each of the prompts.
             temperature: divides the logits.
             eos_id: the end token; the tokenizer's by default.
             completes_stop: whether the last token of a response completes a stop string.
-            sampler: `top_k`, `top_p`, `deterministic`, `generator`; see `agents.generation.Sampler`.
+            sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.generation.Sampler`.
 
         Returns:
             N * G responses, those to prompt i at i*G..i*G+G-1, each up to and including its end token, and the log-probs of
@@ -208,8 +216,7 @@ class LanguagePolicy(BasePolicy):
         """
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("every prompt must hold at least one token")
-        return sample_responses(
-            self.lm,
+        return self._draw(
             prompts,
             Sampler(temperature, **sampler),
             vocab_size=self.vocab_size,
@@ -224,8 +231,7 @@ class LanguagePolicy(BasePolicy):
         self, prompts: Sequence[Sequence[int]], rules: Rules, sampler: Sampler, group_size: int = 1
     ) -> tuple[list[list[int]], list[np.ndarray]]:
         """`sample` under an env's rules: its end token, stop strings, length limit and allowed tokens."""
-        return sample_responses(
-            self.lm,
+        return self._draw(
             prompts,
             sampler,
             vocab_size=rules.vocab_size,
@@ -235,6 +241,20 @@ class LanguagePolicy(BasePolicy):
             completes_stop=rules.completes_stop if rules.stop else None,
             constraint=rules.constraint,
         )
+
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], sampler: Sampler, *, group_size: int, **settings: Any
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        with autocast(self.device, self.bf16):
+            return sample_responses(
+                self.lm,
+                prompts,
+                sampler,
+                group_size=group_size,
+                max_num_seqs=self.max_num_seqs,
+                prefix_sharing=self.prefix_sharing,
+                **settings,
+            )
 
     def next_tokens(
         self,
@@ -248,7 +268,8 @@ class LanguagePolicy(BasePolicy):
 
         `action_masks`, (B, V) bool, takes the place of the policy's constraint.
         """
-        logits, state = next_logits(self.lm, rows, state, episode_start)
+        with autocast(self.device, self.bf16):
+            logits, state = next_logits(self.lm, rows, state, episode_start)
         if action_masks is None and self.constraint is not None:
             states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]
             action_masks = self.constraint.masks(states)
@@ -321,41 +342,6 @@ class LanguagePolicy(BasePolicy):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
 
-    def pretrained_files(self) -> PretrainedFiles:
-        """Config and tokenizer as the contents of their files: what is needed, besides the weights, to build this policy."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.lm.config.save_pretrained(folder)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
-
     def _get_constructor_parameters(self) -> dict[str, Any]:
         critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
-        return {"model": self.pretrained_files(), **critic}
-
-
-def _load(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
-    if isinstance(model, dict):
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in model.items():
-                (Path(folder) / name).write_bytes(content)
-            if any(name.startswith("tokenizer") for name in model):
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-            with torch.random.fork_rng():  # the weights drawn here are about to be replaced
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    elif isinstance(model, (str, Path)):
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(str(model))
-        model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
-    elif not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"policy is a {type(model).__name__}; give a path, a hub id, a transformers PreTrainedModel or a LanguagePolicy"
-        )
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        warnings.warn(
-            "the model's half-precision weights are converted to float32: small updates would be lost in them", stacklevel=4
-        )
-        model = model.float()
-    return model.requires_grad_(True), tokenizer
+        return {"model": files_of(self.lm, self.tokenizer), **critic}

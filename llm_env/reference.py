@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llm_env.scoring import score
+from llm_env.scoring import autocast, score
+from llm_env.sharing import PrefixSharing
 
 
 class Reference:
@@ -29,6 +30,7 @@ class Reference:
 
     Attributes:
         temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
+        bf16, prefix_sharing: how it is computed, set by the agent likewise; see `agents.policy.LanguagePolicy`.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Reference:
             self.model.to(device)
         self.batch_size = batch_size
         self.temperature = 1.0
+        self.bf16 = False
+        self.prefix_sharing: PrefixSharing = "auto"
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a model that cannot score all token ids of the env.
@@ -81,7 +85,16 @@ class Reference:
         for begin in range(0, len(prompts), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
             masks = None if allowed is None else allowed[rows]
-            scored = score(self.model, prompts[rows], responses[rows], self._vocab_size, self.temperature, masks)
+            with autocast(self.model.device, self.bf16):
+                scored = score(
+                    self.model,
+                    prompts[rows],
+                    responses[rows],
+                    self._vocab_size,
+                    self.temperature,
+                    masks,
+                    prefix_sharing=self.prefix_sharing,
+                )
             results += [row[keep].cpu().numpy() for row, keep in zip(scored.logp, scored.mask.bool(), strict=True)]
         return results
 

@@ -26,6 +26,11 @@ ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what
 Head = Callable[[Tensor], Tensor]
 
 
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """Matrix products in bfloat16 within, if `bf16`; weights stay as they are, float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def pad(rows: Rows, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of token ids as one int64 tensor (B, longest row), and the 0/1 mask of the same shape and type.
 
@@ -67,7 +72,8 @@ def log_probs_and_entropies(
         (N,) and (N,).
     """
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
-    return _LogProbsAndEntropies.apply(scaled, tokens, entropy, entropy and entropy_gradient)
+    with torch.autocast(logits.device.type, enabled=False):
+        return _LogProbsAndEntropies.apply(scaled, tokens, entropy, entropy and entropy_gradient)
 
 
 class _LogProbsAndEntropies(torch.autograd.Function):
@@ -237,7 +243,7 @@ def head_of(model: PreTrainedModel) -> Head | None:
         return None
     if model not in _heads:
         ids = torch.arange(3, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             logits = model(input_ids=ids, use_cache=False).logits
             alone = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         _heads[model] = torch.equal(logits, alone)  # bit for bit: a soft cap hardly shows on small logits

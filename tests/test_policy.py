@@ -240,3 +240,25 @@ def test_pad_as_end_token_keeps_the_end_token():
     policy = LanguagePolicy(make_model("gpt2", len(tokenizer)), tokenizer)
     (row,) = policy.log_probs([[3, 4]], [[5, 0]])
     np.testing.assert_allclose(row.detach(), slow_log_probs(policy.lm, [3, 4], [5, 0]), atol=1e-4)
+
+
+def test_bfloat16_is_used_for_matrix_products_and_for_nothing_else(model, tokenizer):
+    """Log-probs move by what bfloat16 rounds, weights and gradients stay float32, sampling and training agree as before."""
+    policy = LanguagePolicy(model, tokenizer, value_head=True)
+    responses, _ = policy.sample(PROMPTS, 3, 12, generator=generator())
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    exact = torch.cat(policy.log_probs(prompts, responses))
+    policy.bf16 = True
+    rounded = policy.evaluate(prompts, responses)
+    assert rounded.logp.dtype == rounded.entropy.dtype == rounded.values.dtype == torch.float32
+    gaps = (rounded.logp[rounded.mask.bool()] - exact).abs()
+    assert 1e-5 < gaps.max() < 0.05
+    (rounded.logp.sum() + rounded.values.sum()).backward()
+    assert (
+        {p.dtype for p in policy.parameters()}
+        == {p.grad.dtype for p in policy.parameters() if p.grad is not None}
+        == {torch.float32}
+    )
+    drawn, logps = policy.sample(PROMPTS, 3, 12, generator=generator())
+    for logp, again in zip(logps, policy.log_probs(prompts, drawn), strict=True):
+        np.testing.assert_allclose(logp, again.detach(), atol=0.05)
