@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -128,31 +128,47 @@ class PackedRows:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         """Prompts attend to what they hold before each token, responses to all of the prompt and to that of their own."""
         self.calls += 1
-        (n, heads, _, d), keys = query.shape, key.shape[1]
-        p, g, t, repeats = self.visible.shape[1], self.group, self.width, heads // keys
-        query = query.view(n, keys, repeats, -1, d)
-        prompt = key[:, :, :p], value[:, :, :p]
+        (n, heads, _, d), kinds = query.shape, key.shape[1]
+        p, g, t, repeats = self.visible.shape[1], self.group, self.width, heads // kinds
+        keys, values = key[:, :, :p], value[:, :, :p]
         if self.kept is not None:
-            self.kept[layer] = prompt
-        seen = self.visible[:, None, None]  # (N, 1, 1, P)
-        lowest = torch.finfo(query.dtype).min
+            self.kept[layer] = keys, values
+        out = self._of_prompts(query[:, :, :p], keys, values, softcap)
+        if not t:
+            return out
+        query = query[:, :, p:].reshape(n, kinds, repeats * g * t, d)
+        to_prompt = scores_of(query, keys, softcap)
+        if self.padding is not None:
+            to_prompt = to_prompt + self.padding.to(query.dtype)
+        own_keys, own_values = (x[:, :, None, p:].view(n, kinds, 1, g, t, d) for x in (key, value))
+        later = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
+        to_own = scores_of(query.view(n, kinds, repeats, g, t, d), own_keys, softcap)
+        to_own = to_own.masked_fill(later, torch.finfo(query.dtype).min)
+        weights = weights_of(to_prompt.view(n, kinds, repeats, g, t, p), to_own)
+        mixed = (weights[..., :p].reshape(n, kinds, repeats * g * t, p) @ values).view(n, kinds, repeats, g, t, d)
+        mixed = mixed + weights[..., p:] @ own_values
+        return torch.cat([out, mixed.reshape(n, heads, g * t, d)], 2)
 
-        def past(size: int) -> Tensor:
-            return torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """What is added to the scores of prompt tokens, (N, 1, 1, P); None without padding."""
+        if self.visible.all():
+            return None
+        added = torch.zeros(self.visible.shape, device=self.visible.device)
+        return added.masked_fill(~self.visible, torch.finfo(torch.bfloat16).min)[:, None, None]
 
-        scores = scores_of(query[..., :p, :].reshape(n, keys, repeats * p, d), prompt[0], softcap)
-        scores = scores.masked_fill(~(past(p) & seen).repeat(1, 1, repeats, 1), lowest)
-        out = (weights_of(scores) @ prompt[1]).view(n, heads, p, d)
-        if t:
-            query = query[..., p:, :]
-            to_prompt = scores_of(query.reshape(n, keys, repeats * g * t, d), prompt[0], softcap).masked_fill(~seen, lowest)
-            own_keys, own_values = (x[:, :, None, p:].view(n, keys, 1, g, t, d) for x in (key, value))
-            to_own = scores_of(query.view(n, keys, repeats, g, t, d), own_keys, softcap).masked_fill(~past(t), lowest)
-            weights = weights_of(to_prompt.view(n, keys, repeats, g, t, p), to_own)
-            mixed = weights[..., :p].reshape(n, keys, repeats * g * t, p) @ prompt[1]
-            mixed = mixed.view(n, keys, repeats, g, t, d) + weights[..., p:] @ own_values
-            out = torch.cat([out, mixed.reshape(n, heads, g * t, d)], 2)
-        return out
+    def _of_prompts(self, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
+        p, heads = query.shape[2], query.shape[1]
+        attended = partial(nn.functional.scaled_dot_product_attention, scale=1.0, enable_gqa=heads != key.shape[1])
+        if self.padding is None and softcap is None:
+            return attended(query, key, value, is_causal=True)
+        later = torch.ones(p, p, dtype=torch.bool, device=query.device).triu(1)
+        added = torch.zeros(p, p, device=query.device).masked_fill(later, torch.finfo(torch.bfloat16).min)
+        added = (added if self.padding is None else torch.minimum(added, self.padding)).to(query.dtype)
+        if softcap is None:
+            return attended(query, key, value, added)
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+        return weights_of(scores_of(query, key, softcap) + added) @ value
 
 
 class FlexRows(PackedRows):
