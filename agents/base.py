@@ -18,6 +18,7 @@ from agents.generation import Sampler
 from agents.inference import Inference
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
+from agents.preflight import preflight
 from agents.progress import call_back, feed_kl_controllers, tokens_to_go
 from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
@@ -46,8 +47,11 @@ class LanguageAgent(Inference):
             billion, and a power law between them, divided by `n_epochs`: passes over the same episodes add up.
         n_envs: episodes in a rollout; 64, or the rows of a vector env, by default.
         n_epochs: passes over a rollout.
-        batch_size: episodes in an optimizer step; the whole rollout by default.
+        batch_size: episodes in an optimizer step, whole groups where they fit in evenly; the whole rollout by default.
         micro_batch_size: episodes in a forward pass; bounds the memory and changes nothing else. `batch_size` by default.
+        max_tokens_per_batch: positions in a forward pass: prompts, each counted as often as it is computed, responses and
+            padding; another bound of the kind. By default 4096 on a CPU, where more is no faster, and none elsewhere.
+        preflight: try before the first rollout whether the longest pass fits into memory; see `agents.preflight.preflight`.
         max_grad_norm: the gradient is scaled down to this norm.
         temperature: divides the logits, in sampling and in training.
         top_k, top_p: restrict the sampling (off by default); the training is then off-policy, and says so.
@@ -80,6 +84,8 @@ class LanguageAgent(Inference):
         n_epochs: int = 1,
         batch_size: int | None = None,
         micro_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        preflight: bool = True,
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -108,8 +114,8 @@ class LanguageAgent(Inference):
             support_multi_env=True,
             seed=seed,
         )
-        check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, micro_batch_size=micro_batch_size)
-        check_counts(stats_window_size=stats_window_size)
+        check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
+        check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch)
         check_numbers(0.0, max_grad_norm=max_grad_norm)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
         Sampler(temperature, top_k, top_p)
@@ -119,10 +125,12 @@ class LanguageAgent(Inference):
         self._tokenizer = (policy_kwargs or {}).get("tokenizer")
         self._wanted_n_envs = n_envs
         self._wanted_learning_rate = learning_rate
-        self.n_envs = n_envs or self._default_n_envs()
+        self.n_envs = n_envs or self.group_size * -(-DEFAULT_N_ENVS // self.group_size)
         self.n_epochs = n_epochs
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.preflight = preflight
         self.max_grad_norm = max_grad_norm
         self.temperature = temperature
         self.top_k = top_k
@@ -141,9 +149,6 @@ class LanguageAgent(Inference):
             self._setup_model()
             if env is not None:
                 self._attach(as_vec_env(env, self.n_envs))
-
-    def _default_n_envs(self) -> int:
-        return self.group_size * -(-DEFAULT_N_ENVS // self.group_size)
 
     # --- setting up --------------------------------------------------------------------------------------------------
 
@@ -167,8 +172,8 @@ class LanguageAgent(Inference):
         if self._wanted_learning_rate is None:
             self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.policy.optimizer = optimizer_class(trained, lr=self.lr_schedule(1), **optimizer_kwargs)
+        optimizer_kwargs |= {"lr": self.lr_schedule(1)}
+        self.policy.optimizer = optimizer_class([p for p in self.policy.parameters() if p.requires_grad], **optimizer_kwargs)
         if not hasattr(self, "observation_space"):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         self._generator = torch.Generator(device=self.device)
@@ -250,7 +255,7 @@ class LanguageAgent(Inference):
         env, callback, total_timesteps = sort_out(env_or_timesteps, callback, total_timesteps, env)
         if env is not None:
             self._attach(as_vec_env(env, self.n_envs))
-        self.rules  # noqa: B018 - raises without an env
+        preflight(self)
         asked = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         total_timesteps, callback = self._setup_learn(
             tokens_to_go(self, asked, reset_num_timesteps),

@@ -182,8 +182,22 @@ def groups_of(prompts: Rows, fed: Rows) -> tuple[Rows, Sequence[Rows]] | None:
             members.append([])
         members[-1].append(row)
     longest_prompt, longest = max(map(len, prompts)), max(map(len, fed))
-    together = len(heads) * (longest_prompt + max(map(len, members)) * longest)
-    return (heads, members) if together < SAVES * len(prompts) * (longest_prompt + longest) else None
+    _, shared = positions(len(prompts), len(heads), max(map(len, members)), longest_prompt, longest)
+    return (heads, members) if shared else None
+
+
+def positions(rows: int, prompts: int, group: int, longest_prompt: int, longest: int) -> tuple[int, bool]:
+    """Positions of a forward pass, padding included, and whether prompts are computed once in it.
+
+    Args:
+        rows: B.
+        prompts: how many there are, prompts that follow each other and are the same counted once.
+        group: the most rows of one of these.
+        longest_prompt: in tokens.
+        longest: row after a prompt, in tokens.
+    """
+    together, alone = prompts * (longest_prompt + group * longest), rows * (longest_prompt + longest)
+    return (together, True) if together < SAVES * alone else (alone, False)
 
 
 def _inputs(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], int]:

@@ -25,8 +25,8 @@ from transformers import (
 import agents.decoding
 import agents.generation
 import llm_env.scoring
-from agents.audit.memory import LiveBytes
 from agents.generation import Sampler, sample_responses
+from agents.memory import LiveBytes
 from llm_env.scoring import groups_of, head_of, response_states, score
 from llm_env.shared_prompt import shares_prompts
 from tests.conftest import FAMILIES, make_model
