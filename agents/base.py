@@ -172,8 +172,8 @@ class LanguageAgent(Inference):
         if self._wanted_learning_rate is None:
             self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
-        optimizer_kwargs |= {"lr": self.lr_schedule(1)}
-        self.policy.optimizer = optimizer_class([p for p in self.policy.parameters() if p.requires_grad], **optimizer_kwargs)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.policy.optimizer = optimizer_class(trained, lr=self.lr_schedule(1), **optimizer_kwargs)
         if not hasattr(self, "observation_space"):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         self._generator = torch.Generator(device=self.device)
@@ -188,8 +188,7 @@ class LanguageAgent(Inference):
     def _attach(self, env: VecEnv) -> None:
         """Take an env for training, after checking that it and the model fit."""
         rules = rules_of_vec_env(env)
-        venv = clock_of(env)
-        n_envs = episodes_of(self._wanted_n_envs, self.n_envs, env.num_envs, by_response=venv is not None)
+        n_envs = episodes_of(self._wanted_n_envs, self.n_envs, env.num_envs, by_response=clock_of(env) is not None)
         check_fit(self, rules, n_envs)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -275,8 +274,7 @@ class LanguageAgent(Inference):
                     break
                 self.train(rollout)
                 iteration += 1
-                last = self.num_timesteps >= total_timesteps
-                if log_interval is not None and (last or iteration % log_interval == 0):
+                if log_interval is not None and (self.num_timesteps >= total_timesteps or iteration % log_interval == 0):
                     self.dump_logs(iteration)
         except BaseException:  # Ctrl-C too: what was logged so far is written before it goes on its way
             self.logger.dump(self.num_timesteps)
