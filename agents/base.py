@@ -8,24 +8,23 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.checks import check_counts, check_fit, check_groups, check_numbers, default_learning_rate, episodes_of, sort_out
+from agents.checks import check_counts, check_groups, check_numbers, check_sharing, sort_out
 from agents.generation import Sampler
-from agents.inference import Inference
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
+from agents.preflight import preflight
 from agents.progress import call_back, feed_kl_controllers, tokens_to_go
 from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
+from agents.setup import SetUp
 from agents.update import update
-from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env
+from agents.vec_env import DEFAULT_N_ENVS, as_vec_env
 from llm_env.arguments import whole
-from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
+from llm_env.sharing import PrefixSharing
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]
@@ -33,7 +32,7 @@ DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
 
 
-class LanguageAgent(Inference):
+class LanguageAgent(SetUp):
     """Trains a causal language model on a text env; the algorithms fill in `compute_advantages` and `loss`.
 
     One timestep is one action token. A rollout is `n_envs` episodes; `n_epochs` passes over it are cut into minibatches of
@@ -46,11 +45,18 @@ class LanguageAgent(Inference):
             billion, and a power law between them, divided by `n_epochs`: passes over the same episodes add up.
         n_envs: episodes in a rollout; 64, or the rows of a vector env, by default.
         n_epochs: passes over a rollout.
-        batch_size: episodes in an optimizer step; the whole rollout by default.
+        batch_size: episodes in an optimizer step, whole groups where they fit in evenly; the whole rollout by default.
         micro_batch_size: episodes in a forward pass; bounds the memory and changes nothing else. `batch_size` by default.
+        max_tokens_per_batch: positions in a forward pass: prompts, each counted as often as it is computed, responses and
+            padding; another bound of the kind. By default 3072 on a CPU, where more is slower, and none elsewhere.
+        preflight: try before the first rollout whether the longest pass fits into memory; see `agents.preflight.preflight`.
         max_grad_norm: the gradient is scaled down to this norm.
         temperature: divides the logits, in sampling and in training.
-        top_k, top_p: restrict the sampling (off by default); the training is then off-policy, and says so.
+        top_k, top_p, min_p: restrict the sampling (off by default); the training is then off-policy, and says so.
+        max_num_seqs: responses under way at a time while sampling, at least a group: bounds the memory. All by default.
+        prefix_sharing: compute a prompt once for all answers to it: "auto" where the model can and it is less work, True or
+            False; see `llm_env.sharing`.
+        bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
         mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
@@ -64,11 +70,7 @@ class LanguageAgent(Inference):
         ValueError, TypeError: an argument is unusable, or env and model do not fit; the message says what to change.
     """
 
-    needs_values = False
     needs_old_logp = True
-    separate_critic = False
-    group_size = 1
-    adam_epsilon = 1e-8
 
     def __init__(
         self,
@@ -80,10 +82,16 @@ class LanguageAgent(Inference):
         n_epochs: int = 1,
         batch_size: int | None = None,
         micro_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        preflight: bool = True,
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        max_num_seqs: int | None = None,
+        prefix_sharing: PrefixSharing = "auto",
+        bf16: bool = False,
         aggregation: str = "token",
         mask_truncated: bool = False,
         stats_window_size: int | None = None,
@@ -108,25 +116,32 @@ class LanguageAgent(Inference):
             support_multi_env=True,
             seed=seed,
         )
-        check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, micro_batch_size=micro_batch_size)
-        check_counts(stats_window_size=stats_window_size)
+        check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
+        check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
+        check_sharing(prefix_sharing, max_num_seqs, self.group_size)
         check_numbers(0.0, max_grad_norm=max_grad_norm)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
-        Sampler(temperature, top_k, top_p)
+        Sampler(temperature, top_k, top_p, min_p=min_p)
         if n_envs is not None:
             check_groups(self.group_size, n_envs)
         self._model = policy
         self._tokenizer = (policy_kwargs or {}).get("tokenizer")
         self._wanted_n_envs = n_envs
         self._wanted_learning_rate = learning_rate
-        self.n_envs = n_envs or self._default_n_envs()
+        self.n_envs = n_envs or self.group_size * -(-DEFAULT_N_ENVS // self.group_size)
         self.n_epochs = n_epochs
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.preflight = preflight
         self.max_grad_norm = max_grad_norm
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
+        self.min_p = min_p
+        self.max_num_seqs = max_num_seqs
+        self.prefix_sharing = prefix_sharing
+        self.bf16 = bf16
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None
@@ -141,76 +156,6 @@ class LanguageAgent(Inference):
             self._setup_model()
             if env is not None:
                 self._attach(as_vec_env(env, self.n_envs))
-
-    def _default_n_envs(self) -> int:
-        return self.group_size * -(-DEFAULT_N_ENVS // self.group_size)
-
-    # --- setting up --------------------------------------------------------------------------------------------------
-
-    def _setup_model(self) -> None:
-        """Build the policy (from what the user gave, or from a saved agent), its optimizer and the random generator."""
-        settings = dict(self.policy_kwargs)
-        optimizer_class = settings.pop("optimizer_class", torch.optim.AdamW)
-        optimizer_kwargs = settings.pop("optimizer_kwargs", {})
-        if optimizer_class is torch.optim.AdamW:
-            optimizer_kwargs = {"weight_decay": 0.0, "eps": self.adam_epsilon, **optimizer_kwargs}
-        if self._policy_data:
-            self.policy = LanguagePolicy(**self._policy_data)
-        elif isinstance(self._model, LanguagePolicy):
-            self.policy = self._model
-        else:
-            self.policy = LanguagePolicy(self._model, self._tokenizer, **settings)
-        if self.needs_values:
-            self.policy.add_value_head(self.separate_critic)
-        self.policy = self.policy.to(self.device)
-        self.policy.train(False)
-        if self._wanted_learning_rate is None:
-            self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
-        self._setup_lr_schedule()
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.policy.optimizer = optimizer_class(trained, lr=self.lr_schedule(1), **optimizer_kwargs)
-        if not hasattr(self, "observation_space"):
-            self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
-        self._generator = torch.Generator(device=self.device)
-        self.np_random = np.random.default_rng(self.seed)
-        if self.seed is None:
-            self._generator.seed()
-        else:
-            self.set_random_seed(self.seed)
-            self._generator.manual_seed(self.seed)
-        self._restore_generators(self._position)
-
-    def _attach(self, env: VecEnv) -> None:
-        """Take an env for training, after checking that it and the model fit."""
-        rules = rules_of_vec_env(env)
-        venv = clock_of(env)
-        n_envs = episodes_of(self._wanted_n_envs, self.n_envs, env.num_envs, by_response=venv is not None)
-        check_fit(self, rules, n_envs)
-        self.env, self.n_envs = env, n_envs
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        if self._window_is_rollout:
-            self._stats_window_size = n_envs
-        self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
-        if self.policy.tokenizer is None:
-            self.policy.tokenizer = rules.tokenizer
-        if rules.reference is not None:
-            rules.reference.temperature = self.temperature
-            rules.reference.model.to(self.device)
-        self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
-        self._last_obs = None
-        if self.seed is not None:
-            env.seed(self.seed)
-        self._restore_prompts(env, rules, self._position)
-        self._restore_reference(rules)
-        self._position = {}
-        self._has_had_env = True
-
-    def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """Train on another env from here on; its spaces must be those of the last one (SB3's rule)."""
-        vec_env = as_vec_env(env, self.n_envs)
-        if self._has_had_env:
-            check_for_correct_spaces(vec_env, self.observation_space, self.action_space)
-        self._attach(vec_env)
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +195,7 @@ class LanguageAgent(Inference):
         env, callback, total_timesteps = sort_out(env_or_timesteps, callback, total_timesteps, env)
         if env is not None:
             self._attach(as_vec_env(env, self.n_envs))
-        self.rules  # noqa: B018 - raises without an env
+        preflight(self)
         asked = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         total_timesteps, callback = self._setup_learn(
             tokens_to_go(self, asked, reset_num_timesteps),
@@ -270,8 +215,7 @@ class LanguageAgent(Inference):
                     break
                 self.train(rollout)
                 iteration += 1
-                last = self.num_timesteps >= total_timesteps
-                if log_interval is not None and (last or iteration % log_interval == 0):
+                if log_interval is not None and (self.num_timesteps >= total_timesteps or iteration % log_interval == 0):
                     self.dump_logs(iteration)
         except BaseException:  # Ctrl-C too: what was logged so far is written before it goes on its way
             self.logger.dump(self.num_timesteps)

@@ -37,6 +37,14 @@ def check_numbers(least: float = -np.inf, **numbers: Any) -> None:
             )
 
 
+def check_sharing(prefix_sharing: Any, max_num_seqs: int | None, group_size: int) -> None:
+    """Refuse an unknown `prefix_sharing`, and fewer responses under way than a group has."""
+    if prefix_sharing not in (True, False, "auto"):
+        raise ValueError(f"prefix_sharing={prefix_sharing!r} must be 'auto', True or False")
+    if max_num_seqs is not None and max_num_seqs < group_size:
+        raise ValueError(f"max_num_seqs={max_num_seqs} has no room for a group of {group_size}; raise it to that at least")
+
+
 def only(name: str, given: Any, again: Any) -> Any:
     """`given`, unless it was given again by another argument."""
     if again is not None:
@@ -131,6 +139,7 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
             f"the longest prompt and max_new_tokens={rules.max_new_tokens} need {needed} positions, the model has "
             f"{limit}; lower max_new_tokens to {max(1, limit - needed + rules.max_new_tokens)} or shorten the prompts"
         )
+    check_budget(agent.max_tokens_per_batch, rules)
     kl_coef = coefficient(agent.kl_coef)
     if kl_coef and rules.kl is not None:
         raise ValueError(
@@ -142,11 +151,25 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
             f"kl_coef={kl_coef} needs a reference to measure the KL from: make the env with reference=<path or model>"
         )
     agent.check_rules(rules)
-    if agent.top_k or agent.top_p < 1:
+    if agent.sampler().restricted:
         warnings.warn(
-            f"top_k={agent.top_k}, top_p={agent.top_p}: tokens are drawn from a restricted distribution but trained on as if "
-            "from the whole one, so that training is off-policy; leave them off unless that is what you want",
+            f"top_k={agent.top_k}, top_p={agent.top_p}, min_p={agent.min_p}: tokens are drawn from a restricted distribution "
+            "but trained on as if from the whole one: off-policy; leave them off unless that is what you want",
             stacklevel=4,
+        )
+
+
+def check_budget(max_tokens_per_batch: int | None, rules: Rules) -> None:
+    """Refuse a bound on the positions of a forward pass under which an episode of the env has no place.
+
+    Raises:
+        ValueError: the longest prompt with a response of `max_new_tokens` is longer.
+    """
+    prompt, new = max(map(len, rules.prompts.ids)), rules.max_new_tokens
+    if max_tokens_per_batch is not None and max_tokens_per_batch < prompt + new:
+        raise ValueError(
+            f"max_tokens_per_batch={max_tokens_per_batch} does not hold the longest prompt, of {prompt} tokens, and "
+            f"max_new_tokens={new}; raise it to {prompt + new} at least, lower max_new_tokens or shorten the prompts"
         )
 
 

@@ -25,10 +25,11 @@ class Inference(Checkpointed):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
 
     def sampler(self, deterministic: bool = False) -> Sampler:
         """How the agent draws tokens in training."""
-        return Sampler(self.temperature, self.top_k, self.top_p, deterministic, self._generator)
+        return Sampler(self.temperature, self.top_k, self.top_p, deterministic, self._generator, self.min_p)
 
     def predict(  # type: ignore[override]
         self,

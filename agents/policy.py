@@ -138,11 +138,7 @@ class LanguagePolicy(BasePolicy):
     # --- the training path -------------------------------------------------------------------------------------------
 
     def evaluate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        temperature: float = 1.0,
-        entropy_gradient: bool = True,
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> Evaluation:
         """Log-probs, entropies and values of the responses' tokens, from one forward pass.
 
@@ -150,7 +146,6 @@ class LanguagePolicy(BasePolicy):
             prompts: B lists of token ids.
             responses: B lists of token ids.
             temperature: divides the logits, as in sampling.
-            entropy_gradient: whether the entropies are differentiated, which costs time.
         """
         allowed = None
         if self.constraint is not None:
@@ -166,7 +161,6 @@ class LanguagePolicy(BasePolicy):
                 allowed,
                 entropy=True,
                 states=states,
-                entropy_gradient=entropy_gradient,
                 prefix_sharing=self.prefix_sharing,
             )
             hidden = scored.states

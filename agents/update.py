@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from agents.batches import micro_batches, minibatches
 from agents.losses import token_weights
 from agents.records import record_training
 from agents.rollout import Rollout
@@ -28,9 +30,8 @@ def update(agent: LanguageAgent, rollout: Rollout) -> None:
     agent.compute_advantages(rollout)
     totals: dict[str, list[float]] = {}
     for epoch in range(agent.n_epochs):
-        order = np.arange(len(rollout)) if single else agent.np_random.permutation(len(rollout))
-        for begin in range(0, len(order), step):
-            statistics = optimize(agent, rollout, order[begin : begin + step], fresh=single and epoch == 0)
+        for rows in minibatches(agent, rollout, step):
+            statistics = optimize(agent, rollout, rows, fresh=single and epoch == 0)
             for key, value in statistics.items():
                 totals.setdefault(key, []).append(value)
             if agent.stops_early(statistics):
@@ -40,10 +41,10 @@ def update(agent: LanguageAgent, rollout: Rollout) -> None:
 
 @torch.no_grad()
 def score_before_update(agent: LanguageAgent, rollout: Rollout, step: int) -> None:
-    """Fill in `old_logp` and, with a value head, `old_values` and `last_values`."""
+    """Fill in `old_logp` and, with a value head, `old_values` and `last_values`, at most `step` episodes a forward pass."""
     rollout.old_logp = torch.zeros_like(rollout.rewards)
     old_values, last_values = torch.zeros_like(rollout.rewards), torch.zeros_like(rollout.scores)
-    for rows in _micro_batches(agent, np.arange(len(rollout)), step):
+    for rows in micro_batches(agent, rollout, np.arange(len(rollout)), step):
         part = rollout.take(rows)
         result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
         width = result.logp.shape[1]
@@ -71,32 +72,24 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
         ValueError: the gradient is not finite; the weights are left as they were.
     """
     optimizer = agent.policy.optimizer
-    mask = rollout.mask[torch.as_tensor(rows)]
+    index, tokens = torch.as_tensor(rows, device=rollout.mask.device), float(rollout.lengths[rows].sum())
+    mask = rollout.mask[index]
     if agent.mask_truncated:
-        mask = mask * ~rollout.truncated[torch.as_tensor(rows)][:, None]
-    weights = token_weights(mask, agent.aggregation, agent.rules.max_new_tokens)
+        mask = mask * ~rollout.truncated[index][:, None]
+    weights = torch.zeros_like(rollout.mask)  # of all episodes, so that each finds its own whichever pass it is in
+    weights[index] = token_weights(mask, agent.aggregation, agent.rules.max_new_tokens)
     if fresh and rollout.old_logp is None:
         rollout.old_logp = torch.zeros_like(rollout.rewards)
     sums: dict[str, float] = {}
     optimizer.zero_grad()
-    done = 0
-    for part_rows in _micro_batches(agent, rows, len(rows)):
+    for part_rows in micro_batches(agent, rollout, rows):
         part = rollout.take(part_rows)
-        result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
-        width = result.logp.shape[1]
-        if fresh and rollout.old_logp is not None:
-            part.old_logp = result.logp.detach()
-            rollout.old_logp[part_rows, :width] = part.old_logp * part.mask
-        terms, statistics = agent.loss(part, result, weights[done : done + len(part_rows), :width])
-        total = torch.stack([coefficient * value for coefficient, value in terms.values()]).sum()
-        total.backward()
-        done += len(part_rows)
-        tokens = part.mask.sum() / float(rollout.lengths[rows].sum())
-        for key, value in {"loss": total, **{key: value for key, (_, value) in terms.items()}}.items():
+        terms, means = accumulate(agent, part, weights[part_rows], fresh)
+        if fresh and rollout.old_logp is not None and part.old_logp is not None:
+            rollout.old_logp[part_rows, : part.old_logp.shape[1]] = part.old_logp * part.mask
+        share = part.mask.sum() / tokens
+        for key, value in {**terms, **{key: value * share for key, value in means.items()}}.items():
             sums[key] = sums.get(key, 0.0) + value.item()
-        statistics["entropy"] = result.entropy.detach()[part.mask.bool()].mean()
-        for key, value in statistics.items():
-            sums[key] = sums.get(key, 0.0) + (value * tokens).item()
     norm = torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), agent.max_grad_norm)
     if not torch.isfinite(norm):
         optimizer.zero_grad()
@@ -107,6 +100,25 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
     return {**sums, "grad_norm": norm.item()}
 
 
-def _micro_batches(agent: LanguageAgent, rows: np.ndarray, step: int) -> list[Any]:
-    size = min(agent.micro_batch_size or step, step)
-    return [rows[i : i + size].tolist() for i in range(0, len(rows), size)]
+def accumulate(
+    agent: LanguageAgent, part: Rollout, weights: Tensor, fresh: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Add the gradient of the loss of some episodes, from one forward pass, to the gradients that there are.
+
+    Args:
+        agent: gives the loss.
+        part: B episodes with advantages.
+        weights: (B, at least T), the tokens' weights in the loss of the whole optimizer step.
+        fresh: the log-probs of this pass are those of pi_old, and become the `old_logp` of `part`.
+
+    Returns:
+        The loss and its terms before their coefficients, sums over the tokens; and statistics, means over the action tokens.
+    """
+    result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
+    if fresh:
+        part.old_logp = result.logp.detach()
+    terms, statistics = agent.loss(part, result, weights[:, : result.logp.shape[1]])
+    total = torch.stack([coefficient * value for coefficient, value in terms.values() if coefficient]).sum()
+    total.backward()
+    statistics["entropy"] = result.entropy.detach()[part.mask.bool()].mean()
+    return {"loss": total, **{key: value for key, (_, value) in terms.items()}}, statistics

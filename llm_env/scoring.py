@@ -57,7 +57,7 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 def log_probs_and_entropies(
-    logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = True, entropy_gradient: bool = True
+    logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log softmax(logits / temperature) at the tokens and the distributions' entropies, in float32 and nats.
 
@@ -66,14 +66,13 @@ def log_probs_and_entropies(
         tokens: (N,) int64.
         temperature: divides the logits.
         entropy: whether the entropies are wanted; they are 0 if not.
-        entropy_gradient: whether they are differentiated, which costs time.
 
     Returns:
         (N,) and (N,).
     """
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     with torch.autocast(logits.device.type, enabled=False):
-        return _LogProbsAndEntropies.apply(scaled, tokens, entropy, entropy and entropy_gradient)
+        return _LogProbsAndEntropies.apply(scaled, tokens, entropy)
 
 
 class _LogProbsAndEntropies(torch.autograd.Function):
@@ -83,25 +82,23 @@ class _LogProbsAndEntropies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scaled: Tensor, tokens: Tensor, entropy: bool, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, scaled: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         table = scaled.log_softmax(-1)
         entropies = -torch.linalg.vecdot(table.exp(), table) if entropy else scaled.new_zeros(len(scaled))
         ctx.save_for_backward(table, tokens, entropies)
-        ctx.entropy_gradient = entropy_gradient
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)
         return table.gather(-1, tokens[:, None])[:, 0], entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        of_logp, of_entropies = gradients
+    def backward(ctx: Any, of_logp: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor, None, None]:
         table, tokens, entropies = ctx.saved_tensors
+        of_logp = torch.zeros_like(entropies) if of_logp is None else of_logp
         factors = -of_logp[:, None]
-        if ctx.entropy_gradient:
+        if of_entropies is not None:  # a loss without them costs nothing here
             factors = factors - of_entropies[:, None] * (table + entropies[:, None])
         out = table.exp().mul_(factors)
-        return out.scatter_add_(-1, tokens[:, None], of_logp[:, None]), None, None, None
+        return out.scatter_add_(-1, tokens[:, None], of_logp[:, None]), None, None
 
 
 def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
@@ -137,7 +134,6 @@ def score(
     allowed: Sequence[np.ndarray] | None = None,
     entropy: bool = False,
     states: bool = False,
-    entropy_gradient: bool = True,
     prefix_sharing: PrefixSharing = "auto",
 ) -> Scored:
     """Log-probs of all response tokens, from one pass in which prompts that follow each other are computed once.
@@ -153,7 +149,6 @@ def score(
         allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
         entropy: also of the distributions' entropies.
         states: also return the hidden states.
-        entropy_gradient: whether the entropies are differentiated.
         prefix_sharing: see `way_to_share`.
     """
     targets, mask = pad(responses, "right", model.device)
@@ -168,7 +163,7 @@ def score(
 
     def scores(states: Tensor, tokens: Tensor, allowed: np.ndarray | None) -> tuple[Tensor, Tensor]:
         logits = restrict(head(states)[..., :vocab_size], allowed)
-        return log_probs_and_entropies(logits, tokens, temperature, entropy, entropy_gradient)
+        return log_probs_and_entropies(logits, tokens, temperature, entropy)
 
     logp, spread = _in_chunks(scores, chosen, targets[at], masks, max(1, CHUNK_BYTES // (4 * vocab_size)))
     table = torch.zeros(mask.shape, device=mask.device)

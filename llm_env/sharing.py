@@ -70,30 +70,49 @@ class Extent(NamedTuple):
             pairs = self.prompts * (self.longest_prompt**2 + self.group * self.longest * length)
         return 12 * self.positions(way is not None) + 2 * pairs / width
 
+    def way(self, able: Sequence[str], width: int, always: bool = False) -> str | None:
+        """Which of the ways that a model is able to share prompts in takes least work; None where that is sharing none.
 
-def way_to_share(base: PreTrainedModel, extent: Extent, prefix_sharing: PrefixSharing = "auto") -> str | None:
-    """How a forward pass over a batch shares prompts, "flex", "split" or "dense"; None where each row has its own prompt.
+        With `always` the first of them, wherever a prompt has several rows.
+        """
+        if self.group < 2 or not able:
+            return None
+        if always:
+            return able[0]
+        best = min([None, *able], key=lambda way: self.work(way, width))
+        return best if self.work(best, width) < SAVES * self.work(None, width) else None
+
+    def beside(self, other: Extent) -> Extent:
+        """Of both batches in one, which have no prompt in common."""
+        return Extent(self.rows + other.rows, self.prompts + other.prompts, *map(max, self[2:], other[2:]))
+
+
+def ways_to_share(base: PreTrainedModel, length: int, prefix_sharing: PrefixSharing = "auto") -> tuple[str, ...]:
+    """How a forward pass can share prompts, of "flex", "split" and "dense", for rows of up to `length` tokens.
 
     Args:
         base: a model without its head.
-        extent: the size of the batch.
+        length: of a prompt and what goes on from it.
         prefix_sharing: "auto" shares where the model can and it takes less work, True wherever a prompt has several rows, False
             never.
 
     Raises:
         ValueError: `prefix_sharing=True` and the model cannot.
     """
-    if prefix_sharing is False or extent.group < 2:
+    if prefix_sharing is False:
+        return ()
+    able = tuple(way for way in ("flex", "split", "dense") if shares_prompts(base, length, way))
+    if prefix_sharing is True and not able:
+        raise ValueError(
+            f"prefix_sharing=True, but {type(base).__name__} cannot compute a prompt once for several responses; set "
+            "prefix_sharing='auto'"
+        )
+    return able
+
+
+def way_to_share(base: PreTrainedModel, extent: Extent, prefix_sharing: PrefixSharing = "auto") -> str | None:
+    """How a forward pass over a batch shares prompts; None where each row has its own. See `ways_to_share`."""
+    if extent.group < 2:
         return None
-    length = extent.longest_prompt + extent.longest
-    able = [way for way in ("flex", "split", "dense") if shares_prompts(base, length, way)]
-    if prefix_sharing is True:
-        if not able:
-            raise ValueError(
-                f"prefix_sharing=True, but {type(base).__name__} cannot compute a prompt once for several responses; set "
-                "prefix_sharing='auto'"
-            )
-        return able[0]
-    width = base.config.get_text_config().hidden_size
-    best = min([None, *able], key=lambda way: extent.work(way, width))
-    return best if extent.work(best, width) < SAVES * extent.work(None, width) else None
+    able = ways_to_share(base, extent.longest_prompt + extent.longest, prefix_sharing)
+    return extent.way(able, base.config.get_text_config().hidden_size, prefix_sharing is True)

@@ -14,14 +14,17 @@ import agents.audit.memory
 import agents.audit.table
 import agents.decoding
 import agents.generation
+import agents.memory
 import agents.policy
+import agents.preflight
 import agents.update
 import llm_env.scoring
 import llm_env.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent
-from agents.audit.dry_run import fresh_episodes, untouched
-from agents.audit.memory import LiveBytes, free_bytes, longest_step, peak_bytes
+from agents.memory import LiveBytes, free_bytes, peak_bytes
 from agents.policy import Evaluation
+from agents.preflight import USABLE, LongestPass
+from agents.untouched import untouched
 from llm_env.reference import Reference
 from llm_env.report import CheckRow
 from tests.conftest import FAMILIES, make_model, make_tokenizer
@@ -113,7 +116,7 @@ def test_positions_that_padding_shifts_in_training(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
     monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)  # plain rows, which are the ones that are padded
     found = failures(make_agent(family="gpt2"))
-    assert {TRAINER, TRAINED, PADDING, BATCHES} <= found.keys() and SAMPLED not in found and RATIO not in found
+    assert {TRAINER, TRAINED, PADDING} <= found.keys() and SAMPLED not in found and RATIO not in found
     assert "Only rows whose prompt was padded on the left are wrong" in found[TRAINED]
 
 
@@ -136,6 +139,7 @@ def test_padding_that_is_attended_to(monkeypatch):
         return {**original(model, input_ids, attention_mask), "attention_mask": torch.ones_like(attention_mask)}
 
     monkeypatch.setattr(llm_env.scoring, "model_inputs", attending)
+    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
     found = failures(make_agent())
     assert {TRAINER, TRAINED, PADDING} <= found.keys() and SAMPLED not in found
     assert "padding is attended to" in found[TRAINED]
@@ -354,35 +358,43 @@ def test_live_bytes_are_those_of_the_allocator():
 
 
 def test_memory_by_rows_is_a_line_and_the_suggestion_just_fits(monkeypatch):
-    agent = make_agent(PPO, env=env_of(max_new_tokens=12), micro_batch_size=8)
-    weights = sum(parameter.nbytes for parameter in agent.policy.parameters())
+    prompts = tuple(a + b + "ab" for a in "abcd" for b in "efgh")
+    agent = make_agent(PPO, env=env_of(prompts=prompts, max_new_tokens=12), micro_batch_size=8)
+    optimizer = agent.policy.optimizer
     with untouched(agent, 0):
-        rollout, _ = fresh_episodes(agent, 4)
-        agents.update.score_before_update(agent, rollout, 4)
-        agent.compute_advantages(rollout)
-        one, two, six = (longest_step(agent, rollout, rows) for rows in (1, 2, 6))
-        predicted = one + 5 * (two - one)
-        assert six <= predicted <= 1.1 * six and six > 2 * one
-    room = (predicted + 2 * weights + 1) / agents.audit.memory.USABLE
-    monkeypatch.setattr(agents.audit.memory, "free_bytes", lambda device: room)
-    assert "set micro_batch_size=6" in failures(agent)[MEMORY]
-    agent.micro_batch_size = 6
+        longest = LongestPass(agent, optimizer)
+        assert longest.rows_at_once(None) == 8 and "8 episodes of 16 tokens" in longest.described(None)
+        one, two, six = (peak_bytes(lambda n=n: longest.run(n, 12), agent.device) for n in (1, 2, 6))
+        predicted = longest.bytes_of(6 * 16)
+        assert predicted == one + 5 * (two - one)
+        assert six <= predicted <= 1.1 * six and six > 1.5 * one
+
+    def free(room):
+        monkeypatch.setattr(agents.audit.memory, "free_bytes", lambda device: room)
+        monkeypatch.setattr(agents.preflight, "free_bytes", lambda device: room)
+
+    free((predicted + 1) / USABLE)
+    found = failures(agent)[MEMORY]
+    budget = int(found.split("set max_tokens_per_batch=")[1])
+    assert 5 * 16 <= budget < 7 * 16 and "8 episodes of 16 tokens" in found
+    agent.max_tokens_per_batch = budget
     assert not failures(agent)
-    monkeypatch.setattr(agents.audit.memory, "free_bytes", lambda device: weights)
-    assert "not even 1 does" in failures(agent)[MEMORY]
+    free(one / 2)
+    assert "not even one of 16 tokens fits" in failures(agent)[MEMORY]
 
 
 def test_free_memory_is_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:      64 kB\n")
-    monkeypatch.setattr(agents.audit.memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(agents.audit.memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(agents.memory, "CGROUP", tmp_path)
     cpu = torch.device("cpu")
     assert free_bytes(cpu) == 64 * 1024
     (tmp_path / "memory.current").write_text("1000\n")
-    for limit, free in (("max", 64 * 1024), ("5000", 4000)):
+    (tmp_path / "memory.stat").write_text("anon 500\nactive_file 100\ninactive_file 200\nslab 7\n")
+    for limit, free in (("max", 64 * 1024), ("5000", 4300)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert free_bytes(cpu) == free
-    monkeypatch.setattr(agents.audit.memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "none")
     assert free_bytes(cpu) is None and make_agent().audit(n=8, quiet=True)[MEMORY].result == "note"
 
 

@@ -143,7 +143,8 @@ def test_learn(args, kwargs, message):
     ("algorithm", "name", "values"),
     [
         (GRPO, "group_size", [0, 1, -2, 3, 2.0, True, "2"]),
-        *[(GRPO, name, NOT_WHOLE) for name in ("n_envs", "n_epochs", "batch_size", "micro_batch_size", "stats_window_size")],
+        *[(GRPO, name, NOT_WHOLE) for name in ("n_envs", "n_epochs", "batch_size", "stats_window_size")],
+        *[(GRPO, name, NOT_WHOLE) for name in ("micro_batch_size", "max_tokens_per_batch")],
         *[(REINFORCE, name, [-1, 2**32, 1.5, "a", True]) for name in ("seed",)],
         *[(GRPO, name, [*NOT_FINITE, -1.0]) for name in ("kl_coef", "clip_range", "clip_range_high", "max_grad_norm")],
         *[(PPO, name, [*NOT_FINITE, -1.0]) for name in ("gamma", "gae_lambda", "clip_range_vf", "vf_coef", "target_kl")],

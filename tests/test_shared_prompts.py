@@ -12,8 +12,8 @@ from transformers import (
 import llm_env.scoring
 import llm_env.shared_prompt
 import llm_env.sharing
-from agents.audit.memory import LiveBytes
 from agents.generation import Sampler, sample_responses
+from agents.memory import LiveBytes
 from llm_env.scoring import head_of, response_states, score
 from llm_env.shared_prompt import group_states, shares_prompts
 from llm_env.sharing import Extent, groups_of, way_to_share

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from agents.advantages import equal_groups
-from agents.audit.dry_run import replaced
 from agents.audit.gaps import LOGP_TOLERANCE, Gap, active_dropout, gap_of
 from agents.audit.plain import values_of
 from agents.losses import kl_k3
 from agents.rollout import Rollout
+from agents.untouched import replaced
 from agents.update import score_before_update
 from llm_env.report import FAILED, NOT_APPLICABLE, NOTE, PASSED, CheckRow
 

@@ -3,105 +3,27 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.audit.gaps import active_dropout
 from agents.audit.plain import gradient_of
+from agents.batches import micro_batches
 from agents.policy import Evaluation
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
+from agents.untouched import all_rules, replaced
 from agents.update import optimize
 from agents.vec_env import rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.rules import Rules
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
 
 POLICY_TERM = "policy_gradient_loss"
-
-
-class _Still(torch.optim.SGD):
-    """Takes the optimizer's place and moves nothing."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Leave the weights as they are."""
-
-
-@contextmanager
-def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Set attributes of an object for a while; those of a class, and the modules of a module, come to light again after."""
-    own = vars(owner)
-    before = {name: own[name] for name in attributes if name in own}
-    own.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            own.pop(name, None)
-        own.update(before)
-
-
-@contextmanager
-def untouched(agent: LanguageAgent, seed: int) -> Iterator[None]:
-    """Let an agent collect and take optimizer steps that move nothing, with random numbers of its own, and put all back.
-
-    Put back are the agent's attributes, the gradients, the modes of the modules, the global random states and the seconds
-    that the rewards took; nothing is recorded. Weights, the optimizer's state and the order of the prompts are not written to.
-    """
-    policy, rules = agent.policy, agent.rules
-    attributes, seconds = dict(vars(agent)), rules.rewards.take_seconds()
-    modes = [(module, module.training) for module in policy.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in policy.parameters()]
-    states = random.getstate(), np.random.get_state()
-    still = _Still([parameter for parameter in policy.parameters() if parameter.requires_grad], lr=0.0)
-    generator = torch.Generator(device=agent.device).manual_seed(seed)
-    devices = [agent.device] if agent.device.type == "cuda" else []
-    try:
-        with (
-            torch.random.fork_rng(devices),
-            torch.enable_grad(),
-            replaced(policy, optimizer=still),
-            _unrecorded(agent),
-        ):
-            agent._generator, agent.np_random, agent.max_grad_norm = generator, np.random.default_rng(seed), float("inf")
-            yield
-    finally:
-        vars(agent).clear()
-        vars(agent).update(attributes)
-        for module, mode in modes:
-            module.training = mode
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        rules.rewards._seconds = seconds
-
-
-@contextmanager
-def _unrecorded(agent: LanguageAgent) -> Iterator[None]:
-    """The episodes that end here are not written to the env's record."""
-    recorders = [(rules, rules.recorder) for rules in _all_rules(agent.env)]
-    for rules, _ in recorders:
-        rules.recorder = None
-    try:
-        yield
-    finally:
-        for rules, recorder in recorders:
-            rules.recorder = recorder
-
-
-def _all_rules(env: VecEnv | None) -> list[Rules]:
-    assert env is not None
-    return list({id(rules): rules for rules in env.get_attr("rules")}.values())
 
 
 def fresh_episodes(agent: LanguageAgent, n: int) -> tuple[Rollout, str]:
@@ -130,7 +52,7 @@ def fresh_episodes(agent: LanguageAgent, n: int) -> tuple[Rollout, str]:
 def _copy_of(env: VecEnv) -> tuple[VecEnv, str]:
     """A copy that shares the rules, or the env itself and why it cannot be copied."""
     try:
-        copied = copy.deepcopy(env, {id(rules): rules for rules in _all_rules(env)})
+        copied = copy.deepcopy(env, {id(rules): rules for rules in all_rules(env)})
         rules_of_vec_env(copied)
     except Exception as error:
         return env, f"{type(error).__name__}: {error}"
@@ -139,7 +61,7 @@ def _copy_of(env: VecEnv) -> tuple[VecEnv, str]:
 
 @dataclass
 class Step:
-    """What one optimizer step was made of. B episodes in the order in which they came, n_i tokens in response i.
+    """What one optimizer step was made of. B episodes in the order of `rows`, n_i tokens in response i.
 
     Attributes:
         gradient: one tensor a trained weight, before any clipping; None where there is none.
@@ -194,5 +116,10 @@ def take_step(
 
     with replaced(agent, loss=loss):
         optimize(agent, rollout.take(range(len(rollout))), step.rows, fresh)
+    seen = [row for part in micro_batches(agent, rollout, step.rows) for row in part]
+    places = [seen.index(row) for row in step.rows.tolist()]
+    for entries in (step.logp, step.old_logp, step.advantages, step.weights):
+        entries[:] = [entries[place] for place in places]
+    step.padded = [step.padded[place] for place in places]
     step.gradient, step.dropping = gradient_of(agent.policy), active_dropout(agent.policy)
     return step

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from agents.audit.conditions import dropout_row, groups_row, kl_row, values_row
-from agents.audit.dry_run import POLICY_TERM, Step, fresh_episodes, replaced, take_step, untouched
+from agents.audit.dry_run import POLICY_TERM, Step, fresh_episodes, take_step
 from agents.audit.gaps import LOGP_TOLERANCE, gap_of, likely_cause
 from agents.audit.memory import memory_row
 from agents.audit.plain import distance, policy_gradient, token_log_probs
 from agents.policy import Evaluation
 from agents.rollout import Rollout
+from agents.untouched import replaced, untouched
 from agents.update import score_before_update
 from llm_env.arguments import whole
 from llm_env.report import FAILED, NOT_RUN, NOTE, PASSED, CheckRow, Report
@@ -42,7 +43,7 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     | dropout is off | gap of log-probs of two training forwards of one batch, in nats | > 1e-6 |
     | groups with equal rewards | their share, from which nothing is learned | never |
     | KL to the reference | of the trainer's log-probs; 0 where the reference has the policy's weights | > 1e-3 |
-    | memory of the longest step | peak of the longest prompt with `max_new_tokens`, one row and two | too much |
+    | memory of the longest step | of the longest prompts with `max_new_tokens`, reckoned from some of them | too much |
     | env left as it was | whether the agent's own env could stay out of this | never |
 
     The tolerances are for float32: two ways to the same log-prob differ by 1e-7 to 1e-4 nats, the more the deeper the model
@@ -51,7 +52,7 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     forward pass twice gives the same bits, but for the order of atomic additions on a GPU, hence 1e-6 for dropout.
 
     The memory is what torch's allocator counts on CUDA (`max_memory_allocated`, against `mem_get_info`); elsewhere the bytes of
-    the tensors alive (`agents.audit.memory.LiveBytes`), against what the system calls available. The optimizer's state is
+    the tensors alive (`agents.memory.LiveBytes`), against what the system calls available. The optimizer's state is
     reckoned in, sampling is not.
 
     The agent, its env and the random states are left as they were: the training that follows is that which would have been.
@@ -82,7 +83,7 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
         audit = _Audit(agent, rollout)
         rows = [audit.ratio(), *audit.gaps(), *audit.invariance(), audit.end_token(), audit.only_responses()]
         rows += [values_row(agent, rollout), dropout_row(agent, rollout), groups_row(rollout)]
-        rows += [kl_row(agent, rollout, audit.trained), memory_row(agent, rollout, optimizer)]
+        rows += [kl_row(agent, rollout, audit.trained), memory_row(agent, optimizer)]
     rows.append(_env_row(obstacle))
     report = Report(rows)
     if not quiet:

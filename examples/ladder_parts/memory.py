@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import llm_env
 from agents import GRPO, PPO, REINFORCE
-from agents.audit.memory import LiveBytes
 from agents.base import LanguageAgent
+from agents.memory import LiveBytes
 from agents.rollout import Rollout
 from agents.update import update
 from llm_env import TextGenerationEnv
