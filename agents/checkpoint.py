@@ -101,6 +101,7 @@ class Checkpointed(BaseAlgorithm):
         if self.env is not None:
             venv, kl = clock_of(self.env), self.rules.kl
             position["env"] = None if venv is None else venv.state_dict()
+            position["seeds"] = list(self.env._seeds)  # that wait for the first reset
             position["cursor"] = self._cursor.state_dict()
             position["kl_coef"] = None if kl is None else kl.value
         return position
@@ -142,7 +143,7 @@ class Checkpointed(BaseAlgorithm):
         """Go on with the order of the prompts and the KL coefficient of a position, where they fit the env."""
         venv = clock_of(env)
         if venv is not None and position.get("env") is not None and venv.fits(position["env"]):
-            env._reset_seeds()
+            env._seeds = list(position.get("seeds", [None] * env.num_envs))
             venv.load_state_dict(position["env"])
         if position.get("cursor") is not None and position["cursor"]["size"] == len(rules.prompts):
             self._cursor.load_state_dict(position["cursor"])

@@ -137,6 +137,13 @@ def test_twice_k_tokens_are_2k(name, tmp_path):
         assert whole.rules.kl.value != first.rules.kl.value != 0.2
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_an_agent_saved_before_its_first_rollout_learns_as_one_that_was_not(name, tmp_path):
+    """The seed that waits for the first reset is in the file."""
+    build(name).save(tmp_path / "agent")
+    same_standing(whole_run(name), reload(name, tmp_path / "agent").learn(2 * K))
+
+
 class StopAt(BaseCallback):
     """Asks to stop, or raises, at the first `on_step` from n tokens on: in the middle of a rollout."""
 
