@@ -64,6 +64,12 @@ def test_speed_side_by_side(tmp_path):
     assert "| 6 | 4 | here |" in out and "| 6 | 4 | TRL |" in out
     assert (tmp_path / "outputs/benchmarks/speed.png").stat().st_size > 10_000
 
+    (tmp_path / "other.json").write_text(json.dumps({**numbers, "settings": {**numbers["settings"], "problems": 2}}))
+    again = [BENCHMARKS / "speed.py", "--out", "again", "--numbers", "outputs/benchmarks/speed.json"]
+    assert run(again, tmp_path).split("saved")[0] == "\n" + out[out.index("# Speed") :].split("saved")[0]
+    with pytest.raises(AssertionError, match="they cannot be joined"):
+        run([*again, "other.json"], tmp_path)
+
 
 @pytest.mark.slow
 def test_nothing_is_timed_where_the_losses_differ(parts, tmp_path, monkeypatch, capfd):
@@ -137,25 +143,25 @@ def test_speed_is_told_in_medians_and_their_ratios(parts):
     from speed_parts.tables import Results, report
     from speed_parts.worker import Series
 
-    def step(side, group, seconds, peak, died=None):
+    def step(side, group, seconds, peak, died=None, cpu_share=1 / 2):
         wall = [{"generate": s / 4, "reward": 0.0, "reference": 0.0, "update": s * 3 / 4, "other": 0.0} for s in seconds]
-        cpu = [{phase: s / 2 for phase, s in turn.items()} for turn in wall]
-        return Series("step", side, 1024, group, 8 * group, 2**20, peak * 2**20, wall, cpu, died)
+        cpu = [{phase: s * cpu_share for phase, s in turn.items()} for turn in wall]
+        return Series("step", side, 1024, group, 1, 8 * group, 2**20, peak * 2**20, wall, cpu, died)
 
     found = [
         step("here", 4, [2.0, 9.0, 1.0], 100),  # median 2
-        step("here", 16, [4.0, 3.0, 5.0], 200),  # median 4
+        step("here", 16, [4.0, 3.0, 5.0], 200, cpu_share=3 / 4),  # median 4
         step("TRL", 4, [8.0, 8.0, 0.5], 400),  # median 8
         step("TRL", 16, [], 300, died=9),
-        Series("rollout", "here", 16, 8, 1000, 0, 2**20, [{"generate": 0.5}], [{"generate": 0.25}]),
-        Series("rollout", "generate", 16, 8, 1000, 0, 2**21, [{"generate": 2.0}], [{"generate": 1.5}]),
+        Series("rollout", "here", 16, 8, 1, 1000, 0, 2**20, [{"generate": 0.5}], [{"generate": 0.25}]),
+        Series("rollout", "generate", 16, 8, 1, 1000, 0, 2**21, [{"generate": 2.0}], [{"generate": 1.5}]),
     ]
     text = report("A title.", [], Results(found))
     assert "| 16 | 8 | 2000 | 500 | 4.00 | 6.00 | 1 | 2 |" in text  # 1000 tokens in 0.5 s and in 2 s
-    assert "| 1024 | 4 | 2.00 | 8.00 | 4.00 | 4.00 | 100 | 400 | 0.25 | 1 | 1 |" in text
-    assert "| 1024 | 16 | 4.00 | - | - | - | 200 | - | - | 1 | - |" in text
+    assert "| 1024 | 4 | 1 | 2.00 | 8.00 | 4.00 | 4.00 | 100 | 400 | 0.25 | 1 | 1 |" in text
+    assert "| 1024 | 16 | 1 | 4.00 | - | - | - | 200 | - | - | 1 | - |" in text
     assert "| 1024 | 4 | TRL | 2.00 (1.00) | 0.00 (0.00) | 0.00 (0.00) | 6.00 (3.00) | 0.00 (0.00) | 8.00 (4.00) |" in text
     # From 2 s at G = 4 to 4 s at G = 16: 4 / (4 * 2) of proportional, and (4 - 2) / (3 * 2) of what would be added.
-    assert "| 1024 | here | 4: 2.00, 16: 4.00 | 4 to 16 | 0.50 | 0.33 |" in text
+    assert "| 1024 | here | 4: 2.00 (1.00), 16: 4.00 (3.00) | 4 to 16 | 0.50 (0.75) | 0.33 (0.67) |" in text
     assert "| 1024 | TRL |" not in text[text.index("## Growth") :]
     assert "The step of TRL at prompt 1024, group 16 was ended by signal 9 after 0 turns that count" in text

@@ -15,6 +15,7 @@ side's process, imports and all; what it had before its first turn stands beside
 
 A table, a figure and the numbers are left in `outputs/benchmarks` after each shape; those in this folder were made by the
 command above. `--numbers speed.json` writes both again without measuring, from several runs' files if there are more.
+Where memory is short, `--passes 4` cuts every update into four forward passes, on both sides.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from speed_parts.tables import Results, report
 from speed_parts.work import BETA, Work, build
 from speed_parts.worker import SIDES, Series, measure
 
-Numbers = dict[str, Any]  # what is written to speed.json: title, checks, series
+Numbers = dict[str, Any]  # what is written to speed.json: settings, title, checks, series
+SETTINGS = ("new_tokens", "problems", "vocabulary", "hidden", "layers", "heads", "intermediate", "threads", "device", "dtype")
 
 
 def parse() -> argparse.Namespace:
@@ -85,7 +87,7 @@ def title(arguments: argparse.Namespace, parameters: int) -> str:
         place = torch.cuda.get_device_name(arguments.device)
     return (
         f"{versions}; {place}, {arguments.dtype}. A Llama of {parameters / 1e6:.1f} million parameters, {arguments.problems} "
-        f"prompts, {arguments.new_tokens} new tokens, KL coefficient {BETA:g}; passes to an update: {arguments.passes}. "
+        f"prompts, {arguments.new_tokens} new tokens, KL coefficient {BETA:g}. "
         f"Medians of {arguments.repeats} turns, taken alternately, and ratios of medians; where other programs share the "
         "machine, CPU time is the steadier measure."
     )
@@ -96,7 +98,7 @@ def run(arguments: argparse.Namespace, folder: str) -> str:
     sizes = (arguments.hidden, arguments.layers, arguments.heads, arguments.intermediate)
     positions = max(2048, max(arguments.prompts) + arguments.new_tokens)
     numbers: Numbers = {"title": title(arguments, build(folder, arguments.vocabulary, *sizes, positions))}
-    numbers |= {"checks": [], "series": []}
+    numbers |= {"settings": {name: getattr(arguments, name) for name in SETTINGS}, "checks": [], "series": []}
     text = ""
     for prompt in arguments.prompts:
         for group in arguments.groups:
@@ -116,12 +118,25 @@ def run(arguments: argparse.Namespace, folder: str) -> str:
 
 
 def joined(files: list[Path]) -> Numbers:
-    """The numbers of several runs; where two have measured the same, the later one's count."""
+    """The numbers of several runs; where two have measured the same, the later one's count.
+
+    Raises:
+        SystemExit: they have not measured the same kind of work, or a shape with different passes.
+    """
     runs = [json.loads(file.read_text()) for file in files]
+    for run, file in zip(runs, files, strict=True):
+        if run["settings"] != runs[0]["settings"]:
+            raise SystemExit(f"{file} is of {run['settings']}, but {files[0]} of {runs[0]['settings']}: they cannot be joined")
     checks = {(c["prompt"], c["group"]): c for run in runs for c in run["checks"]}
-    series = [series for run in runs for series in run["series"]]
-    titles = dict.fromkeys(run["title"] for run in runs)
-    return {"title": "\n\n".join(titles), "checks": list(checks.values()), "series": series}
+    series = {(s["job"], s["side"], s["prompt"], s["group"]): s for run in runs for s in run["series"]}
+    passes: dict[tuple[int, int], int] = {}
+    for measured in series.values():
+        shape, mine = (measured["prompt"], measured["group"]), measured["passes"]
+        if passes.setdefault(shape, mine) != mine:
+            raise SystemExit(f"prompt and group {shape} were measured with {passes[shape]} and {mine} passes to an update")
+    joined_titles = "\n\n".join(dict.fromkeys(run["title"] for run in runs))
+    found = {"checks": list(checks.values()), "series": list(series.values())}
+    return {"title": joined_titles, "settings": runs[0]["settings"], **found}
 
 
 def main() -> None:

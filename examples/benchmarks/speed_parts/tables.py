@@ -76,9 +76,9 @@ def steps(results: Results) -> str:
         peak, before = ([None if s is None else getattr(s, name) / MB for s in (here, trl)] for name in ("peak", "before"))
         times = [*map(number, seconds), number(ratio(*seconds[::-1])), number(ratio(*cpu[::-1]))]
         memory = [*(number(x, 0) for x in peak), number(ratio(*peak)), *(number(x, 0) for x in before)]
-        return [prompt, group, *times, *memory]
+        return [prompt, group, next(s.passes for s in (here, trl) if s is not None), *times, *memory]
 
-    head = ["prompt", "group", "here, s", "TRL, s", "times as fast", "by CPU time", "peak MB here", "TRL", "here/TRL"]
+    head = ["prompt", "group", "passes", "here, s", "TRL, s", "times as fast", "by CPU time", "peak MB here", "TRL", "here/TRL"]
     return rows([*head, "MB before, here", "TRL"], (line(*shape) for shape in results.shapes("step")))
 
 
@@ -106,10 +106,11 @@ def growth(results: Results) -> str:
                 series = [s for s in found if s is not None]
                 if len(series) > 1:
                     first, last = series[0], series[-1]
-                    times, seconds = last.group / first.group, last.turn / first.turn
-                    growths = [seconds / times, (seconds - 1) / (times - 1)]
-                    measured = ", ".join(f"{s.group}: {s.turn:.2f}" for s in series)
-                    yield [prompt, side, measured, f"{first.group} to {last.group}", *map(number, growths)]
+                    times, wall, cpu = (getattr(last, x) / getattr(first, x) for x in ("group", "turn", "cpu_turn"))
+                    shares = f"{wall / times:.2f} ({cpu / times:.2f})"
+                    added = f"{(wall - 1) / (times - 1):.2f} ({(cpu - 1) / (times - 1):.2f})"
+                    measured = ", ".join(f"{s.group}: {s.turn:.2f} ({s.cpu_turn:.2f})" for s in series)
+                    yield [prompt, side, measured, f"{first.group} to {last.group}", shares, added]
 
     found = list(lines())
     if not found:
@@ -118,7 +119,7 @@ def growth(results: Results) -> str:
     return (
         "## Growth with the group\n\nSeconds per step of the largest group, b, over what they would be in proportion to those "
         "of the smallest, a; and the seconds that are added from a to b over those that would be added in proportion. In both, "
-        f"1 is proportional.\n\n{rows(head, found)}\n"
+        f"1 is proportional; in brackets, by CPU time.\n\n{rows(head, found)}\n"
     )
 
 

@@ -28,6 +28,7 @@ class Series:
         job: `"rollout"` or `"step"`.
         side: one of `SIDES`.
         prompt, group: P and G.
+        passes: forward passes to an update.
         tokens: response tokens in a turn.
         before: bytes of memory before the first turn.
         peak: bytes of memory at most, up to the last turn.
@@ -40,6 +41,7 @@ class Series:
     side: str
     prompt: int
     group: int
+    passes: int
     tokens: int
     before: int = 0
     peak: int = 0
@@ -116,7 +118,8 @@ class Worker:
 
     def series(self, job: str) -> Series:
         """Room for the turns at a job."""
-        return Series(job, self.side, self.work.prompt, self.work.group, self.work.tokens, self._before)
+        work = self.work
+        return Series(job, self.side, work.prompt, work.group, work.passes, work.tokens, self._before)
 
     def turn(self, series: Series, counts: bool) -> None:
         """Do the job once and add it to the series, if it counts.
