@@ -116,22 +116,24 @@ class Ticks(TrainerCallback):
         self.clock.tick()
 
 
-def trl_settings(task: Task, rollouts: int, seed: int, folder: str) -> GRPOConfig:
+def trl_settings(
+    task: Task, rollouts: int, seed: int, folder: str, device: str = "cpu", dtype: str = "float32", passes: int = 1
+) -> GRPOConfig:
     """TRL's arguments that mean what `agents.GRPO` does. Where TRL's default is another one, the comment says why."""
     return GRPOConfig(
         output_dir=folder,
         seed=seed,
         # The model, in the same precision and place.
-        use_cpu=True,
+        use_cpu=device == "cpu",
         model_init_kwargs={"dtype": torch.float32},
-        bf16=False,  # TRL trains in bf16 by default; here it is fp32
+        bf16=dtype == "bfloat16",  # TRL trains in bf16 by default; here it is fp32
         gradient_checkpointing=False,  # on by default: the same gradient, more slowly
         disable_dropout=True,
-        # One rollout of `batch` completions, one optimizer step on all of it, in one forward pass.
+        # One rollout of `batch` completions, one optimizer step on all of it, in so many forward passes.
         max_steps=rollouts,
-        per_device_train_batch_size=task.batch,
-        gradient_accumulation_steps=1,
-        steps_per_generation=1,
+        per_device_train_batch_size=task.batch // passes,
+        gradient_accumulation_steps=passes,
+        steps_per_generation=passes,
         num_iterations=1,
         num_generations=task.group_size,
         shuffle_dataset=False,  # the prompts come in the order in which they came on the other side

@@ -1,0 +1,126 @@
+"""Whether this package and TRL compute the same thing: the loss and its gradient on the same tokens, in float32.
+
+The responses are sampled here, and the policy is then moved a little, so that ratios differ from 1 and the KL from 0: right
+after sampling the loss of GRPO is 0 whatever the tokens are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from agents import GRPO
+from agents.rollout import Rollout
+from agents.update import optimize, score_before_update
+from speed_parts.here import grpo_agent
+from speed_parts.with_trl import grpo_trainer
+from speed_parts.work import Work, work_of_this_process
+
+TOLERANCE = 1e-4
+ROUNDING = 1e-6  # float32's, of means over terms of order 1 that cancel
+MOVE = 0.005  # a quarter of what Llama's weights are drawn with: some ratios are clipped
+
+
+def check_responses(work: Work, agent: GRPO, rollout: Rollout) -> float:
+    """Prompts and responses are as long as asked for, and their log-probs those of plain rows; the largest difference."""
+    lengths = {(len(prompt), len(response)) for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)}
+    if lengths != {(work.prompt, work.new_tokens)}:
+        raise SystemExit(f"prompts and responses are to have {work.prompt} and {work.new_tokens} tokens, not {lengths}")
+    difference = 0.0
+    for prompt, response, sampled in zip(rollout.prompts, rollout.responses, rollout.sampled_logp, strict=True):
+        ids = torch.tensor([prompt + response], device=work.device)
+        with torch.no_grad():
+            logits = agent.policy.lm(input_ids=ids, logits_to_keep=work.new_tokens + 1).logits[0, :-1]
+        plain = logits.float().log_softmax(-1).gather(-1, ids[0, work.prompt :, None])[:, 0]
+        difference = max(difference, (plain - sampled).abs().max().item())
+    if not difference < TOLERANCE:
+        raise SystemExit(
+            f"log-probs of sampled tokens differ by {difference:.2e} from a plain forward's, more than {TOLERANCE:g}"
+        )
+    return difference
+
+
+def score_by_trl(trainer: GRPOTrainer, rollout: Rollout) -> dict[str, Tensor]:
+    """The same responses as TRL's training loop has them: with advantages, log-probs of the reference and of the old policy."""
+
+    def given(prompt_ids: list[list[int]], *_: object, **__: object) -> tuple[list[list[int]], None]:
+        if [list(prompt) for prompt in prompt_ids] != rollout.prompts:
+            raise SystemExit("TRL's prompts are not the tokens of the prompts here")
+        return [list(response) for response in rollout.responses], None
+
+    trainer._generate_single_turn = given
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    inputs = trainer._generate_and_score_completions([{"prompt": info["prompt"]} for info in rollout.infos])
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    with torch.no_grad():
+        logp, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, inputs["completion_ids"].shape[1])
+    return {**inputs, "old_per_token_logps": logp}
+
+
+def gradient(model: torch.nn.Module) -> Tensor:
+    """Of all weights, as one vector in float64."""
+    return torch.cat([p.grad.flatten().double() for _, p in sorted(model.named_parameters()) if p.grad is not None])
+
+
+def agree(name: str, here: float, trl: float) -> None:
+    """Stop unless two numbers are the same but for the tolerance."""
+    if not math.isclose(here, trl, rel_tol=TOLERANCE, abs_tol=ROUNDING):
+        raise SystemExit(f"{name} is {here:.8g} here and {trl:.8g} in TRL: they differ by more than {TOLERANCE:g} of it")
+
+
+def compare(work: Work, folder: str) -> dict[str, float]:
+    """Loss and gradient on both sides.
+
+    Raises:
+        SystemExit: they are not the same.
+    """
+    agent = grpo_agent(work)
+    agent.max_grad_norm = float("inf")  # as it comes
+    rollout = agent.sample_rollout()
+    result = {"log_probs": check_responses(work, agent, rollout)}
+    score_before_update(agent, rollout, len(rollout))
+    agent.compute_advantages(rollout)
+    trainer = grpo_trainer(work, folder, [])
+    inputs = score_by_trl(trainer, rollout)
+    assert rollout.advantages is not None
+    for i, (here, trl) in enumerate(zip(rollout.advantages[:, 0].tolist(), inputs["advantages"].tolist(), strict=True)):
+        agree(f"the advantage of response {i}", here, trl)
+
+    with torch.no_grad():
+        for parameter in agent.policy.lm.parameters():
+            parameter += MOVE * torch.randn_like(parameter)
+    trainer.model.load_state_dict(agent.policy.lm.state_dict())
+    statistics = optimize(agent, rollout, np.arange(len(rollout)), fresh=False)
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    here, trl = gradient(agent.policy.lm), gradient(trainer.model)
+    difference = ((here - trl).norm() / trl.norm()).item()
+    agree("the loss", statistics["loss"], loss.item())
+    agree("the norm of the gradient", here.norm().item(), trl.norm().item())
+    if not difference <= TOLERANCE:
+        raise SystemExit(
+            f"the gradients, of norm {here.norm():.8g} here and {trl.norm():.8g} in TRL, differ by {difference:.2e} of it, "
+            f"more than {TOLERANCE:g}"
+        )
+    clipped = statistics["clip_fraction"]
+    return result | {"loss_here": statistics["loss"], "loss_trl": loss.item(), "gradient": difference, "clipped": clipped}
+
+
+def main() -> None:
+    """Compare, and print the numbers as JSON."""
+    with os.fdopen(os.dup(1), "w") as answers, tempfile.TemporaryDirectory() as folder:
+        os.dup2(2, 1)
+        print(json.dumps(compare(replace(work_of_this_process(), dtype="float32"), folder)), file=answers)
+
+
+if __name__ == "__main__":
+    main()
