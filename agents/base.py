@@ -48,7 +48,8 @@ class LanguageAgent(SetUp):
         batch_size: episodes in an optimizer step, whole groups where they fit in evenly; the whole rollout by default.
         micro_batch_size: episodes in a forward pass; bounds the memory and changes nothing else. `batch_size` by default.
         max_tokens_per_batch: positions in a forward pass: prompts, each counted as often as it is computed, responses and
-            padding; another bound of the kind. By default 3072 on a CPU, where more is slower, and none elsewhere.
+            padding; another bound of the kind. By default 2048 (or one group) on a CPU, where more is
+            slower, and none elsewhere.
         preflight: try before the first rollout whether the longest pass fits into memory; see `agents.preflight.preflight`.
         max_grad_norm: the gradient is scaled down to this norm.
         temperature: divides the logits, in sampling and in training.

@@ -12,13 +12,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from agents.batches import kept_together, micro_batches, positions_of
+from agents.batches import kept_together, micro_batches
 from agents.checks import check_budget
 from agents.memory import free_bytes, peak_bytes, size_of
 from agents.rollout import Rollout
 from agents.untouched import replaced, untouched
 from agents.update import accumulate
 from llm_env.constraints import TokenConstraint
+from llm_env.passes import positions_of
 from llm_env.scoring import CHUNK_BYTES
 from llm_env.sharing import Extent
 
@@ -116,7 +117,8 @@ class LongestPass:
         """Of a pass over the first episodes, their responses cut to `new` tokens."""
         answers = [len(list(run)) for _, run in groupby(self.rollout.prompts[:rows])]
         extent = Extent(rows, len(answers), max(answers), self.prompt, new)
-        return positions_of(self.agent.policy, self.prompt + new)(extent)
+        policy = self.agent.policy
+        return positions_of(policy.lm, self.prompt + new, policy.prefix_sharing)(extent)
 
     def run(self, rows: int, new: int) -> None:
         """A pass over the first episodes, their responses cut to `new` tokens, with all that is there in a second step.

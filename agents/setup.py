@@ -84,8 +84,8 @@ class SetUp(Inference):
         if self.policy.tokenizer is None:
             self.policy.tokenizer = rules.tokenizer
         if rules.reference is not None:
-            rules.reference.temperature = self.temperature
-            rules.reference.bf16, rules.reference.prefix_sharing = self.bf16, self.prefix_sharing
+            for name in ("temperature", "bf16", "prefix_sharing", "max_tokens_per_batch"):
+                setattr(rules.reference, name, getattr(self, name))
             rules.reference.model.to(self.device)
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._last_obs = None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llm_env.passes import passes
 from llm_env.scoring import autocast, score
 from llm_env.sharing import PrefixSharing
 
@@ -31,6 +32,7 @@ class Reference:
     Attributes:
         temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
         bf16, prefix_sharing: how it is computed, set by the agent likewise; see `agents.policy.LanguagePolicy`.
+        max_tokens_per_batch: positions per forward pass, set by the agent likewise; see `llm_env.passes.passes`.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Reference:
         self.temperature = 1.0
         self.bf16 = False
         self.prefix_sharing: PrefixSharing = "auto"
+        self.max_tokens_per_batch: int | None = None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a model that cannot score all token ids of the env.
@@ -81,21 +84,23 @@ class Reference:
             responses: token ids, one row each.
             allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
         """
-        results: list[np.ndarray] = []
-        for begin in range(0, len(prompts), self.batch_size):
-            rows = slice(begin, begin + self.batch_size)
-            masks = None if allowed is None else allowed[rows]
+        results: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
+        if not len(prompts):
+            return results
+        lengths, most = list(map(len, responses)), self.max_tokens_per_batch
+        for rows in passes(self.model, prompts, lengths, self.batch_size, most, self.prefix_sharing):
             with autocast(self.model.device, self.bf16):
                 scored = score(
                     self.model,
-                    prompts[rows],
-                    responses[rows],
+                    [prompts[row] for row in rows],
+                    [responses[row] for row in rows],
                     self._vocab_size,
                     self.temperature,
-                    masks,
+                    None if allowed is None else [allowed[row] for row in rows],
                     prefix_sharing=self.prefix_sharing,
                 )
-            results += [row[keep].cpu().numpy() for row, keep in zip(scored.logp, scored.mask.bool(), strict=True)]
+            for row, values in zip(rows, scored.logp.cpu(), strict=True):
+                results[row] = values[: lengths[row]].numpy()
         return results
 
 
