@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.checks import check_counts, check_groups, check_numbers, check_sharing, sort_out
+from agents.checks import check_computation, check_counts, check_groups, check_numbers, sort_out
 from agents.generation import Sampler
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
@@ -119,7 +119,7 @@ class LanguageAgent(SetUp):
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
-        check_sharing(prefix_sharing, max_num_seqs, self.group_size)
+        check_computation(prefix_sharing, bf16, max_num_seqs, self.group_size)
         check_numbers(0.0, max_grad_norm=max_grad_norm)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
         Sampler(temperature, top_k, top_p, min_p=min_p)

@@ -49,7 +49,7 @@ class Sampler:
             raise ValueError(f"temperature={self.temperature} must be positive; for greedy decoding set deterministic=True")
         if (as_whole(self.top_k) or 0) != self.top_k or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off) and top_p={self.top_p} in (0, 1] (1 is off)")
-        if not 0 <= self.min_p <= 1:
+        if not isinstance(self.min_p, (int, float, np.number)) or not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1] (0 is off)")
 
     @property
@@ -158,14 +158,8 @@ def sample_responses(
     logps: list[list[float]] = [[] for _ in limits]
     alive = torch.empty(0, dtype=torch.int64, device=model.device)
     logits = torch.empty(0, device=model.device)
-    length = max(map(len, prompts), default=0) + int(limits.max(initial=0))
-    shares = prefix_sharing is not False and shares_prompts(model.base_model, length)
-    if prefix_sharing is True and not shares:
-        raise ValueError(
-            f"prefix_sharing=True, but {type(model).__name__} cannot decode several responses of up to {length} tokens to one "
-            "prompt; set prefix_sharing='auto'"
-        )
-    decoding = (SharedDecoding if shares else PlainDecoding)(model, group_size)
+    longest = max(map(len, prompts), default=0) + int(limits.max(initial=0))
+    decoding = _decoding(model, group_size, longest, prefix_sharing)
     begun = 0
     while begun < len(prompts) or len(alive):
         free = min(places - -(-len(alive) // group_size), len(prompts) - begun)
@@ -195,6 +189,19 @@ def sample_responses(
             decoding.keep(alive)
         logits = decoding(tokens) if len(alive) else logits[:0]
     return responses, [np.array(row, dtype=np.float32) for row in logps]
+
+
+def _decoding(
+    model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing
+) -> SharedDecoding | PlainDecoding:
+    """For prompts and responses of up to `longest` tokens together."""
+    shares = prefix_sharing is not False and shares_prompts(model.base_model, longest)
+    if prefix_sharing is True and not shares:
+        raise ValueError(
+            f"prefix_sharing=True, but {type(model).__name__} cannot decode several responses to one prompt of up to {longest} "
+            "tokens together; set prefix_sharing='auto'"
+        )
+    return (SharedDecoding if shares else PlainDecoding)(model, group_size)
 
 
 def _limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.logger import Logger
 from transformers import BloomConfig, BloomForCausalLM
 
+import agents.decoding
 import agents.update as update_module
 import llm_env
 from agents import GRPO, PPO, REINFORCE
@@ -295,3 +296,49 @@ def test_a_file_carries_the_budget_and_one_from_before_there_was_any_loads(tmp_p
     older = GRPO.load(tmp_path / "older", env=agent.env)
     assert older.max_tokens_per_batch is None and older.preflight is True
     assert older.learn(1)._n_updates == 1
+
+
+# --- how passes are computed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_sharing_prompts_changes_no_training(kind):
+    """The same tokens are drawn and the same weights learned, by several optimizer steps, with prompts shared and not."""
+
+    def trained(prefix_sharing):
+        agent = make_agent(kind, prefix_sharing=prefix_sharing, batch_size=8, learning_rate=1e-3)
+        agent.learn(3 * EPISODES * 2)
+        assert agent._n_updates >= 4 and agent.rules.reference.prefix_sharing == prefix_sharing
+        return agent.num_timesteps, list(agent.policy.parameters())
+
+    (tokens, plain), (shared_tokens, shared) = trained(False), trained(True)
+    assert tokens == shared_tokens
+    for a, b in zip(plain, shared, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_a_bound_on_responses_under_way_is_kept_while_learning(monkeypatch):
+    largest, original = [], agents.decoding.SharedDecoding.__call__
+
+    def spy(self, tokens):
+        largest.append(len(tokens))
+        return original(self, tokens)
+
+    monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", spy)
+    agent = make_agent(max_num_seqs=2 * GROUP)
+    agent.learn(3 * EPISODES)
+    assert 0 < max(largest) <= 2 * GROUP and agent._n_updates >= 1
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_bfloat16_moves_log_probs_a_little_and_leaves_weights_in_float32(kind):
+    agent = make_agent(kind, bf16=True)
+    exact = make_agent(kind)
+    prompts, responses = [[3, 4, 5]] * 4, [[3, 4], [5, 6, 7], [3], [4, 4]]
+    gaps = torch.cat(agent.policy.log_probs(prompts, responses)) - torch.cat(exact.policy.log_probs(prompts, responses))
+    assert 1e-6 < gaps.abs().max() < 0.1
+    agent.learn(3 * EPISODES)
+    assert agent.rules.reference.bf16 and agent._n_updates >= 1
+    states = agent.policy.optimizer.state_dict()["state"].values()
+    floats = [*agent.policy.parameters(), *(value for state in states for value in state.values())]
+    assert {value.dtype for value in floats} == {torch.float32}
