@@ -93,6 +93,7 @@ class SharedDecoding:
                 values = torch.cat([widened(old_values, 2, -width), values])
             self.prompts[layer] = keys.contiguous(), values.contiguous()
         for layer, own in self.own.items():
+            own[..., self.oldest :, :] = 0
             self.own[layer] = widened(widened(own, 3, self.group_size), 1, len(self.rows))
         padding = torch.arange(width, device=rows.device) < width - self.lengths[:, None]
         self._hidden = (
@@ -118,7 +119,9 @@ class SharedDecoding:
             return
         for layer, (_, values) in self.prompts.items():
             n, kinds, _, d = values.shape
-            more = values.new_zeros(2, n, kinds, self.rows.shape[1], max(BLOCK, width), d)
+            more = values.new_empty(2, n, kinds, self.rows.shape[1], max(BLOCK, width), d)
+            if not self.even:  # what is hidden by a mask is multiplied with 0, and has to be a number
+                more.zero_()
             self.own[layer] = torch.cat([self.own[layer], more], 4) if width else more
         self._graph = None
 
