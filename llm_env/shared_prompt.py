@@ -30,6 +30,7 @@ Rows = Sequence[Sequence[int]]
 
 NAME = "llm_env_shared_prompt"
 OTHER_ATTENTION = ("s_aux", "position_bias")  # arguments of attention that is computed otherwise than here
+SCORES_BYTES = 2**24  # of responses at a time, so that they stay in a CPU's cache: twice as many take four times as long
 FLEX_DEVICES = ("cuda",)
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
 
@@ -128,26 +129,36 @@ class PackedRows:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         """Prompts attend to what they hold before each token, responses to all of the prompt and to that of their own."""
         self.calls += 1
-        (n, heads, _, d), kinds = query.shape, key.shape[1]
-        p, g, t, repeats = self.visible.shape[1], self.group, self.width, heads // kinds
+        (n, heads, _, _), p, g, t = query.shape, self.visible.shape[1], self.group, self.width
         keys, values = key[:, :, :p], value[:, :, :p]
         if self.kept is not None:
             self.kept[layer] = keys, values
-        out = self._of_prompts(query[:, :, :p], keys, values, softcap)
-        if not t:
-            return out
-        query = query[:, :, p:].reshape(n, kinds, repeats * g * t, d)
+        out = [self._of_prompts(query[:, :, :p], keys, values, softcap)]
+        if g * t == 0:
+            return out[0]
+        parts = 1 if query.is_cuda else -(-4 * n * heads * g * t * (p + t) // SCORES_BYTES)
+        size = -(-g // max(parts, 1))  # responses at a time
+        for first in range(0, g, size):
+            at = slice(p + first * t, p + min(first + size, g) * t)
+            out.append(self._of_responses(query[:, :, at], keys, values, key[:, :, at], value[:, :, at], softcap))
+        return torch.cat(out, 2)
+
+    def _of_responses(
+        self, query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, softcap: float | None
+    ) -> Tensor:
+        (n, heads, _, d), kinds, p, t = query.shape, keys.shape[1], keys.shape[2], self.width
+        repeats, g = heads // kinds, query.shape[2] // t
+        query = query.reshape(n, kinds, repeats * g * t, d)
         to_prompt = scores_of(query, keys, softcap)
         if self.padding is not None:
             to_prompt = to_prompt + self.padding.to(query.dtype)
-        own_keys, own_values = (x[:, :, None, p:].view(n, kinds, 1, g, t, d) for x in (key, value))
+        own_keys, own_values = (x.reshape(n, kinds, 1, g, t, d) for x in (own_keys, own_values))
         later = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
         to_own = scores_of(query.view(n, kinds, repeats, g, t, d), own_keys, softcap)
         to_own = to_own.masked_fill(later, torch.finfo(query.dtype).min)
         weights = weights_of(to_prompt.view(n, kinds, repeats, g, t, p), to_own)
         mixed = (weights[..., :p].reshape(n, kinds, repeats * g * t, p) @ values).view(n, kinds, repeats, g, t, d)
-        mixed = mixed + weights[..., p:] @ own_values
-        return torch.cat([out, mixed.reshape(n, heads, g * t, d)], 2)
+        return (mixed + weights[..., p:] @ own_values).reshape(n, heads, g * t, d)
 
     @cached_property
     def padding(self) -> Tensor | None:

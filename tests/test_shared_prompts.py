@@ -81,6 +81,7 @@ def test_gradients_are_those_of_plain_forwards(name, way, chunk, monkeypatch, on
     expected = torch.autograd.grad(loss, list(model.parameters()))
     if chunk is not None:
         monkeypatch.setattr(llm_env.scoring, "CHUNK_BYTES", chunk * 4 * V)
+        monkeypatch.setattr(llm_env.shared_prompt, "SCORES_BYTES", 4 * 3 * 4 * 2 * 6 * 15)  # of two of the four responses
     scored = score(model, prompts, responses, V, entropy=True, states=True, prefix_sharing=True)
     width = scored.logp.shape[1]
     inside = torch.cat([scored.mask.new_ones(len(prompts), 1), scored.mask], 1)[..., None]
@@ -113,6 +114,14 @@ def test_prompts_are_shared_where_that_is_less_work():
     windows = build("a sliding window").base_model
     assert way_to_share(windows, long_prompt) == "dense"
     assert way_to_share(windows, Extent(8, 2, 4, 20, 40)) is None  # 360 positions for 480, but 64,800 pairs for 28,800
+
+
+def test_responses_of_one_token():
+    """Of which nothing is fed but the prompts."""
+    model, prompts, responses = build("llama"), [[1, 2, 3]] * 3 + [[4] * 5] * 2, [[1], [2], [3], [4], [5]]
+    scored = score(model, prompts, responses, V, prefix_sharing=True)
+    for logp, prompt, response in zip(scored.logp, prompts, responses, strict=True):
+        torch.testing.assert_close(logp, plain(model, prompt, response)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_states_without_the_last_token():
