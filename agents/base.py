@@ -119,7 +119,7 @@ class LanguageAgent(SetUp):
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
-        check_computation(prefix_sharing, bf16, max_num_seqs, self.group_size)
+        check_computation(prefix_sharing, max_num_seqs, self.group_size, bf16=bf16, preflight=preflight)
         check_numbers(0.0, max_grad_norm=max_grad_norm)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
         Sampler(temperature, top_k, top_p, min_p=min_p)
@@ -196,6 +196,7 @@ class LanguageAgent(SetUp):
         env, callback, total_timesteps = sort_out(env_or_timesteps, callback, total_timesteps, env)
         if env is not None:
             self._attach(as_vec_env(env, self.n_envs))
+        self._hand_down()
         preflight(self)
         asked = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         total_timesteps, callback = self._setup_learn(

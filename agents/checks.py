@@ -37,12 +37,13 @@ def check_numbers(least: float = -np.inf, **numbers: Any) -> None:
             )
 
 
-def check_computation(prefix_sharing: Any, bf16: Any, max_num_seqs: int | None, group_size: int) -> None:
-    """Refuse an unknown `prefix_sharing`, a `bf16` that is no bool, and fewer responses under way than a group has."""
-    if not isinstance(prefix_sharing, bool) and prefix_sharing != "auto":
+def check_computation(prefix_sharing: Any, max_num_seqs: int | None, group_size: int, **switches: Any) -> None:
+    """Refuse an unknown `prefix_sharing`, switches that are no bools, and fewer responses under way than a group has."""
+    if not isinstance(prefix_sharing, bool) and not (isinstance(prefix_sharing, str) and prefix_sharing == "auto"):
         raise ValueError(f"prefix_sharing={prefix_sharing!r} must be 'auto', True or False")
-    if not isinstance(bf16, bool):
-        raise ValueError(f"bf16={bf16!r} must be True or False")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
     if max_num_seqs is not None and max_num_seqs < group_size:
         raise ValueError(f"max_num_seqs={max_num_seqs} has no room for a group of {group_size}; raise it to that at least")
 

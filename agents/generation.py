@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from agents.decoding import SharedDecoding
-from llm_env.arguments import as_whole
+from llm_env.arguments import as_whole, whole
 from llm_env.constraints import TokenConstraint
 from llm_env.scoring import model_inputs, pad, restrict
 from llm_env.shared_prompt import shares_prompts
@@ -47,8 +47,10 @@ class Sampler:
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, (int, float, np.number)) or not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive; for greedy decoding set deterministic=True")
-        if (as_whole(self.top_k) or 0) != self.top_k or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 is off) and top_p={self.top_p} in (0, 1] (1 is off)")
+        if not isinstance(self.top_p, (int, float, np.number)) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1] (1 is off)")
+        if (as_whole(self.top_k) or 0) != self.top_k or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be a whole number of at least 0 (0 is off)")
         if not isinstance(self.min_p, (int, float, np.number)) or not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1] (0 is off)")
 
@@ -70,18 +72,21 @@ class Sampler:
     def _draw(self, weights: Tensor) -> Tensor:
         """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V).
 
-        By one random number a row, where `torch.multinomial` takes V: it is looked up in the running sums of blocks of tokens,
-        then of the tokens in its block.
+        By two random numbers a row, where `torch.multinomial` takes V: one is looked up in the running sums of blocks of
+        tokens, the other in those of the tokens in its block, so that tokens rarer than the steps of a float32 are drawn too.
         """
-        at = torch.rand(len(weights), 1, generator=self.generator, device=weights.device)
-        size = weights.shape[-1]
+        at, size = self._uniform(weights), weights.shape[-1]
         if size > BLOCK:
             weights = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
             sums = weights.sum(-1)
-            block, at = _look_up(sums, at * sums.sum(-1, keepdim=True))
-            token, _ = _look_up(weights.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0], at)
+            block = _look_up(sums, at * sums.sum(-1, keepdim=True))
+            weights = weights.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
+            token = _look_up(weights, self._uniform(weights) * weights.sum(-1, keepdim=True))
             return block * BLOCK + token
-        return _look_up(weights, at * weights.sum(-1, keepdim=True))[0]
+        return _look_up(weights, at * weights.sum(-1, keepdim=True))
+
+    def _uniform(self, weights: Tensor) -> Tensor:
+        return torch.rand(len(weights), 1, generator=self.generator, device=weights.device)
 
     def _restrict(self, scaled: Tensor) -> Tensor:
         if 0 < self.top_k < scaled.shape[-1]:
@@ -97,15 +102,13 @@ class Sampler:
         return scaled
 
 
-def _look_up(weights: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The first entry at which the running sum of `weights` (B, W) is over `at` (B, 1), and how far into it that is; (B, 1).
+def _look_up(weights: Tensor, at: Tensor) -> Tensor:
+    """The first entry, (B, 1), at which the running sum of `weights` (B, W) is over `at` (B, 1), at least 0.
 
-    An entry of weight 0 is never taken: not below 0, and where rounding has put `at` beyond the sum of all, the largest is.
+    An entry of weight 0 is never taken: where rounding has put `at` beyond the sum of all, the largest is.
     """
-    running = weights.cumsum(-1)
-    entry = torch.searchsorted(running, at.clamp(min=0), right=True)
-    entry = torch.where(entry < weights.shape[-1], entry, weights.argmax(-1, keepdim=True))
-    return entry, at - (running.gather(-1, entry) - weights.gather(-1, entry))
+    entry = torch.searchsorted(weights.cumsum(-1), at, right=True)
+    return torch.where(entry < weights.shape[-1], entry, weights.argmax(-1, keepdim=True))
 
 
 @torch.no_grad()
@@ -137,8 +140,8 @@ def sample_responses(
         group_size: G.
         completes_stop: whether the last token of a response completes a stop string.
         constraint: which tokens may come next.
-        max_num_seqs: responses that are under way at a time, at least G, which bounds the memory; prompts that wait take the
-            places of responses that have ended. All by default.
+        max_num_seqs: responses for which there is room at a time, at least G; a prompt that waits takes the place of one whose
+            responses have all ended. All by default.
         prefix_sharing: whether a prompt's keys and values are held once for its responses: "auto" where the model can, True, or
             False.
 
@@ -148,7 +151,7 @@ def sample_responses(
     Raises:
         ValueError: `max_num_seqs`, `max_new_tokens` or `prefix_sharing` is unusable.
     """
-    limits = _limits(max_new_tokens, len(prompts)).repeat(group_size)
+    limits = _limits(max_new_tokens, len(prompts)).repeat(whole("group_size", group_size, 1))
     places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
     if len(prompts) and places < 1:
         raise ValueError(
@@ -162,7 +165,7 @@ def sample_responses(
     decoding = _decoding(model, group_size, longest, prefix_sharing)
     begun = 0
     while begun < len(prompts) or len(alive):
-        free = min(places - -(-len(alive) // group_size), len(prompts) - begun)
+        free = min(places - len({row // group_size for row in alive.tolist()}), len(prompts) - begun)
         # A few at a time: what is there is copied.
         if not len(alive) or (decoding.refills and free >= max(1, min(places // 4, len(prompts) - begun))):
             first = decoding.add(prompts[begun : begun + free])
@@ -174,6 +177,8 @@ def sample_responses(
         if constraint is not None:
             allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
         tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed))
+        if not logp.isfinite().all():
+            raise ValueError("the model's logits are not finite: its weights, or the update that made them, have gone wrong")
         for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
             responses[row].append(token)
             logps[row].append(value)

@@ -1,7 +1,8 @@
-"""The longest pass that an update can meet, tried before the first rollout: memory runs out in the first minute or never."""
+"""The longest pass that an update can meet, tried before the first rollout, so that memory runs out in the first minute."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from heapq import nlargest
@@ -39,7 +40,9 @@ def preflight(agent: LanguageAgent) -> None:
     and `max_tokens_per_batch` let into one pass, forward and backward, with all gradients and the optimizer's state beside it.
     On a GPU it is run. On a CPU, where a process that asks for too much is killed, some rows are measured and the rest is
     reckoned (`LongestPass.bytes_of`), if the system says how much is free. An agent does so once, and again where a limit
-    has changed; with `preflight=False` never. It and all random numbers stay as they were. Sampling is not tried.
+    has changed; with `preflight=False` never. Its weights, attributes and random numbers stay as they were, but for what a loss
+    of one's own adds to a list or buffer. Such a loss may want more than made-up episodes have: it fails with a warning.
+    Sampling and the reference are not tried.
 
     Raises:
         ValueError: there is no env, or `max_tokens_per_batch` does not hold its longest episode.
@@ -57,7 +60,13 @@ def preflight(agent: LanguageAgent) -> None:
     with untouched(agent, 0):
         longest_pass = LongestPass(agent, optimizer)
         fits = longest_pass.runs if is_tried else longest_pass.has_room
-        if not fits(budget):
+        try:
+            has_room = fits(budget)
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+            warnings.warn(f"preflight could not try the longest pass ({detail}); preflight=False leaves it out", stacklevel=3)
+            has_room = True
+        if not has_room:
             fault = f"does not fit into the memory of {device}" if is_tried else longest_pass.reckoned(budget)
             raise MemoryError(
                 f"the longest pass of the update, {longest_pass.described(budget)}, {fault}; {longest_pass.remedy(fits)}"

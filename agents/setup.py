@@ -53,8 +53,7 @@ class SetUp(Inference):
             self.policy.add_value_head(self.separate_critic)
         self.policy = self.policy.to(self.device)
         self.policy.train(False)
-        for name in ("bf16", "prefix_sharing", "max_num_seqs"):
-            setattr(self.policy, name, getattr(self, name))
+        self._hand_down()
         if self._wanted_learning_rate is None:
             self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
@@ -84,8 +83,6 @@ class SetUp(Inference):
         if self.policy.tokenizer is None:
             self.policy.tokenizer = rules.tokenizer
         if rules.reference is not None:
-            for name in ("temperature", "bf16", "prefix_sharing", "max_tokens_per_batch"):
-                setattr(rules.reference, name, getattr(self, name))
             rules.reference.model.to(self.device)
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._last_obs = None
@@ -95,6 +92,16 @@ class SetUp(Inference):
         self._restore_reference(rules)
         self._position = {}
         self._has_had_env = True
+        self._hand_down()
+
+    def _hand_down(self) -> None:
+        """Let policy and reference compute as the agent's attributes say now."""
+        for name in ("bf16", "prefix_sharing", "max_num_seqs"):
+            setattr(self.policy, name, getattr(self, name))
+        reference = None if self.env is None else rules_of_vec_env(self.env).reference
+        for name in ("temperature", "bf16", "prefix_sharing", "max_tokens_per_batch"):
+            if reference is not None:
+                setattr(reference, name, getattr(self, name))
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Train on another env from here on; its spaces must be those of the last one (SB3's rule)."""

@@ -68,7 +68,7 @@ def passes(
     together = list(runs.values())
     single = [[row] for run in together for row in run]
     plans = []
-    for units in [together, single]:
+    for units in [together] if prefix_sharing is True else [together, single]:
         if fits(reduce(Extent.beside, map(extent_of, units))):
             return [[row for unit in units for row in unit]]
         longest_first = [sorted(unit, key=lambda row: -lengths[row]) for unit in units]

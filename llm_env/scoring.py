@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,9 +27,9 @@ ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what
 Head = Callable[[Tensor], Tensor]
 
 
-def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     """Matrix products in bfloat16 within, if `bf16`; weights stay as they are, float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def pad(rows: Rows, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -154,6 +155,11 @@ def score(
     targets, mask = pad(responses, "right", model.device)
     at, head = mask.bool(), head_of(model)
     if head is None:
+        if prefix_sharing is True:
+            raise ValueError(
+                f"prefix_sharing=True, but {type(model).__name__} does more than a matrix product to make logits and is "
+                "computed as a whole; set prefix_sharing='auto'"
+            )
         hidden, known = _plain_outputs(model, prompts, responses, states)
         head = _identity
     else:

@@ -38,6 +38,9 @@ LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask 
 class NotShareable(Exception):
     """The model's attention is of a kind that this pass does not compute."""
 
+    def __init__(self) -> None:
+        super().__init__("the model's attention drops out, has a window that is too short, or terms of its own (sinks, biases)")
+
 
 class Attention(Protocol):
     """What attention computes in a row of a batch that is not one sequence."""
@@ -68,6 +71,9 @@ def attention(
     rows = _rows.get()
     assert rows is not None
     window = kwargs.get("sliding_window")
+    if isinstance(rows, Probe):
+        rows.windows.append(window)
+        return torch.zeros_like(query).transpose(1, 2), None
     too_far = window is not None and rows.reach >= window
     if dropout or too_far or any(kwargs.get(name) is not None for name in OTHER_ATTENTION):
         raise NotShareable
@@ -82,13 +88,33 @@ AttentionInterface.register(NAME, attention)
 @contextmanager
 def attention_by(model: PreTrainedModel, rows: Attention) -> Iterator[None]:
     """The model's attention is computed by `rows` within."""
-    before, token = model.config._attn_implementation, _rows.set(rows)
+    parts = (getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))
+    configs = [model.config, *(part for part in parts if part is not None)]  # setting the first sets them all
+    before, token = [config._attn_implementation for config in configs], _rows.set(rows)
     model.config._attn_implementation = NAME
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
         _rows.reset(token)
+
+
+class Probe:
+    """Computes nothing, and notes the windows of the layers whose attention goes through the interface.
+
+    Attributes:
+        windows: one a layer, None where there is none.
+    """
+
+    reach = 0
+
+    def __init__(self) -> None:
+        self.windows: list[int | None] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
+        """Not asked for."""
+        raise NotImplementedError
 
 
 def scores_of(query: Tensor, key: Tensor, softcap: float | None) -> Tensor:
@@ -196,7 +222,8 @@ class FlexRows(PackedRows):
             return (i >= j) & (of_prompt | of_response)
 
         length = p + self.group * self.width
-        return create_block_mask(sees, len(visible), None, length, length, device=str(visible.device))
+        # Compiled, or it would make all pairs.
+        return create_block_mask(sees, len(visible), None, length, length, device=str(visible.device), _compile=visible.is_cuda)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         """See `PackedRows`; a padded position of a prompt sees nothing, and gets 0."""
@@ -301,13 +328,35 @@ def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bo
     if way != "dense" and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         return False  # attention would be computed again after the layout is gone
     if base not in _ways:
-        config = base.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or LAYERS)
-        describable = kinds <= LAYERS and getattr(config, "attention_chunk_size", None) is None
         ways = ("flex", "split", "dense") if base.device.type in FLEX_DEVICES else ("split", "dense")
-        with torch.autocast(base.device.type, enabled=False):
-            _ways[base] = {name for name in ways if describable and _passes_trial(base, name)}
+        modes = [(module, module.training) for module in base.modules()]
+        try:
+            base.eval()
+            with torch.autocast(base.device.type, enabled=False):
+                _ways[base] = {name for name in ways if _describable(base) and _passes_trial(base, name)}
+        finally:
+            for module, mode in modes:
+                module.training = mode
     return way in _ways[base]
+
+
+def _describable(base: PreTrainedModel) -> bool:
+    """Whether all layers say what they see: by the interface, and nothing but windows that are the config's.
+
+    A trial on a few tokens would not show a window that is hidden in a model's own attention.
+    """
+    config = base.config.get_text_config()
+    if not set(getattr(config, "layer_types", None) or LAYERS) <= LAYERS or getattr(config, "attention_chunk_size", None):
+        return False
+    probe = Probe()
+    try:
+        with torch.no_grad(), attention_by(base, probe):
+            base(input_ids=torch.tensor([[1, 2, 0]], device=base.device), use_cache=False)
+    except Exception:  # plain rows are taken, where an error that is the model's own comes again
+        return False
+    window = window_of(base)
+    found = {seen for seen in probe.windows if seen is not None}
+    return len(probe.windows) == config.num_hidden_layers and found == (set() if window is None else {window})
 
 
 def _passes_trial(base: PreTrainedModel, way: str) -> bool:
@@ -318,8 +367,8 @@ def _passes_trial(base: PreTrainedModel, way: str) -> bool:
     try:
         with torch.set_grad_enabled(with_gradient):
             states = group_states(base, prompts, groups, way)
-            if with_gradient:
-                torch.autograd.grad(states.sum(), weight)
+            if with_gradient and not torch.autograd.grad(states.sum(), weight)[0].isfinite().all():
+                return False
         with torch.no_grad():
             alone = [
                 base(input_ids=torch.tensor([prompt + row], device=base.device), use_cache=False).last_hidden_state[0]

@@ -11,6 +11,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -43,6 +45,11 @@ WINDOWS = {
 }
 UNABLE = {
     "attention of its own": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
+    "a window of its own": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, window_size=6, attention_types=[[["global", "local"], 1]]
+        )
+    ),
     "a state space": lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
 }
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8] * 9]

@@ -102,6 +102,40 @@ def test_static_shapes_give_the_same_tokens(name, monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_a_place_is_free_when_all_responses_to_its_prompt_have_ended(monkeypatch):
+    """One of eight responses to each prompt goes on and on: there is room for three prompts all the same, not for more."""
+    slots, original = [], agents.decoding.SharedDecoding.__call__
+
+    def spy(self, tokens):
+        slots.append(self.rows.numel())
+        return original(self, tokens)
+
+    monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", spy)
+    ends = iter([*[False, *[True] * 7] * 3, *[False] * 10_000])
+    arguments = dict(vocab_size=V, eos_id=-1, max_new_tokens=20, group_size=8, completes_stop=lambda ids: next(ends))
+    responses, _ = sample_responses(build("llama"), PROMPTS * 3, Sampler(), max_num_seqs=24, **arguments)
+    assert max(slots) == 24 and len(responses) == 72
+    assert list(map(len, responses[:24])) == [20, *[1] * 7] * 3
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = build("llama")
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample_responses(model, PROMPTS, Sampler(), vocab_size=V, eos_id=3, max_new_tokens=2)
+
+
+def test_rare_tokens_of_a_large_vocabulary_are_drawn():
+    """A thousandth of the probability is spread over 131,071 tokens, each rarer than the steps of a float32 in [0, 1)."""
+    logits = torch.full((1, 131_072), 1e-3 / 131_071).log()
+    logits[0, 0] = np.log(0.999)
+    sampler = Sampler(generator=torch.Generator().manual_seed(0))
+    drawn = torch.cat([sampler(logits.expand(256, -1))[0] for _ in range(400)])
+    rare = drawn[drawn > 0]
+    assert abs(len(rare) - 102.4) < 4 * 102.4**0.5
+    assert len(set((rare % 64).tolist())) > 32  # anywhere in a block
+
+
 def test_limits_that_cannot_be_kept_are_refused():
     arguments = dict(vocab_size=V, eos_id=3, group_size=4)
     with pytest.raises(ValueError, match="max_num_seqs=3 has no room for a group of 4"):

@@ -245,3 +245,15 @@ def test_it_is_done_once_for_the_same_limits_and_not_at_all_if_not_wanted(monkey
     assert len(made) == 3
     make_agent(preflight=False).learn(1)
     assert len(made) == 3
+
+
+def test_a_loss_that_made_up_episodes_do_not_serve_is_a_warning():
+    class Own(GRPO):
+        def loss(self, batch, result, weights):
+            assert all("is_success" in info or "reward/letters" in info for info in batch.infos)
+            return super().loss(batch, result, weights)
+
+    agent = make_agent(Own, group_size=4)
+    with pytest.warns(UserWarning, match=r"preflight could not try the longest pass \(AssertionError"):
+        agent.learn(1)
+    assert agent._n_updates == 1

@@ -20,9 +20,10 @@ from llm_env.sharing import Extent, groups_of, way_to_share
 from tests.conftest import FAMILIES
 from tests.decoders import OTHERS, PROMPTS, SIZES, UNABLE, WINDOWS, V, batch, build, plain
 
+WHOLE = ("cohere", "capped logits")  # what they do to logits has no name, so that they are computed as a whole
 WAYS = [
-    *((name, way) for name in (*FAMILIES, *OTHERS) for way in ("split", "dense")),
-    *((name, "dense") for name in WINDOWS if name != "capped logits"),  # its head stands not alone
+    *((name, way) for name in (*FAMILIES, *OTHERS) if name not in WHOLE for way in ("split", "dense")),
+    *((name, "dense") for name in WINDOWS if name not in WHOLE),
 ]
 
 
@@ -49,7 +50,7 @@ def test_which_models_can_share_prompts(name):
             score(build(name), *batch(), V, prefix_sharing=True)
 
 
-@pytest.mark.parametrize(("name", "way"), [*WAYS, *((name, None) for name in (*WINDOWS, *UNABLE))])
+@pytest.mark.parametrize(("name", "way"), [*WAYS, *((name, None) for name in (*WHOLE, *WINDOWS, *UNABLE))])
 def test_scores_are_those_of_one_plain_forward_a_response(name, way, only):
     model, (prompts, responses) = build(name), batch()
     only(way)
@@ -136,7 +137,10 @@ def test_states_without_the_last_token():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "capped logits"])
 def test_a_head_that_does_more_than_multiply_is_noticed(name):
     """Cohere scales its logits, Gemma 2 caps them."""
-    assert (head_of(build(name)) is None) == (name in ("cohere", "capped logits"))
+    assert (head_of(build(name)) is None) == (name in WHOLE)
+    if name in WHOLE:
+        with pytest.raises(ValueError, match="computed as a whole"):
+            score(build(name), *batch(), V, prefix_sharing=True)
 
 
 def test_memory_does_not_grow_with_the_vocabulary_beyond_a_chunk(monkeypatch):

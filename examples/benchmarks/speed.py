@@ -15,7 +15,8 @@ side's process, imports and all; what it had before its first turn stands beside
 
 A table, a figure and the numbers are left in `outputs/benchmarks` after each shape; those in this folder were made by the
 command above. `--numbers speed.json` writes both again without measuring, from several runs' files if there are more.
-Where memory is short, `--passes 4` cuts every update into four forward passes, on both sides.
+An update is one forward pass in TRL, and here as many as are the default on the device (on a CPU several small ones, which are
+faster and take less memory). `--passes 4` cuts it into four at least, on both sides.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def parse() -> argparse.Namespace:
     shape.add_argument("--groups", type=int, nargs="+", default=[4, 8, 16], help="responses to a prompt")
     shape.add_argument("--new-tokens", type=int, default=128, help="tokens of a response")
     shape.add_argument("--problems", type=int, default=8, help="prompts in a rollout")
-    shape.add_argument("--passes", type=int, default=1, help="forward passes to an update, on both sides, to save memory")
+    shape.add_argument("--passes", type=int, default=1, help="forward passes to an update at least, on both sides")
     model = parser.add_argument_group("the model")
     for name, default in (("vocabulary", 4096), ("hidden", 256), ("layers", 6), ("heads", 4), ("intermediate", 1024)):
         model.add_argument(f"--{name}", type=int, default=default)

@@ -29,7 +29,7 @@ def grpo_agent(work: Work) -> GRPO:
     """The agent, with its env."""
     task = grpo_task(work)
     settings = {"group_size": task.group_size, "n_envs": task.batch, "kl_coef": task.kl_coef}
-    settings["micro_batch_size"] = work.batch // work.passes
+    settings |= {"micro_batch_size": work.batch // work.passes, "bf16": work.dtype == "bfloat16"}
     return GRPO(task.model, TextGenerationEnv(**task.env), task.learning_rate, seed=0, device=work.device, **settings)
 
 

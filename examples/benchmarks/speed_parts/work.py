@@ -30,7 +30,8 @@ class Work:
         group: G, responses to each.
         new_tokens: T of every response.
         problems: prompts in a rollout.
-        passes: forward passes that a rollout is cut into for the update, with one optimizer step after them.
+        passes: forward passes that a rollout is cut into for the update at least, with one optimizer step after them; here it
+            may be more, by default on a CPU.
         device: where it is done.
         dtype: what matrix products are computed in; weights are float32, with autocast over them for another dtype.
         threads: of torch.
