@@ -14,8 +14,8 @@ does falls on both; the first turn of each does not count. A moment of a turn be
 side's process, imports and all; what it had before its first turn stands beside it.
 
 A table, a figure and the numbers are left in `outputs/benchmarks` after each shape; those in this folder are of three runs:
-prompts of 16 and of 256 tokens with groups of 8, and 1024 with 4 and 16, `--sides here`. `--numbers speed.json` writes both again
-without measuring, from several runs' files if there are more.
+prompts of 16 and of 256 tokens with groups of 8, and 1024 with 4 and 16, `--sides here`. `--numbers speed.json` writes both
+again without measuring, from several runs' files if there are more.
 An update is one forward pass in TRL, and here as many as are the default on the device (on a CPU several small ones, which are
 faster and take less memory). `--passes 4` cuts it into four at least, on both sides.
 """
