@@ -19,7 +19,7 @@ from llm_env.scoring import model_inputs, pad, restrict
 from llm_env.shared_prompt import shares_prompts
 from llm_env.sharing import PrefixSharing
 
-BLOCK = 64  # tokens whose probabilities are summed first when one is drawn
+LARGE, BLOCK = 1024, 64  # from how many tokens on the probabilities of blocks are summed first when one is drawn; and of which
 
 StopRule = Callable[[Sequence[int]], bool]
 
@@ -72,11 +72,12 @@ class Sampler:
     def _draw(self, weights: Tensor) -> Tensor:
         """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V).
 
-        By two random numbers a row, where `torch.multinomial` takes V: one is looked up in the running sums of blocks of
-        tokens, the other in those of the tokens in its block, so that tokens rarer than the steps of a float32 are drawn too.
+        By one random number a row, where `torch.multinomial` takes V: it is looked up in the running sums. In a large
+        vocabulary it is looked up in those of blocks of tokens, and a second one in those of the tokens in its block, so that
+        tokens rarer than the steps of a float32 are drawn too.
         """
         at, size = self._uniform(weights), weights.shape[-1]
-        if size > BLOCK:
+        if size > LARGE:
             weights = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
             sums = weights.sum(-1)
             block = _look_up(sums, at * sums.sum(-1, keepdim=True))

@@ -156,9 +156,9 @@ def test_min_p_draws_tokens_that_are_likely_enough():
         Sampler(min_p=1.5)
 
 
-@pytest.mark.parametrize("size", [5, 64, 200])
+@pytest.mark.parametrize("size", [5, 1024, 1100])
 def test_the_share_of_every_token_is_its_probability(size):
-    """By a chi-square test, below, at and above the size of the blocks in which probabilities are summed."""
+    """By a chi-square test, of probabilities that are summed at once, and in blocks, of which the last is not full."""
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1))
     logits[size // 2] = -1e9
     tokens, logp = Sampler(generator=torch.Generator().manual_seed(2))(logits.expand(100_000, size))

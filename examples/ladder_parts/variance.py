@@ -51,7 +51,7 @@ def measure(seed: int, rounds: int, checkpoints: tuple[int, ...]) -> list[dict[s
     exam, results = Exam(), []
     for tokens in checkpoints:
         if tokens:
-            student.learn(tokens - student.num_timesteps, reset_num_timesteps=False)
+            student.learn(max(0, tokens - student.num_timesteps), reset_num_timesteps=False)
         policy = copy.deepcopy(student.policy)
         generator = torch.Generator().manual_seed(seed)
         numbers = {"tokens": tokens, "accuracy": exam(student)}
