@@ -56,7 +56,8 @@ def test_the_measured_gradient_is_the_one_that_is_stepped_along(kind, settings):
     """Plain SGD with no clipping of the norm moves the weights by minus the learning rate times the gradient."""
     sgd = {"optimizer_class": torch.optim.SGD}
     settings = {**settings, "n_epochs": 1} | ({"vf_coef": 0.0} if kind is not GRPO else {})
-    agent = kind(llm_env.PUPIL, runs.make_env(), 1.0, n_envs=8, seed=0, max_grad_norm=1e9, policy_kwargs=sgd, **settings)
+    agent = kind(llm_env.PUPIL, runs.make_env(), 1.0, n_envs=32, seed=0, max_grad_norm=1e9, policy_kwargs=sgd, **settings)
+    agent.env.reset()  # seeds the prompts, so that it is always the same groups whose answers are not all right or all wrong
     if agent.needs_values:
         torch.nn.init.normal_(agent.policy.value_head.weight, std=0.1)
     before = torch.cat([p.detach().flatten().double() for p in agent.policy.lm.parameters()])
