@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_env.scoring import model_inputs, pad
+from llm_env.scoring import model_inputs, only_last, pad
 from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_of
 
 BLOCK = 64  # tokens by which the responses' keys and values get more room
@@ -67,9 +66,12 @@ class SharedDecoding:
         ids, mask = pad(prompts, "left", self.model.device)
         packed = PackedRows(mask.bool(), kept={})
         inputs = model_inputs(self.model, ids, mask)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         with attention_by(self.model, packed):
-            logits = self.model(**inputs, **last, use_cache=False).logits[:, -1].repeat_interleave(self.group_size, 0)
+            logits = (
+                self.model(**inputs, **only_last(self.model, 1), use_cache=False)
+                .logits[:, -1]
+                .repeat_interleave(self.group_size, 0)
+            )
         assert packed.kept is not None
         rows = self.begun + torch.arange(len(logits), device=ids.device).view(-1, self.group_size)
         self.begun += len(logits)
@@ -149,7 +151,7 @@ class SharedDecoding:
         if self._hidden is not None:
             to_prompt = to_prompt + self._hidden[:, None, None].to(to_prompt.dtype)
         to_own = scores_of(query, own_keys, softcap)
-        if not self.even and self._ahead is not None:
+        if self._ahead is not None:
             to_own = to_own + self._ahead.to(to_own.dtype)
         weights = weights_of(to_prompt.view(n, kinds, g, repeats, p), to_own)
         mixed = (weights[..., :p].reshape(n, kinds, g * repeats, p) @ prompt_values).view(n, kinds, g, repeats, d)

@@ -16,8 +16,7 @@ from agents.decoding import SharedDecoding
 from llm_env.arguments import as_whole, whole
 from llm_env.constraints import TokenConstraint
 from llm_env.scoring import model_inputs, pad, restrict
-from llm_env.shared_prompt import shares_prompts
-from llm_env.sharing import PrefixSharing
+from llm_env.sharing import PrefixSharing, shares_prompts
 
 LARGE, BLOCK = 1024, 64  # from how many tokens on the probabilities of blocks are summed first when one is drawn; and of which
 
@@ -160,20 +159,20 @@ def sample_responses(
         )
     responses: list[list[int]] = [[] for _ in limits]
     logps: list[list[float]] = [[] for _ in limits]
-    alive = torch.empty(0, dtype=torch.int64, device=model.device)
+    rows: list[int] = []  # under way
     logits = torch.empty(0, device=model.device)
     longest = max(map(len, prompts), default=0) + int(limits.max(initial=0))
     decoding = _decoding(model, group_size, longest, prefix_sharing)
     begun = 0
-    while begun < len(prompts) or len(alive):
-        free = min(places - len({row // group_size for row in alive.tolist()}), len(prompts) - begun)
-        # A few at a time: what is there is copied.
-        if not len(alive) or (decoding.refills and free >= max(1, min(places // 4, len(prompts) - begun))):
-            first = decoding.add(prompts[begun : begun + free])
-            numbers = torch.arange(begun * group_size, (begun + free) * group_size, device=alive.device)
-            logits, alive = torch.cat([logits.reshape(-1, first.shape[-1]), first]), torch.cat([alive, numbers])
-            begun += free
-        rows = alive.tolist()
+    while begun < len(prompts) or rows:
+        if waiting := len(prompts) - begun:
+            free = min(places - len({row // group_size for row in rows}), waiting)
+            # A few at a time: what is there is copied.
+            if not rows or (decoding.refills and free >= max(1, min(places // 4, waiting))):
+                first = decoding.add(prompts[begun : begun + free])
+                logits = torch.cat([logits.reshape(-1, first.shape[-1]), first])
+                rows = [*rows, *range(begun * group_size, (begun + free) * group_size)]
+                begun += free
         allowed = None
         if constraint is not None:
             allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
@@ -183,17 +182,17 @@ def sample_responses(
         for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
             responses[row].append(token)
             logps[row].append(value)
-        ended = [
-            responses[row][-1] == eos_id
-            or len(responses[row]) == limits[row]
-            or (completes_stop is not None and completes_stop(responses[row]))
+        goes_on = [
+            responses[row][-1] != eos_id
+            and len(responses[row]) < limits[row]
+            and not (completes_stop is not None and completes_stop(responses[row]))
             for row in rows
         ]
-        if any(ended):
-            goes_on = torch.tensor(ended, device=alive.device).logical_not()
-            alive, tokens = alive[goes_on], tokens[goes_on]
-            decoding.keep(alive)
-        logits = decoding(tokens) if len(alive) else logits[:0]
+        if not all(goes_on):
+            rows = [row for row, more in zip(rows, goes_on, strict=True) if more]
+            tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
+            decoding.keep(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
+        logits = decoding(tokens) if rows else logits[:0]
     return responses, [np.array(row, dtype=np.float32) for row in logps]
 
 

@@ -57,6 +57,11 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return inputs
 
 
+def only_last(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """Keyword arguments of a forward pass that makes logits at the last positions alone, if the model knows how to."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def log_probs_and_entropies(
     logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -225,8 +230,7 @@ def _inputs(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str,
 def _plain_outputs(model: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool) -> tuple[Tensor, Tensor]:
     """Hidden states and logits before each response token, from the whole language model: for a head that stands not alone."""
     inputs, width = _inputs(model, prompts, responses if with_last else [row[:-1] for row in responses])
-    last = {"logits_to_keep": width + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    outputs = model(**inputs, **last, use_cache=False, output_hidden_states=with_last)
+    outputs = model(**inputs, **only_last(model, width + 1), use_cache=False, output_hidden_states=with_last)
     hidden = outputs.hidden_states[-1][:, -width - 1 :] if with_last else outputs.logits
     return hidden, outputs.logits[:, -width - 1 :]
 

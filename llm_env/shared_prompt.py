@@ -19,7 +19,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,6 @@ Rows = Sequence[Sequence[int]]
 NAME = "llm_env_shared_prompt"
 OTHER_ATTENTION = ("s_aux", "position_bias")  # arguments of attention that is computed otherwise than here
 SCORES_BYTES = 2**24  # of responses at a time, so that they stay in a CPU's cache: twice as many take four times as long
-FLEX_DEVICES = ("cuda",)
-LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
 
 
 class NotShareable(Exception):
@@ -40,6 +37,17 @@ class NotShareable(Exception):
 
     def __init__(self) -> None:
         super().__init__("the model's attention drops out, has a window that is too short, or terms of its own (sinks, biases)")
+
+
+class Probe:
+    """In the place of an attention computes nothing, and notes the windows of the layers that go through the interface.
+
+    Attributes:
+        windows: one a layer, None where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.windows: list[int | None] = []
 
 
 class Attention(Protocol):
@@ -53,7 +61,7 @@ class Attention(Protocol):
         """Attention of L positions: `query` (N, H, L, D), scaled; `key`, `value` (N, K, L, D), K dividing H; (N, H, L, D)."""
 
 
-_rows: ContextVar[Attention | None] = ContextVar("shared_prompt_rows", default=None)
+_rows: ContextVar[Attention | Probe | None] = ContextVar("shared_prompt_rows", default=None)
 
 
 def attention(
@@ -86,7 +94,7 @@ AttentionInterface.register(NAME, attention)
 
 
 @contextmanager
-def attention_by(model: PreTrainedModel, rows: Attention) -> Iterator[None]:
+def attention_by(model: PreTrainedModel, rows: Attention | Probe) -> Iterator[None]:
     """The model's attention is computed by `rows` within."""
     parts = (getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))
     configs = [model.config, *(part for part in parts if part is not None)]  # setting the first sets them all
@@ -98,23 +106,6 @@ def attention_by(model: PreTrainedModel, rows: Attention) -> Iterator[None]:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
         _rows.reset(token)
-
-
-class Probe:
-    """Computes nothing, and notes the windows of the layers whose attention goes through the interface.
-
-    Attributes:
-        windows: one a layer, None where there is none.
-    """
-
-    reach = 0
-
-    def __init__(self) -> None:
-        self.windows: list[int | None] = []
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
-        """Not asked for."""
-        raise NotImplementedError
 
 
 def scores_of(query: Tensor, key: Tensor, softcap: float | None) -> Tensor:
@@ -311,70 +302,3 @@ def window_of(base: PreTrainedModel) -> int | None:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
     return getattr(config, "sliding_window", None) if slides else None
-
-
-_ways: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
-
-
-def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bool:
-    """Whether `group_states` gives what plain rows give, for rows of up to `length` tokens.
-
-    It is found out by a trial on a few tokens, once a model, but for windows, which the config tells. Dropped out are state
-    spaces, attention with biases by distance and the like.
-    """
-    window = window_of(base)
-    if way != "dense" and window is not None and length > window:
-        return False
-    if way != "dense" and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        return False  # attention would be computed again after the layout is gone
-    if base not in _ways:
-        ways = ("flex", "split", "dense") if base.device.type in FLEX_DEVICES else ("split", "dense")
-        modes = [(module, module.training) for module in base.modules()]
-        try:
-            base.eval()
-            with torch.autocast(base.device.type, enabled=False):
-                _ways[base] = {name for name in ways if _describable(base) and _passes_trial(base, name)}
-        finally:
-            for module, mode in modes:
-                module.training = mode
-    return way in _ways[base]
-
-
-def _describable(base: PreTrainedModel) -> bool:
-    """Whether all layers say what they see: by the interface, and nothing but windows that are the config's.
-
-    A trial on a few tokens would not show a window that is hidden in a model's own attention.
-    """
-    config = base.config.get_text_config()
-    if not set(getattr(config, "layer_types", None) or LAYERS) <= LAYERS or getattr(config, "attention_chunk_size", None):
-        return False
-    probe = Probe()
-    try:
-        with torch.no_grad(), attention_by(base, probe):
-            base(input_ids=torch.tensor([[1, 2, 0]], device=base.device), use_cache=False)
-    except Exception:  # plain rows are taken, where an error that is the model's own comes again
-        return False
-    window = window_of(base)
-    found = {seen for seen in probe.windows if seen is not None}
-    return len(probe.windows) == config.num_hidden_layers and found == (set() if window is None else {window})
-
-
-def _passes_trial(base: PreTrainedModel, way: str) -> bool:
-    prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
-    rows = [(prompt, row) for prompt, group in zip(prompts, groups, strict=True) for row in group]
-    weight = base.get_input_embeddings().weight
-    with_gradient = way == "flex" and weight.requires_grad  # its backward pass is compiled on its own
-    try:
-        with torch.set_grad_enabled(with_gradient):
-            states = group_states(base, prompts, groups, way)
-            if with_gradient and not torch.autograd.grad(states.sum(), weight)[0].isfinite().all():
-                return False
-        with torch.no_grad():
-            alone = [
-                base(input_ids=torch.tensor([prompt + row], device=base.device), use_cache=False).last_hidden_state[0]
-                for prompt, row in rows
-            ]
-        pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, (_, row) in zip(states, alone, rows, strict=True)]
-        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
-    except Exception:  # plain rows are taken, where an error that is the model's own comes again
-        return False

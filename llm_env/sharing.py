@@ -1,20 +1,26 @@
-"""Whether a forward pass should compute a prompt once for several rows, from the lengths at hand."""
+"""Whether a forward pass can compute a prompt once for several rows, and whether it should, from the lengths at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel
 
-from llm_env.shared_prompt import Rows, shares_prompts
+from llm_env.shared_prompt import Probe, Rows, attention_by, group_states, window_of
 
 SAVES = 0.95  # prompts are shared where that leaves at most this share of the work
+
+WAYS = ("flex", "split", "dense")  # in the order in which they are preferred
+FLEX_DEVICES = ("cuda",)
+LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
 
 PrefixSharing = bool | Literal["auto"]
 
 
-def groups_of(prompts: Rows, fed: Rows) -> tuple[list[Sequence[int]], list[Rows]]:
+def groups_of(prompts: Rows, fed: Rows) -> tuple[Rows, Sequence[Rows]]:
     """Rows of one prompt that follow each other as N prompts and N lists of rows."""
     heads: list[Sequence[int]] = []
     members: list[list[Sequence[int]]] = []
@@ -23,7 +29,7 @@ def groups_of(prompts: Rows, fed: Rows) -> tuple[list[Sequence[int]], list[Rows]
             heads.append(prompt)
             members.append([])
         members[-1].append(row)
-    return heads, list(members)
+    return heads, members
 
 
 class Extent(NamedTuple):
@@ -101,7 +107,7 @@ def ways_to_share(base: PreTrainedModel, length: int, prefix_sharing: PrefixShar
     """
     if prefix_sharing is False:
         return ()
-    able = tuple(way for way in ("flex", "split", "dense") if shares_prompts(base, length, way))
+    able = tuple(way for way in WAYS if shares_prompts(base, length, way))
     if prefix_sharing is True and not able:
         raise ValueError(
             f"prefix_sharing=True, but {type(base).__name__} cannot compute a prompt once for several responses; set "
@@ -116,3 +122,70 @@ def way_to_share(base: PreTrainedModel, extent: Extent, prefix_sharing: PrefixSh
         return None
     able = ways_to_share(base, extent.longest_prompt + extent.longest, prefix_sharing)
     return extent.way(able, base.config.get_text_config().hidden_size, prefix_sharing is True)
+
+
+_ways: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
+
+
+def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bool:
+    """Whether `group_states` gives what plain rows give, for rows of up to `length` tokens.
+
+    It is found out by a trial on a few tokens, once a model, but for windows, which the config tells. Dropped out are state
+    spaces, attention with biases by distance and the like.
+    """
+    window = window_of(base)
+    if way != "dense" and window is not None and length > window:
+        return False
+    if way != "dense" and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        return False  # attention would be computed again after the layout is gone
+    if base not in _ways:
+        ways = WAYS if base.device.type in FLEX_DEVICES else WAYS[1:]
+        modes = [(module, module.training) for module in base.modules()]
+        try:
+            base.eval()
+            with torch.autocast(base.device.type, enabled=False):
+                _ways[base] = {name for name in ways if _describable(base) and _passes_trial(base, name)}
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    return way in _ways[base]
+
+
+def _describable(base: PreTrainedModel) -> bool:
+    """Whether all layers say what they see: by the interface, and nothing but windows that are the config's.
+
+    A trial on a few tokens would not show a window that is hidden in a model's own attention.
+    """
+    config = base.config.get_text_config()
+    if not set(getattr(config, "layer_types", None) or LAYERS) <= LAYERS or getattr(config, "attention_chunk_size", None):
+        return False
+    probe = Probe()
+    try:
+        with torch.no_grad(), attention_by(base, probe):
+            base(input_ids=torch.tensor([[1, 2, 0]], device=base.device), use_cache=False)
+    except Exception:  # plain rows are taken, where an error that is the model's own comes again
+        return False
+    window = window_of(base)
+    found = {seen for seen in probe.windows if seen is not None}
+    return len(probe.windows) == config.num_hidden_layers and found == (set() if window is None else {window})
+
+
+def _passes_trial(base: PreTrainedModel, way: str) -> bool:
+    prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
+    rows = [(prompt, row) for prompt, group in zip(prompts, groups, strict=True) for row in group]
+    weight = base.get_input_embeddings().weight
+    with_gradient = way == "flex" and weight.requires_grad  # its backward pass is compiled on its own
+    try:
+        with torch.set_grad_enabled(with_gradient):
+            states = group_states(base, prompts, groups, way)
+            if with_gradient and not torch.autograd.grad(states.sum(), weight)[0].isfinite().all():
+                return False
+        with torch.no_grad():
+            alone = [
+                base(input_ids=torch.tensor([prompt + row], device=base.device), use_cache=False).last_hidden_state[0]
+                for prompt, row in rows
+            ]
+        pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, (_, row) in zip(states, alone, rows, strict=True)]
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+    except Exception:  # plain rows are taken, where an error that is the model's own comes again
+        return False

@@ -15,8 +15,8 @@ import llm_env.sharing
 from agents.generation import Sampler, sample_responses
 from agents.memory import LiveBytes
 from llm_env.scoring import head_of, response_states, score
-from llm_env.shared_prompt import group_states, shares_prompts
-from llm_env.sharing import Extent, groups_of, way_to_share
+from llm_env.shared_prompt import group_states
+from llm_env.sharing import Extent, groups_of, shares_prompts, way_to_share
 from tests.conftest import FAMILIES
 from tests.decoders import OTHERS, PROMPTS, SIZES, UNABLE, WINDOWS, V, batch, build, plain
 

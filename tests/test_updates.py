@@ -17,7 +17,7 @@ from agents.batches import micro_batches
 from agents.rollout import collect
 from llm_env.passes import DEFAULT_TOKENS_CPU
 from llm_env.scoring import head_of
-from llm_env.shared_prompt import shares_prompts
+from llm_env.sharing import shares_prompts
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
 
