@@ -58,6 +58,9 @@ class LanguageAgent(SetUp):
         prefix_sharing: compute a prompt once for all answers to it: "auto" where the model can and it is less work, True or
             False; see `llm_env.sharing`.
         bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32.
+        importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the
+            update: corrects for what lies between that and what drew the token; see `agents.losses.truncated_importance`. By
+            default 2 where another engine or older weights draw, else off.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
         mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
@@ -93,6 +96,7 @@ class LanguageAgent(SetUp):
         max_num_seqs: int | None = None,
         prefix_sharing: PrefixSharing = "auto",
         bf16: bool = False,
+        importance_cap: float | None = None,
         aggregation: str = "token",
         mask_truncated: bool = False,
         stats_window_size: int | None = None,
@@ -121,6 +125,7 @@ class LanguageAgent(SetUp):
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
         check_computation(prefix_sharing, max_num_seqs, self.group_size, bf16=bf16, preflight=preflight)
         check_numbers(0.0, max_grad_norm=max_grad_norm)
+        check_numbers(1.0, importance_cap=importance_cap)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
         Sampler(temperature, top_k, top_p, min_p=min_p)
         if n_envs is not None:
@@ -143,6 +148,7 @@ class LanguageAgent(SetUp):
         self.max_num_seqs = max_num_seqs
         self.prefix_sharing = prefix_sharing
         self.bf16 = bf16
+        self.importance_cap = importance_cap
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None
@@ -259,6 +265,11 @@ class LanguageAgent(SetUp):
         """Write what has been recorded to the logger's outputs."""
         record_time(self, iteration)
         self.logger.dump(self.num_timesteps)
+
+    @property
+    def importance(self) -> float | None:
+        """The cap of the importance weights; None where there are none."""
+        return self.importance_cap
 
     # --- what an algorithm fills in ----------------------------------------------------------------------------------
 

@@ -58,35 +58,29 @@ class Sampler:
         """Whether some tokens that are possible are never drawn."""
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw from logits (B, V): tokens (B,) and their log-probs (B,) under the tempered distribution, in nats."""
+    def numbers(self, rows: int, steps: int, vocab_size: int, device: torch.device) -> Tensor:
+        """Random numbers, uniform in [0, 1), by which `steps` tokens in each of `rows` rows are drawn: (rows, steps, 1 or 2).
+
+        Drawn at once, so that a row's tokens do not depend on which other rows are drawn beside it, when, and by which process.
+        """
+        if self.deterministic:
+            return torch.empty(rows, steps, 0, device=device)
+        return torch.rand(rows, steps, 1 + (vocab_size > LARGE), generator=self.generator, device=device)
+
+    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draw from logits (B, V): tokens (B,) and their log-probs (B,) under the tempered distribution, in nats.
+
+        `numbers` (B, 1 or 2) are those to draw by; new ones by default.
+        """
         scaled = logits.float() / self.temperature if self.temperature != 1 else logits.float()
         probabilities = scaled.softmax(-1)
         if self.deterministic:
             tokens = scaled.argmax(-1, keepdim=True)
         else:
-            tokens = self._draw(self._restrict(scaled).softmax(-1) if self.restricted else probabilities)
+            if numbers is None:
+                numbers = self.numbers(len(scaled), 1, scaled.shape[-1], scaled.device)[:, 0]
+            tokens = _draw(self._restrict(scaled).softmax(-1) if self.restricted else probabilities, numbers)
         return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
-
-    def _draw(self, weights: Tensor) -> Tensor:
-        """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V).
-
-        By one random number a row, where `torch.multinomial` takes V: it is looked up in the running sums. In a large
-        vocabulary it is looked up in those of blocks of tokens, and a second one in those of the tokens in its block, so that
-        tokens rarer than the steps of a float32 are drawn too.
-        """
-        at, size = self._uniform(weights), weights.shape[-1]
-        if size > LARGE:
-            weights = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-            sums = weights.sum(-1)
-            block = _look_up(sums, at * sums.sum(-1, keepdim=True))
-            weights = weights.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
-            token = _look_up(weights, self._uniform(weights) * weights.sum(-1, keepdim=True))
-            return block * BLOCK + token
-        return _look_up(weights, at * weights.sum(-1, keepdim=True))
-
-    def _uniform(self, weights: Tensor) -> Tensor:
-        return torch.rand(len(weights), 1, generator=self.generator, device=weights.device)
 
     def _restrict(self, scaled: Tensor) -> Tensor:
         if 0 < self.top_k < scaled.shape[-1]:
@@ -100,6 +94,24 @@ class Sampler:
         if self.min_p > 0:
             scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + math.log(self.min_p), -torch.inf)
         return scaled
+
+
+def _draw(weights: Tensor, numbers: Tensor) -> Tensor:
+    """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V).
+
+    By one random number a row, `numbers` (B, 1), where `torch.multinomial` takes V: it is looked up in the running sums. In a
+    large vocabulary, (B, 2), it is looked up in those of blocks of tokens, and the second one in those of the tokens in its
+    block, so that tokens rarer than the steps of a float32 are drawn too.
+    """
+    at, size = numbers[:, :1], weights.shape[-1]
+    if size > LARGE:
+        weights = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+        sums = weights.sum(-1)
+        block = _look_up(sums, at * sums.sum(-1, keepdim=True))
+        weights = weights.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
+        token = _look_up(weights, numbers[:, 1:] * weights.sum(-1, keepdim=True))
+        return block * BLOCK + token
+    return _look_up(weights, at * weights.sum(-1, keepdim=True))
 
 
 def _look_up(weights: Tensor, at: Tensor) -> Tensor:
@@ -125,6 +137,7 @@ def sample_responses(
     constraint: TokenConstraint | None = None,
     max_num_seqs: int | None = None,
     prefix_sharing: PrefixSharing = "auto",
+    numbers: Tensor | None = None,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Draw `group_size` responses to every prompt.
 
@@ -144,6 +157,7 @@ def sample_responses(
             responses have all ended. All by default.
         prefix_sharing: whether a prompt's keys and values are held once for its responses: "auto" where the model can, True, or
             False.
+        numbers: (N * G, the longest response, 1 or 2), by which tokens are drawn; see `Sampler.numbers`. New ones by default.
 
     Returns:
         N * G responses (lists of ids; those to prompt i at i*G..i*G+G-1) and the log-probs of their tokens in nats (float32).
@@ -163,6 +177,8 @@ def sample_responses(
     logits = torch.empty(0, device=model.device)
     longest = max(map(len, prompts), default=0) + int(limits.max(initial=0))
     decoding = _decoding(model, group_size, longest, prefix_sharing)
+    if numbers is None:
+        numbers = sampler.numbers(len(limits), int(limits.max(initial=0)), vocab_size, model.device)
     begun = 0
     while begun < len(prompts) or rows:
         if waiting := len(prompts) - begun:
@@ -176,7 +192,8 @@ def sample_responses(
         allowed = None
         if constraint is not None:
             allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
-        tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed))
+        at = numbers[rows, [len(responses[row]) for row in rows]]
+        tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
         if not logp.isfinite().all():
             raise ValueError("the model's logits are not finite: its weights, or the update that made them, have gone wrong")
         for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):

@@ -56,6 +56,21 @@ def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor | None = None, level: str
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
+def truncated_importance(old_logp: Tensor, sampled_logp: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_sampled, cap) per token, (B, T), without gradient: what makes tokens of another policy count as pi_old's.
+
+    pi_old is the policy before the update by the training path, pi_sampled what drew the tokens: another engine's kernels, or
+    older weights. Truncated importance sampling, Ionides 2008, https://doi.org/10.1198/106186008X320456; for this gap Yao et
+    al. 2025, https://fengyao.notion.site/off-policy-rl.
+
+    Args:
+        old_logp: (B, T), log pi_old of the action tokens, in nats.
+        sampled_logp: (B, T), log pi_sampled of them.
+        cap: the largest weight; bounds the variance, at the price of a bias where it is reached.
+    """
+    return ratio(old_logp, sampled_logp).detach().clamp(max=cap)
+
+
 def clipped_terms(
     rho: Tensor,
     advantages: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.batches import micro_batches, minibatches
-from agents.losses import token_weights
+from agents.losses import token_weights, truncated_importance
 from agents.records import record_training
 from agents.rollout import Rollout
 
@@ -25,7 +25,7 @@ def update(agent: LanguageAgent, rollout: Rollout) -> None:
     """
     step = min(agent.batch_size or len(rollout), len(rollout))
     single = step == len(rollout)
-    if agent.needs_values or (agent.needs_old_logp and not single):
+    if agent.needs_values or ((agent.needs_old_logp or agent.importance is not None) and not single):
         score_before_update(agent, rollout, step)
     agent.compute_advantages(rollout)
     totals: dict[str, list[float]] = {}
@@ -117,8 +117,22 @@ def accumulate(
     result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
     if fresh:
         part.old_logp = result.logp.detach()
+    correction = {} if agent.importance is None else correct(part, agent.importance)
     terms, statistics = agent.loss(part, result, weights[:, : result.logp.shape[1]])
     total = torch.stack([coefficient * value for coefficient, value in terms.values() if coefficient]).sum()
     total.backward()
     statistics["entropy"] = result.entropy.detach()[part.mask.bool()].mean()
-    return {"loss": total, **{key: value for key, (_, value) in terms.items()}}, statistics
+    return {"loss": total, **{key: value for key, (_, value) in terms.items()}}, statistics | correction
+
+
+def correct(part: Rollout, cap: float) -> dict[str, Tensor]:
+    """Multiply the advantages of some episodes by their tokens' truncated importance; every surrogate is linear in them.
+
+    Returns:
+        Means over the action tokens: of the weights, and of whether the cap was reached.
+    """
+    assert part.old_logp is not None and part.advantages is not None
+    importance = truncated_importance(part.old_logp, part.sampled_logp, cap)
+    part.advantages = part.advantages * importance
+    weights = importance[part.mask.bool()]
+    return {"importance": weights.mean(), "importance_capped": (weights >= cap).float().mean()}

@@ -9,7 +9,7 @@ import torch
 import agents.decoding
 import agents.generation
 from agents.generation import Sampler, sample_responses
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, make_model
 from tests.decoders import OTHERS, PROMPTS, UNABLE, WINDOWS, V, build, plain
 
 
@@ -35,7 +35,7 @@ def test_sampled_log_probs_are_those_of_a_plain_forward(name):
 
 
 def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
-    """The largest batch a step computes shrinks as responses end, and 70 tokens do not fit into the first block."""
+    """A step computes no prompt whose responses have all ended, and the longest outgrow the first block of room."""
     sizes = []
     original = agents.decoding.SharedDecoding.__call__
 
@@ -44,11 +44,42 @@ def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
         return original(self, tokens)
 
     monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", spy)
+    monkeypatch.setattr(agents.decoding, "BLOCK", 16)
     sampler = Sampler(generator=torch.Generator().manual_seed(0))
     responses, _ = sample_responses(
-        build("llama"), PROMPTS * 2, sampler, vocab_size=V, eos_id=3, max_new_tokens=70, group_size=4
+        build("llama"),
+        PROMPTS * 2,
+        sampler,
+        vocab_size=V,
+        eos_id=3,
+        max_new_tokens=70,
+        group_size=4,
+        completes_stop=lambda ids: ids[-1] % 30 == 0,
     )
-    assert sizes[0] == 24 and sizes[-1] < 12 and max(map(len, responses)) > agents.decoding.BLOCK
+    assert len(sizes) + 1 == max(map(len, responses)) > agents.decoding.BLOCK
+    for drawn, size in enumerate(sizes, start=1):
+        left = [sum(len(row) > drawn for row in responses[i : i + 4]) for i in range(0, 24, 4)]
+        assert sum(left) <= size <= 4 * sum(map(bool, left))
+    assert sizes[0] == 24 and sizes[-1] < 12
+
+
+@pytest.mark.parametrize("size", [60, 2000])
+def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(size):
+    """One random number a token for few tokens, two for many: a row alone, and rows that wait, draw the same."""
+    model, arguments = make_model("llama", size), {"vocab_size": size, "eos_id": 3, "max_new_tokens": 12}
+
+    def draw(**settings):
+        sampler = Sampler(generator=torch.Generator().manual_seed(0))
+        return sample_responses(model, PROMPTS, sampler, group_size=4, **arguments, **settings)[0]
+
+    together = draw()
+    assert draw(max_num_seqs=4) == together
+    numbers = Sampler(generator=torch.Generator().manual_seed(0)).numbers(12, 12, size, torch.device("cpu"))
+    alone = [
+        sample_responses(model, [PROMPTS[row // 4]], Sampler(), numbers=numbers[row : row + 1], **arguments)[0][0]
+        for row in range(12)
+    ]
+    assert alone == together and len(set(map(tuple, together))) > 6
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "a sliding window"])
