@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.checks import check_computation, check_counts, check_groups, check_numbers, sort_out
+from agents.distributed import world
 from agents.generation import Sampler
 from agents.losses import token_weights
 from agents.policy import Evaluation, LanguagePolicy
 from agents.preflight import preflight
-from agents.progress import call_back, feed_kl_controllers, tokens_to_go
+from agents.progress import call_back, feed_kl_controllers, tokens_to_go, watch_together
 from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
 from agents.setup import SetUp
@@ -109,6 +110,7 @@ class LanguageAgent(SetUp):
     ) -> None:
         if seed is not None:
             seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
+        self.world = world()
         super().__init__(
             policy=LanguagePolicy,
             env=None,
@@ -117,9 +119,9 @@ class LanguageAgent(SetUp):
             stats_window_size=stats_window_size or DEFAULT_N_ENVS,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
-            device=device,
+            device=self.world.device if device == "auto" and self.world.device is not None else device,
             support_multi_env=True,
-            seed=seed,
+            seed=self.world.seed(seed),
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
@@ -147,7 +149,7 @@ class LanguageAgent(SetUp):
         self.min_p = min_p
         self.max_num_seqs = max_num_seqs
         self.prefix_sharing = prefix_sharing
-        self.bf16 = bf16
+        self.bf16 = bf16 or self.world.bf16
         self.importance_cap = importance_cap
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated
@@ -210,8 +212,9 @@ class LanguageAgent(SetUp):
             callback,
             reset_num_timesteps,
             tb_log_name or type(self).__name__,
-            progress_bar,
+            progress_bar and self.world.main,
         )
+        watch_together(self, callback)
         callback.on_training_start(locals(), globals())
         iteration = 0
         try:
@@ -236,6 +239,7 @@ class LanguageAgent(SetUp):
         """One rollout, with the callbacks called for its tokens; None, and nothing has moved, where one asked to stop."""
         assert self.env is not None
         callback.on_rollout_start()
+        self._fall_in_step()
         with self.rollout_under_way():
             rollout = self.sample_rollout()
             feed_kl_controllers((self.rules.kl, self.kl_coef), rollout)
@@ -251,9 +255,9 @@ class LanguageAgent(SetUp):
         assert self.env is not None
         venv = clock_of(self.env)
         if venv is not None:
-            return collect(self.policy, venv, self.group_size, self.sampler(), {})
+            return collect(self.policy, venv, self.group_size, self.sampler(), {}, self.world)
         indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
-        return collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler())
+        return collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler(), self.world)
 
     def train(self, rollout: Rollout) -> None:
         """The update: see `agents.update`."""

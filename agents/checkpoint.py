@@ -15,11 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.distributed import ALONE, World, world
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
+from agents.sharded import gathered, is_sharded, scattered, scattered_for
 from agents.vec_env import rules_of_vec_env
 from llm_env.prompts import PromptCursor
 from llm_env.reference import KLController, coefficient
@@ -39,6 +42,7 @@ class Checkpointed(BaseAlgorithm):
     """
 
     policy: LanguagePolicy
+    world: World = ALONE
     np_random: np.random.Generator
     _generator: torch.Generator
     _policy_data: dict[str, Any]
@@ -51,7 +55,7 @@ class Checkpointed(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_model", "_generator", "np_random", "_cursor", "_last_obs", "_last_episode_starts", "_tokenizer"]
-        return [*super()._excluded_save_params(), *live, "_began", "_reference_weights"]
+        return [*super()._excluded_save_params(), *live, "_began", "_reference_weights", "world"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -62,6 +66,8 @@ class Checkpointed(BaseAlgorithm):
         A file is first written beside its name and put in its place when it is whole and on the disk, so that a run that is
         cut off here, even killed, leaves the old one. A callback that saves in the middle of a rollout saves the agent as it
         stood at the rollout's beginning; whoever goes on from there collects it again, token for token.
+
+        Of several processes, all of which call it, the main one writes the file; it is the same however many there are.
         """
         carried = self._position
         self._policy_data = self.policy._get_constructor_parameters()
@@ -69,6 +75,8 @@ class Checkpointed(BaseAlgorithm):
         try:
             if not isinstance(path, (str, Path)):
                 return super().save(path, exclude, include)
+            if not self.world.main:
+                return gather_for_main(self)
             target = Path(path)
             if target.suffix == "":
                 target = target.with_name(f"{target.name}.zip")
@@ -88,7 +96,19 @@ class Checkpointed(BaseAlgorithm):
             raise ValueError(f"the agent has no env yet: give one to {type(self).__name__}(...), set_env(env) or learn(env)")
         return rules_of_vec_env(self.env)
 
+    def set_logger(self, logger: Logger) -> None:
+        """Log there; of several processes the main one."""
+        super().set_logger(logger if self.world.main else Logger(None, []))
+
     # --- the position ------------------------------------------------------------------------------------------------
+
+    def _fall_in_step(self) -> None:
+        """Let all processes draw as the main one: one of them may have drawn something for itself."""
+        if self.world.size == 1:
+            return
+        torch_state, numpy_state = self.world.from_main((self._generator.get_state(), self.np_random.bit_generator.state))
+        self._generator.set_state(torch_state)
+        self.np_random.bit_generator.state = numpy_state
 
     def _here(self) -> dict[str, Any]:
         position = {
@@ -157,8 +177,8 @@ class Checkpointed(BaseAlgorithm):
         weights = self._reference_weights  # of an agent that was loaded and has no env yet
         if self._reference_moved and self.env is not None:
             reference = self.rules.reference
-            weights = None if reference is None else reference.model.state_dict()
-        return super().get_parameters() | ({} if weights is None else {"reference": weights})
+            weights = None if reference is None else gathered(reference.model.state_dict())
+        return gathered(super().get_parameters()) | ({} if weights is None else {"reference": weights})
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
         """Take over weights: those of `get_parameters`, or a saved agent's."""
@@ -167,7 +187,12 @@ class Checkpointed(BaseAlgorithm):
             check_whole(params)
             _, params, _ = load_from_zip_file(params, device=device, load_data=False)
         self._reference_weights = params.get("reference")
-        super().set_parameters({key: params[key] for key in params if key != "reference"}, exact_match, device)
+        own = {key: params[key] for key in params if key != "reference"}
+        if is_sharded(self.policy):
+            own["policy"] = scattered(own["policy"], self.policy.state_dict())
+            if "policy.optimizer" in own:
+                own["policy.optimizer"] = scattered_for(self.policy.optimizer, own["policy.optimizer"])
+        super().set_parameters(own, exact_match, device)
         if self.env is not None:
             self._restore_reference(self.rules)
 
@@ -182,7 +207,7 @@ class Checkpointed(BaseAlgorithm):
                 "with reference=<the model that training began with>"
             )
         try:
-            rules.reference.model.load_state_dict(weights)
+            rules.reference.model.load_state_dict(scattered(weights, rules.reference.model.state_dict()))
         except RuntimeError as error:
             raise ValueError(
                 f"the saved reference's weights do not fit the env's {type(rules.reference.model).__name__} "
@@ -211,12 +236,19 @@ class Checkpointed(BaseAlgorithm):
             FileNotFoundError: there is no such file.
             ValueError: the file was cut off or damaged.
         """
+        world().agree(True)  # whoever wrote the file has done so
         check_whole(path)
         agent = super().load(path, None, device, **kwargs)
         agent._policy_data = {}
         if env is not None:
             agent.set_env(env)
         return agent
+
+
+def gather_for_main(agent: Checkpointed) -> None:
+    """Hand over what the main process needs to write the whole agent."""
+    if agent.world.sharded:
+        agent.get_parameters()
 
 
 @contextmanager

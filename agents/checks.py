@@ -113,6 +113,19 @@ def check_groups(group_size: int, n_envs: int) -> None:
         )
 
 
+def check_processes(n_envs: int, group_size: int, processes: int) -> None:
+    """Refuse a rollout that has fewer groups than there are processes.
+
+    Raises:
+        ValueError: some process would have nothing to draw.
+    """
+    if n_envs // group_size < processes:
+        raise ValueError(
+            f"n_envs={n_envs} with group_size={group_size} is {n_envs // group_size} prompts a rollout, fewer than the "
+            f"{processes} processes; raise n_envs to {processes * group_size} at least, or launch fewer"
+        )
+
+
 def episodes_of(wanted: int | None, default: int, rows: int, by_response: bool) -> int:
     """Episodes in a rollout: as many as were asked for, else the rows of a vector env, else the default.
 

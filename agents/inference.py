@@ -116,10 +116,10 @@ class Inference(Checkpointed):
         for begin in range(0, len(rules.prompts), batch_size):
             indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))
             if clock_of(vec_env) is None:
-                rollout = collect_by_tokens(self.policy, vec_env, indexes, 1, self.sampler(deterministic))
+                rollout = collect_by_tokens(self.policy, vec_env, indexes, 1, self.sampler(deterministic), self.world)
             else:
                 venv = TextGenerationVectorEnv.from_rules(rules, len(indexes))
-                rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": indexes})
+                rollout = collect(self.policy, venv, 1, self.sampler(deterministic), {"index": indexes}, self.world)
             for info, score, length in zip(rollout.infos, rollout.scores.tolist(), rollout.lengths, strict=True):
                 row = {"reward": score, "length": float(length), **{k: info[k] for k in info if k.startswith("reward/")}}
                 if "is_success" in info:

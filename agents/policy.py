@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.checks import check_tokens, checked_masks
+from agents.distributed import world
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.pretrained import PretrainedFiles, files_of, load
+from agents.sharded import gathered, is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
@@ -150,6 +152,16 @@ class LanguagePolicy(BasePolicy):
         allowed = None
         if self.constraint is not None:
             allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
+        return Evaluation(*self._evaluate(prompts, responses, allowed, temperature))
+
+    def _evaluate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        allowed: Sequence[np.ndarray] | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The fields of an `Evaluation`: the entry by which sharded weights know that they are needed; see `agents.sharded`."""
         states = self.value_head is not None and self.critic is None
         with autocast(self.device, self.bf16):
             scored = score(
@@ -171,13 +183,14 @@ class LanguagePolicy(BasePolicy):
             assert hidden is not None
             values = self.value_head(hidden.float())[..., 0]
         assert scored.entropy is not None
-        return Evaluation(scored.logp, scored.mask, scored.entropy, values)
+        return scored.logp, scored.mask, scored.entropy, values
 
     def log_probs(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[Tensor]:
         """Log pi of every response token, by the training path: one float32 tensor of the response's length a row."""
-        result = self.evaluate(prompts, responses, temperature)
+        with whole(self):
+            result = self.evaluate(prompts, responses, temperature)
         return [row[keep] for row, keep in zip(result.logp, result.mask.bool(), strict=True)]
 
     # --- the sampling path -------------------------------------------------------------------------------------------
@@ -222,9 +235,17 @@ class LanguagePolicy(BasePolicy):
         )
 
     def respond(
-        self, prompts: Sequence[Sequence[int]], rules: Rules, sampler: Sampler, group_size: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        rules: Rules,
+        sampler: Sampler,
+        group_size: int = 1,
+        numbers: Tensor | None = None,
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """`sample` under an env's rules: its end token, stop strings, length limit and allowed tokens."""
+        """`sample` under an env's rules: its end token, stop strings, length limit and allowed tokens.
+
+        `numbers` are those by which the tokens are drawn; see `Sampler.numbers`.
+        """
         return self._draw(
             prompts,
             sampler,
@@ -234,12 +255,13 @@ class LanguagePolicy(BasePolicy):
             group_size=group_size,
             completes_stop=rules.completes_stop if rules.stop else None,
             constraint=rules.constraint,
+            numbers=numbers,
         )
 
     def _draw(
         self, prompts: Sequence[Sequence[int]], sampler: Sampler, *, group_size: int, **settings: Any
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        with autocast(self.device, self.bf16):
+        with whole(self), autocast(self.device, self.bf16):
             return sample_responses(
                 self.lm,
                 prompts,
@@ -262,7 +284,9 @@ class LanguagePolicy(BasePolicy):
 
         `action_masks`, (B, V) bool, takes the place of the policy's constraint.
         """
-        with autocast(self.device, self.bf16):
+        if state is not None and is_spread(self):
+            state = replace(state, version=-1)  # whole weights are made anew, and do not say whether they are others
+        with whole(self), autocast(self.device, self.bf16):
             logits, state = next_logits(self.lm, rows, state, episode_start)
         if action_masks is None and self.constraint is not None:
             states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]
@@ -331,8 +355,14 @@ class LanguagePolicy(BasePolicy):
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind."""
-        self.lm.save_pretrained(path)
+        """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind.
+
+        Of several processes the main one writes.
+        """
+        weights = gathered(self.lm.state_dict())
+        if not world().main:
+            return
+        self.lm.save_pretrained(path, state_dict=weights)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
 

@@ -54,11 +54,17 @@ def preflight(agent: LanguageAgent) -> None:
     longest = max(map(len, rules.prompts.ids)), rules.max_new_tokens
     limits = (*longest, agent.n_envs, agent.batch_size, agent.micro_batch_size, budget, device)
     is_tried = device.type not in UNTRIED
-    if not agent.preflight or _passed.get(agent) == limits:
+    # Sharded, every pass brings all processes together.
+    if not agent.preflight or agent.world.sharded or _passed.get(agent) == limits:
         return
-    optimizer = agent.policy.optimizer
+    agent.world.together(partial(_try, agent, is_tried))
+    _passed[agent] = limits
+
+
+def _try(agent: LanguageAgent, is_tried: bool) -> None:
+    budget, device, optimizer, processes = agent.max_tokens_per_batch, agent.device, agent.policy.optimizer, agent.world.size
     with untouched(agent, 0):
-        longest_pass = LongestPass(agent, optimizer)
+        longest_pass = LongestPass(agent, optimizer, processes)
         fits = longest_pass.runs if is_tried else longest_pass.has_room
         try:
             has_room = fits(budget)
@@ -71,7 +77,6 @@ def preflight(agent: LanguageAgent) -> None:
             raise MemoryError(
                 f"the longest pass of the update, {longest_pass.described(budget)}, {fault}; {longest_pass.remedy(fits)}"
             )
-    _passed[agent] = limits
 
 
 class LongestPass:
@@ -80,13 +85,16 @@ class LongestPass:
     Args:
         agent: within `untouched`, which puts back the gradients that are overwritten here.
         optimizer: its own.
+        processes: how many share an optimizer step.
     """
 
-    def __init__(self, agent: LanguageAgent, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, agent: LanguageAgent, optimizer: torch.optim.Optimizer, processes: int = 1) -> None:
         self.agent, self.rules, self.device = agent, agent.rules, agent.device
-        rows = min(agent.batch_size or agent.n_envs, agent.n_envs)
+        step = min(agent.batch_size or agent.n_envs, agent.n_envs)
+        unit = kept_together(step, agent.n_envs, agent.group_size)
+        self.unit = unit if step >= unit * processes else 1
+        rows = -(-step // (self.unit * processes)) * self.unit
         self.most = min(agent.micro_batch_size or rows, rows)
-        self.unit = kept_together(rows, agent.n_envs, agent.group_size)
         self.rollout = self._longest_rollout(rows)
         self.prompt, self.new = max(map(len, self.rules.prompts.ids)), self.rules.max_new_tokens
         self.states = states_to_come(optimizer)

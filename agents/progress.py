@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from agents.records import episode_infos
 from llm_env.reference import KLController
@@ -14,6 +14,9 @@ from llm_env.reference import KLController
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
     from agents.rollout import Rollout
+
+
+AT_BEST = "callback_on_new_best"  # what EvalCallback calls besides
 
 
 def tokens_to_go(agent: LanguageAgent, asked: int, reset: bool) -> int:
@@ -39,6 +42,30 @@ def feed_kl_controllers(controllers: Iterable[Any], rollout: Rollout) -> None:
             controller.update(float(np.mean(kls)), len(kls))
 
 
+def watch_together(agent: LanguageAgent, callback: BaseCallback) -> None:
+    """Let SB3's callbacks come to the same conclusions in all processes, and the main one write and print.
+
+    Every process calls its callbacks, with the infos of all episodes. What an `EvalCallback` saves depends on how its episodes
+    went, so that its env needs the same seed in all.
+    """
+    if agent.world.size == 1:
+        return
+    for part in all_callbacks(callback):
+        if isinstance(part, EvalCallback):
+            part.eval_env.seed(agent.seed)
+            part.log_path = part.log_path if agent.world.main else None
+        part.verbose = part.verbose if agent.world.main else 0
+
+
+def all_callbacks(callback: BaseCallback | None) -> Iterator[BaseCallback]:
+    """A callback and all that it calls."""
+    if callback is None:
+        return
+    yield callback
+    for part in (*getattr(callback, "callbacks", ()), getattr(callback, "callback", None), getattr(callback, AT_BEST, None)):
+        yield from all_callbacks(part)
+
+
 def call_back(agent: LanguageAgent, callback: BaseCallback, rollout: Rollout) -> bool:
     """Count the tokens of a rollout and call `on_step` once every `env.num_envs` of them; False where it asked to stop.
 
@@ -59,6 +86,6 @@ def call_back(agent: LanguageAgent, callback: BaseCallback, rollout: Rollout) ->
             {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
         )
         if not callback.on_step():
-            return False
+            return agent.world.agree(False)
     agent.num_timesteps = end
-    return True
+    return agent.world.agree(True)

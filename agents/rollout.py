@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
+from agents.distributed import ALONE, World
 from agents.generation import Sampler
 from agents.policy import LanguagePolicy
+from agents.sharded import whole
 from agents.vec_env import TextVecEnv, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.observations import pick
@@ -70,6 +72,11 @@ class Rollout:
     def scores(self) -> Tensor:
         """(B,) float32, each episode's return without discount: the sum of its rewards."""
         return self.rewards.sum(1)
+
+    def to(self, device: torch.device) -> Rollout:
+        """The same, with all tensors on a device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def take(self, rows: Sequence[int]) -> Rollout:
         """Some of the rows, cut to the longest response among them."""
@@ -137,7 +144,12 @@ def _step_ends(rewards: Any, info: dict[str, Any]) -> np.ndarray:
 
 
 def collect(
-    policy: LanguagePolicy, venv: TextGenerationVectorEnv, group_size: int, sampler: Sampler, options: dict[str, Any]
+    policy: LanguagePolicy,
+    venv: TextGenerationVectorEnv,
+    group_size: int,
+    sampler: Sampler,
+    options: dict[str, Any],
+    world: World = ALONE,
 ) -> Rollout:
     """One episode in every row of a vector env, on the response clock.
 
@@ -147,26 +159,50 @@ def collect(
         group_size: G.
         sampler: draws a token.
         options: further reset options.
+        world: the processes that share the work; each has the whole rollout in the end.
     """
     venv.reset(options={"group_size": group_size, **options})
     prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
-    responses, logps = policy.respond(prompts[::group_size], venv.rules, sampler, group_size)
-    outcome = venv.step_responses([np.array(response) for response in responses], logps)
-    return _assemble(
-        prompts,
-        responses,
-        outcome.rewards,
-        logps,
-        outcome.ref_logprobs,
-        outcome.truncated,
-        outcome.infos,
-        group_size,
-        policy.device,
-    )
+    rules, rows = venv.rules, world.part(venv.num_envs, group_size)
+    numbers = sampler.numbers(venv.num_envs, rules.max_new_tokens, rules.vocab_size, policy.device)[rows.start : rows.stop]
+
+    def own() -> Rollout:
+        heads = [prompts[row] for row in rows[::group_size]]
+        responses, logps = policy.respond(heads, rules, sampler, group_size, numbers)
+        outcome = venv.step_responses(_among(rows, responses, venv.num_envs), _among(rows, logps, venv.num_envs))
+        ref_logps = outcome.ref_logprobs
+        return _assemble(
+            [prompts[row] for row in rows],
+            responses,
+            [outcome.rewards[row] for row in rows],
+            logps,
+            None if ref_logps is None else [ref_logps[row] for row in rows],
+            outcome.truncated[rows],
+            [outcome.infos[row] for row in rows],
+            group_size,
+            policy.device,
+        )
+
+    return _from_all(world, own, policy, rules, len(rows))
+
+
+def _among(rows: range, values: Sequence[Any], count: int) -> list[Any]:
+    """One value a row, those of `rows` and nothing for the others, whose episodes are another process's."""
+    return [[]] * rows.start + list(values) + [[]] * (count - rows.stop)
+
+
+def _from_all(world: World, own: Callable[[], Rollout], policy: LanguagePolicy, rules: Rules, count: int) -> Rollout:
+    """The rollout of all processes from `own()` of each, that has `count` episodes."""
+    reference = None if rules.reference is None else rules.reference.model
+    with whole(policy), whole(reference):
+        if world.size == 1:
+            return own()
+        parts = world.together(lambda: own().to(torch.device("cpu")) if count else None)
+    return join([part for part in parts if part is not None]).to(policy.device)
 
 
 def collect_by_tokens(
-    policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], group_size: int, sampler: Sampler
+    policy: LanguagePolicy, vec_env: VecEnv, indexes: list[int], group_size: int, sampler: Sampler, world: World = ALONE
 ) -> Rollout:
     """Episodes of any VecEnv over text envs, on the token clock: what its wrappers do is what is trained on.
 
@@ -176,28 +212,34 @@ def collect_by_tokens(
         indexes: B indexes of prompts, one an episode.
         group_size: G; divides B.
         sampler: draws a token.
+        world: the processes that share the work; each has the whole rollout in the end.
 
     Raises:
         ValueError: a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions.
     """
-    rules = rules_of_vec_env(vec_env)
-    episodes: list[_Episode] = []
-    for begin in range(0, len(indexes), vec_env.num_envs):
-        chunk = indexes[begin : begin + vec_env.num_envs]
-        episodes += _play(policy, vec_env, rules, chunk, sampler)
-    prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
-    ref_logps = rules.reference_log_probs(prompts, responses, [0] * len(prompts)) if rules.reference is not None else None
-    return _assemble(
-        prompts,
-        responses,
-        [e.rewards for e in episodes],
-        [e.logps for e in episodes],
-        ref_logps,
-        [e.truncated for e in episodes],
-        [_with_text(e, rules) for e in episodes],
-        group_size,
-        policy.device,
-    )
+    rules, rows = rules_of_vec_env(vec_env), world.part(len(indexes), group_size)
+    sampler = sampler.of(world)
+
+    def own() -> Rollout:
+        episodes: list[_Episode] = []
+        for begin in range(rows.start, rows.stop, vec_env.num_envs):
+            chunk = indexes[begin : min(begin + vec_env.num_envs, rows.stop)]
+            episodes += _play(policy, vec_env, rules, chunk, sampler)
+        prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
+        ref_logps = rules.reference_log_probs(prompts, responses, [0] * len(prompts)) if rules.reference is not None else None
+        return _assemble(
+            prompts,
+            responses,
+            [e.rewards for e in episodes],
+            [e.logps for e in episodes],
+            ref_logps,
+            [e.truncated for e in episodes],
+            [_with_text(e, rules) for e in episodes],
+            group_size,
+            policy.device,
+        )
+
+    return _from_all(world, own, policy, rules, len(rows))
 
 
 @dataclass

@@ -9,13 +9,16 @@ import torch
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.checks import check_fit, default_learning_rate, episodes_of
+from agents.checks import check_fit, check_processes, default_learning_rate, episodes_of
 from agents.inference import Inference
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
+from agents.sharded import begin, is_sharded
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env.prompts import PromptCursor
-from llm_env.sharing import PrefixSharing
+from llm_env.rules import Rules
+from llm_env.scoring import head_of
+from llm_env.sharing import PrefixSharing, ways_to_share
 
 
 class SetUp(Inference):
@@ -54,6 +57,7 @@ class SetUp(Inference):
         self.policy = self.policy.to(self.device)
         self.policy.train(False)
         self._hand_down()
+        self._share_policy()
         if self._wanted_learning_rate is None:
             self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
@@ -75,6 +79,7 @@ class SetUp(Inference):
         rules = rules_of_vec_env(env)
         n_envs = episodes_of(self._wanted_n_envs, self.n_envs, env.num_envs, by_response=clock_of(env) is not None)
         check_fit(self, rules, n_envs)  # type: ignore[arg-type]
+        check_processes(n_envs, self.group_size, self.world.size)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:
@@ -82,8 +87,7 @@ class SetUp(Inference):
         self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
         if self.policy.tokenizer is None:
             self.policy.tokenizer = rules.tokenizer
-        if rules.reference is not None:
-            rules.reference.model.to(self.device)
+        self._share_env(rules)
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._last_obs = None
         if self.seed is not None:
@@ -93,6 +97,40 @@ class SetUp(Inference):
         self._position = {}
         self._has_had_env = True
         self._hand_down()
+
+    def _share_policy(self) -> None:
+        """Let all processes begin with the main one's weights, spread over them where the launcher says so; one alone logs."""
+        world, policy = self.world, self.policy
+        if not world.main:
+            self.verbose, self.tensorboard_log = 0, None
+        if is_sharded(policy):
+            return
+
+        def run() -> None:
+            for base in (policy.lm.base_model, policy.critic):
+                if base is not None:
+                    ways_to_share(base, 2, "auto")
+            policy._evaluate([[0]], [[0]], None, 1.0)
+
+        world.spread(policy)
+        begin(world, policy, run, "_evaluate")
+
+    def _share_env(self, rules: Rules) -> None:
+        """The same for the reference; and every process but the main one records episodes to a file of its own."""
+        world, reference = self.world, rules.reference
+        if reference is not None:
+            model = reference.model.to(self.device)
+
+            def run() -> None:
+                ways_to_share(model.base_model, 2, "auto")
+                head_of(model)
+                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+
+            if not is_sharded(model):
+                world.spread(model)
+                begin(world, model, run, "forward")
+        if rules.recorder is not None and not world.main:
+            rules.recorder = rules.recorder.beside(f"process{world.rank}")
 
     def _hand_down(self) -> None:
         """Let policy and reference compute as the agent's attributes say now."""

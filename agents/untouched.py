@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.distributed import ALONE
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def untouched(agent: LanguageAgent, seed: int) -> Iterator[None]:
             _unrecorded(agent),
         ):
             agent._generator, agent.np_random, agent.max_grad_norm = generator, np.random.default_rng(seed), float("inf")
+            agent.world = ALONE
             yield
     finally:
         vars(agent).clear()

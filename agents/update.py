@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agents.batches import micro_batches, minibatches
+from agents.batches import kept_together, micro_batches, minibatches
 from agents.losses import token_weights, truncated_importance
 from agents.records import record_training
 from agents.rollout import Rollout
+from agents.sharded import whole, whole_tensor
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
@@ -44,16 +46,28 @@ def score_before_update(agent: LanguageAgent, rollout: Rollout, step: int) -> No
     """Fill in `old_logp` and, with a value head, `old_values` and `last_values`, at most `step` episodes a forward pass."""
     rollout.old_logp = torch.zeros_like(rollout.rewards)
     old_values, last_values = torch.zeros_like(rollout.rewards), torch.zeros_like(rollout.scores)
-    for rows in micro_batches(agent, rollout, np.arange(len(rollout)), step):
-        part = rollout.take(rows)
-        result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
-        width = result.logp.shape[1]
-        rollout.old_logp[rows, :width] = result.logp * part.mask
-        if result.values is not None:
-            old_values[rows, :width] = result.values[:, :-1] * part.mask
-            last_values[rows] = result.values[np.arange(len(rows)), part.lengths]
+    with whole(agent.policy):
+        for rows in own_passes(agent, rollout, np.arange(len(rollout)), step):
+            part = rollout.take(rows)
+            result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
+            width = result.logp.shape[1]
+            rollout.old_logp[rows, :width] = result.logp * part.mask
+            if result.values is not None:
+                old_values[rows, :width] = result.values[:, :-1] * part.mask
+                last_values[rows] = result.values[np.arange(len(rows)), part.lengths]
+    agent.world.add([rollout.old_logp, old_values, last_values])
     if agent.needs_values:
         rollout.old_values, rollout.last_values = old_values, last_values
+
+
+def own_passes(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, most: int | None = None) -> list[list[int]]:
+    """The forward passes over those of the episodes `rows` that are this process's; see `micro_batches`.
+
+    Groups are kept together where there are enough of them for all processes.
+    """
+    unit = kept_together(len(rows), len(rollout), rollout.group_size)
+    own = rows[agent.world.part(len(rows), unit if len(rows) >= unit * agent.world.size else 1)]
+    return micro_batches(agent, rollout, own, most) if len(own) else []
 
 
 def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bool) -> dict[str, float]:
@@ -80,17 +94,19 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
     weights[index] = token_weights(mask, agent.aggregation, agent.rules.max_new_tokens)
     if fresh and rollout.old_logp is None:
         rollout.old_logp = torch.zeros_like(rollout.rewards)
-    sums: dict[str, float] = {}
+    own: dict[str, float] = {}
     optimizer.zero_grad()
-    for part_rows in micro_batches(agent, rollout, rows):
+    parts = own_passes(agent, rollout, rows)
+    for part_rows in parts:
         part = rollout.take(part_rows)
         terms, means = accumulate(agent, part, weights[part_rows], fresh)
         if fresh and rollout.old_logp is not None and part.old_logp is not None:
             rollout.old_logp[part_rows, : part.old_logp.shape[1]] = part.old_logp * part.mask
         share = part.mask.sum() / tokens
         for key, value in {**terms, **{key: value * share for key, value in means.items()}}.items():
-            sums[key] = sums.get(key, 0.0) + value.item()
-    norm = torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), agent.max_grad_norm)
+            own[key] = own.get(key, 0.0) + value.item()
+    sums = add_up(agent, rollout, own, len(parts), fresh)
+    norm = whole_tensor(torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), agent.max_grad_norm))
     if not torch.isfinite(norm):
         optimizer.zero_grad()
         raise ValueError(f"the gradient is not finite (norm {norm.item()}); the weights are unchanged. Lower learning_rate")
@@ -98,6 +114,35 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
         optimizer.step()
         agent._n_updates += 1
     return {**sums, "grad_norm": norm.item()}
+
+
+def add_up(agent: LanguageAgent, rollout: Rollout, own: dict[str, float], passes: int, fresh: bool) -> dict[str, float]:
+    """Bring together what all processes have for an optimizer step: gradients, old log-probs and statistics, which it gives.
+
+    Args:
+        agent: has the gradients.
+        rollout: has the old log-probs; where they are `fresh`, each process has those of its own episodes, and 0 for others.
+        own: this process's statistics.
+        passes: how many it has run. Sharded weights come together in each, so that all processes run as many: those that are
+            left are of an episode that weighs nothing.
+        fresh: see `optimize`.
+    """
+    world = agent.world
+    if world.size == 1:
+        return own
+    if world.sharded:
+        nothing = rollout.take([0])
+        for _ in range(passes, max(world.gather(passes))):
+            accumulate(agent, replace(nothing, old_logp=nothing.sampled_logp), torch.zeros_like(nothing.mask), fresh=False)
+    else:
+        world.add_gradients(agent.policy.parameters())
+    if fresh and rollout.old_logp is not None:
+        world.add([rollout.old_logp])
+    sums: dict[str, float] = {}
+    for entry in world.gather(own):
+        for key, value in entry.items():
+            sums[key] = sums.get(key, 0.0) + value
+    return sums
 
 
 def accumulate(

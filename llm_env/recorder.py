@@ -49,6 +49,10 @@ class Recorder:
         if last := _unfinished_line(self.path):
             self._mend(last)
 
+    def beside(self, name: str) -> Recorder:
+        """Another recorder, that writes to `<file>.<name>.<ending>` beside this one's file."""
+        return Recorder(self.path.with_suffix(f".{name}{self.path.suffix}"))
+
     def _mend(self, last: bytes) -> None:
         """Make the last line whole, or take it away; but only where it is a record that was cut off."""
         try:

@@ -1,0 +1,139 @@
+"""Weights spread over processes (FSDP2, `fully_shard`), as accelerate's configuration says: sharding, and the whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from agents.distributed import World
+from agents.memory import free_bytes, size_of
+
+_reshards: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a layer's weights are given back after its pass
+_whole: WeakSet[nn.Module] = WeakSet()
+
+USABLE = 0.9  # of what is free, for the whole weights beside what a process keeps of them
+
+
+def shard(world: World, model: nn.Module, entry: str) -> None:
+    """Spread a model's weights over the processes, layer by layer.
+
+    Args:
+        world: with accelerate's configuration.
+        model: its weights are the same in all processes. What transformers calls its parts that are not to be split are its
+            layers, where accelerate's `fsdp_transformer_layer_cls_to_wrap` names no others.
+        entry: the method that computes with them; its results are tensors, or tuples of them.
+
+    Raises:
+        ValueError: the configuration does not fit the model.
+        MemoryError: the whole weights, which sampling needs, have no room in a process.
+    """
+    from accelerate.utils import fsdp2_prepare_model
+
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    free = free_bytes(next(model.parameters()).device)
+    if free is not None and whole > free * USABLE:  # beside the copy that is there now, which sharding gives back
+        raise MemoryError(
+            f"sampling gathers the whole weights, {size_of(whole)}, in every process, but {size_of(free)} are free; take a "
+            "smaller model, or GPUs with more memory"
+        )
+    layers = sorted({name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()})
+    model._no_split_modules = layers  # type: ignore[assignment]
+    try:
+        fsdp2_prepare_model(world.accelerator, model)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise ValueError(
+            f"accelerate's FSDP configuration does not fit {type(model).__name__}, whose layers are {layers}: {error}"
+        ) from error
+    for part in _parts(model):
+        part.set_gradient_divide_factor(1.0)  # sums: the loss is weighed over all processes
+        part.set_force_sum_reduction_for_comms(True)  # which gloo can do as well
+    register_fsdp_forward_method(model, entry)
+    _reshards[model] = bool(world.accelerator.state.fsdp_plugin.reshard_after_forward)
+
+
+def begin(world: World, model: nn.Module, run: Callable[[], object], entry: str) -> None:
+    """`shard` a model, after and before which `run()` computes once with it.
+
+    What is found out about a model by trials, which do not come in by its entry, is then known; and the first pass through the
+    entry tells all parts which of them is the outermost.
+    """
+    if world.sharded:
+        with torch.no_grad():
+            run()
+            shard(world, model, entry)
+            run()
+            for part in _parts(model):  # the outermost keeps its weights for the backward pass that usually follows
+                part.reshard()
+
+
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called for the model."""
+    return model in _reshards
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether the weights of a sharded model are spread right now."""
+    return model in _reshards and model not in _whole
+
+
+@contextmanager
+def whole(model: nn.Module | None) -> Iterator[None]:
+    """Every process holds all weights within, and computes without the others; they come together at the beginning alone."""
+    if model is None or not is_spread(model):
+        yield
+        return
+    parts = _parts(model)
+    _whole.add(model)
+    try:
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        yield
+    finally:
+        _whole.discard(model)
+        for part in parts:
+            part.set_reshard_after_forward(_reshards[model] and part is not model, recurse=False)
+            part.reshard()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(state: Any) -> Any:
+    """A state dict, of a model or an optimizer, with whole tensors on the CPU in the place of sharded ones."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, Mapping):
+        return type(state)((key, gathered(value)) for key, value in state.items())  # type: ignore[call-arg]
+    if isinstance(state, list):
+        return [gathered(value) for value in state]
+    return state
+
+
+def scattered(state: Any, like: Any) -> Any:
+    """A state dict of whole tensors with this process's shards of those that are sharded in `like`."""
+    if isinstance(like, DTensor) and isinstance(state, Tensor) and state.shape == like.shape:
+        return distribute_tensor(state.to(like.device, like.dtype), like.device_mesh, like.placements)
+    if isinstance(state, Mapping) and isinstance(like, Mapping):
+        return {key: scattered(value, like.get(key)) for key, value in state.items()}
+    return state
+
+
+def scattered_for(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's whole state with this process's shards of what is as large as its weights."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    like = {number: dict.fromkeys(entries, parameters[number]) for number, entries in state["state"].items()}
+    return {**state, "state": scattered(state["state"], like)}

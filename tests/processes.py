@@ -1,0 +1,188 @@
+"""Runs of several processes over gloo: `launch` starts `python -m tests.processes <run> <folder>` in each."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from gymnasium.wrappers import TransformReward
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.monitor import Monitor
+from transformers import LlamaForCausalLM
+
+from agents import GRPO, PPO, REINFORCE
+from tests.conftest import make_model, make_tokenizer
+from tests.probes import make_env
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = make_tokenizer("abcdefgh")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+KINDS = {
+    "GRPO": (GRPO, {"group_size": 4, "kl_coef": 0.1}),
+    "PPO": (PPO, {"batch_size": 10, "n_epochs": 2}),
+    "PPO with a critic of its own": (PPO, {"batch_size": 10, "n_epochs": 1, "separate_critic": True}),
+    "REINFORCE": (REINFORCE, {"batch_size": 10, "n_epochs": 2}),
+}
+
+
+def launch(run, folder, count, **environment):
+    """Start `count` processes, as a launcher does, but that nobody ends the others where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    command = [sys.executable, "-m", "tests.processes", run, str(folder)]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(count)
+    ]
+    try:
+        printed = [process.communicate(timeout=180)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, printed, strict=True)]
+
+
+def letters(completions, **kwargs):
+    return [c.count("a") + 0.3 * len(c) for c in completions]
+
+
+def make_text_env(kind="GRPO", reward=letters, **kwargs):
+    shaping = {"kl_coef": 0.05} if KINDS[kind][0] is PPO else {}
+    reference = make_model("llama", len(TOKENIZER), seed=1, scale=2.0)
+    return make_env(TOKENIZER, reward, tuple("abcdef"), reference=reference, **shaping, **kwargs)
+
+
+def make_agent(kind="GRPO", env=None, optimizer=torch.optim.SGD, **kwargs):
+    """20 episodes a rollout: 5 groups, so that neither 2 nor 3 processes have equal parts."""
+    algorithm, settings = KINDS[kind]
+    model = make_model("llama", len(TOKENIZER), scale=2.0, tie_word_embeddings=kind == "REINFORCE")
+    settings = {"n_envs": 20, "seed": 0, "learning_rate": 1e-2, **settings, **kwargs}
+    env = make_text_env(kind) if env is None else env
+    return algorithm(model, env, policy_kwargs={"optimizer_class": optimizer}, **settings)
+
+
+def learned(agent, tokens=150, **kwargs):
+    """The texts of all rollouts, and the weights, after learning on."""
+    texts, original = [], agent.sample_rollout
+
+    def noted():
+        rollout = original()
+        texts.append([info["completion"] for info in rollout.infos])
+        return rollout
+
+    agent.sample_rollout = noted
+    agent.learn(tokens, reset_num_timesteps=False, **kwargs)
+    del agent.sample_rollout
+    weights = {name: value.clone() for name, value in agent.get_parameters()["policy"].items()}
+    return {"texts": texts, "weights": weights, "tokens": agent.num_timesteps}
+
+
+def write(found, folder):
+    torch.save(found, folder / f"{os.environ.get('RANK', 0)}.pt")
+
+
+def equal(folder):
+    """Every algorithm, and a file from the middle of a run."""
+    found = {kind: learned(make_agent(kind)) for kind in KINDS}
+    agent = make_agent(optimizer=torch.optim.AdamW)
+    found["before"] = learned(agent)
+    agent.save(folder / "agent")
+    agent.policy.save_pretrained(folder / "model")
+    found["after"] = learned(agent)
+    found["report"] = agent.evaluate(make_text_env())
+    write(found, folder)
+
+
+def resume(folder):
+    """The second half of `equal`, from its file."""
+    write(learned(GRPO.load(folder / "agent", env=make_text_env())), folder)
+
+
+def together(folder):
+    """Callbacks, logs, a record, rewards through a wrapper; one process draws for itself, and the seed is nobody's."""
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(rank)  # the models differ, and are made the same
+    model = LlamaForCausalLM(make_model("llama", len(TOKENIZER)).config)
+    env = make_env(TOKENIZER, letters, ("a",), max_new_tokens=8, record=folder / "record.jsonl")
+    agent = GRPO(model, env, group_size=4, n_envs=16, learning_rate=1e-2, tensorboard_log=str(folder / "runs"), verbose=1)
+    evaluation = EvalCallback(
+        Monitor(make_text_env()), eval_freq=8, deterministic=False, log_path=folder, best_model_save_path=folder
+    )
+    found = {"native": learned(agent, 300, callback=[evaluation, CheckpointCallback(9, folder / "checkpoints")])}
+    found["best"] = evaluation.best_mean_reward
+    if rank == 1 and not agent.world.sharded:
+        agent.generate(["ab"])
+    found["after a draw"] = learned(agent, 200)
+    agent.set_env(TransformReward(make_text_env(), lambda reward: 2 * reward))
+    found["token clock"] = learned(agent, 100)
+    write(found, folder)
+
+
+def fault(folder):
+    """A reward fails in the second process, and is slow in it; what was begun is drawn again."""
+    rank, calls = int(os.environ["RANK"]), []
+
+    def reward(completions, **kwargs):
+        calls.append(len(completions))
+        if rank == 1 and len(calls) == 2:
+            raise OSError("the judge is out for lunch")
+        if rank == 1:
+            time.sleep(0.5)
+        return letters(completions)
+
+    agent = make_agent(env=make_text_env(reward=reward), preflight=False)
+    found = {}
+    try:
+        agent.learn(150)
+    except (ValueError, RuntimeError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    before, begun = len(calls), time.monotonic()
+    found |= learned(agent, 150 - agent.num_timesteps)
+    found["seconds a rollout"] = (time.monotonic() - begun) / (len(calls) - before)
+    found["calls"] = calls
+    write(found, folder)
+
+
+def death(folder):
+    """The second process is killed in the third rollout."""
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            os._exit(7)
+        return letters(completions)
+
+    agent = make_agent(env=make_text_env(reward=reward), optimizer=torch.optim.AdamW)
+    agent.learn(300, callback=CheckpointCallback(1, folder / "checkpoints"))
+
+
+def refused(folder):
+    """What a launcher's configuration may ask for and does not get."""
+    try:
+        make_agent(n_envs=4)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](Path(sys.argv[2]))

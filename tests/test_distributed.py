@@ -1,0 +1,129 @@
+"""Several processes over gloo, replicated and sharded (FSDP2): they make what one process makes, and end together."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from agents import GRPO
+from llm_env.prompts import read_jsonl
+from tests import processes
+from tests.processes import FSDP, KINDS, launch, make_agent, make_text_env
+
+pytest.importorskip("accelerate")
+
+
+def results(run, folder, count, **environment):
+    folder.mkdir(exist_ok=True)
+    done = launch(run, folder, count, **environment)
+    assert [code for code, _ in done] == [0] * count, "\n".join(text[-3000:] for _, text in done)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def furthest(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    processes.equal(folder)
+    return torch.load(folder / "0.pt", weights_only=False), folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, sharded", [(2, False), (3, False), (2, True), (3, True)])
+def test_processes_learn_what_one_learns(count, sharded, alone, tmp_path):
+    """The same texts and, with plain SGD, weights to 1e-6, for all algorithms; files of N processes go on in one and in N."""
+    expected, folder = alone
+    environment = FSDP if sharded else {}
+    found = results("equal", tmp_path, count, **environment)
+    for kind in KINDS:
+        start = make_agent(kind).get_parameters()["policy"]
+        assert furthest(start, expected[kind]["weights"]) > 1e-3  # something was learned
+        for one in found:
+            assert one[kind]["texts"] == expected[kind]["texts"] and one[kind]["tokens"] == expected[kind]["tokens"]
+            assert furthest(one[kind]["weights"], expected[kind]["weights"]) < 1e-6
+    assert found[0]["report"] == pytest.approx(expected["report"], abs=1e-3)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    saved = {f"lm.{name}": value for name, value in plain.items()}
+    assert furthest(saved, found[0]["before"]["weights"]) == 0
+    again = processes.learned(GRPO.load(tmp_path / "agent", env=make_text_env()))
+    assert again["texts"] == found[0]["after"]["texts"] and again["tokens"] == found[0]["after"]["tokens"]
+    assert furthest(again["weights"], found[0]["after"]["weights"]) < 1e-3  # Adam makes large steps of tiny gradients
+    if count == 2:
+        for one in results("resume", tmp_path, 2, **environment):
+            assert furthest(one["weights"], found[0]["after"]["weights"]) == 0
+        (tmp_path / "agent.zip").write_bytes((folder / "agent.zip").read_bytes())
+        for one in results("resume", tmp_path, 2, **environment):  # what one has saved goes on in two
+            assert one["texts"] == expected["after"]["texts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_stay_together(sharded, tmp_path):
+    found = results("together", tmp_path, 2, **(FSDP if sharded else {}))
+    for part in ("native", "after a draw", "token clock"):
+        assert furthest(found[0][part]["weights"], found[1][part]["weights"]) == 0, part
+        assert found[0][part]["texts"] == found[1][part]["texts"], part
+        for texts in found[0][part]["texts"]:  # one prompt, and two processes that wrote half of the answers each
+            half = len(texts) // 2
+            assert len(set(texts[:half]) & set(texts[half:])) < half / 2
+    assert found[0]["best"] == found[1]["best"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    scalars = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in scalars.Scalars("rollout/ep_rew_mean")][-1] == found[0]["after a draw"]["tokens"]
+    evaluations = np.load(tmp_path / "evaluations.npz")
+    assert evaluations["results"].mean(1).max() == pytest.approx(found[0]["best"])
+    assert GRPO.load(tmp_path / "best_model").num_timesteps in evaluations["timesteps"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) > 1
+    records = [read_jsonl(tmp_path / name) for name in ("record.jsonl", "record.process1.jsonl")]
+    assert len(records[0]) == len(records[1]) == 8 * sum(len(found[0][part]["texts"]) for part in ("native", "after a draw"))
+
+
+@pytest.mark.slow
+def test_an_error_in_one_is_an_error_in_all_and_slow_rewards_are_waited_for_once(alone, tmp_path):
+    """Nothing of the rollout that failed has happened: what is learned after it is what one process learns."""
+    found = results("fault", tmp_path, 2)
+    assert "the judge is out for lunch" in found[0]["error"] and "process 1 of 2 failed" in found[0]["error"]
+    assert found[1]["error"].startswith("ValueError") and "the judge is out for lunch" in found[1]["error"]
+    for one in found:
+        assert furthest(one["weights"], alone[0]["GRPO"]["weights"]) < 1e-6
+        assert 0.5 < one["seconds a rollout"] < 0.9
+    assert set(found[0]["calls"]) == {8} and set(found[1]["calls"]) == {12}  # each scores its own episodes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_where_one_dies_the_others_stop_and_go_on_from_the_last_checkpoint(sharded, tmp_path):
+    begun = time.monotonic()
+    (code, text), (died, _) = launch("death", tmp_path, 2, **(FSDP if sharded else {}))
+    assert died == 7 and code == 1 and time.monotonic() - begun < 60
+    assert re.search("RuntimeError: process 0 of 2 waits for others in vain: one has ended", text), text[-3000:]
+    last = max((tmp_path / "checkpoints").iterdir(), key=lambda file: int(re.search(r"(\d+)_steps", file.name)[1]))
+    agent = GRPO.load(last, env=make_text_env())
+    found = processes.learned(agent, 300 - agent.num_timesteps)
+    whole = processes.learned(make_agent(optimizer=torch.optim.AdamW), 300)
+    assert agent._n_updates == len(whole["texts"]) and found["texts"] == whole["texts"][-len(found["texts"]) :]
+    assert 0 < len(found["texts"]) <= len(whole["texts"]) - 2  # two rollouts were not lost
+    assert furthest(found["weights"], whole["weights"]) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({}, "n_envs=4 with group_size=4 is 1 prompts a rollout, fewer than the 2 processes; raise n_envs to 8"),
+        ({**FSDP, "FSDP_VERSION": "1"}, "fsdp_version: 1; set fsdp_version: 2"),
+        ({**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}, "does not fit LanguagePolicy.*LlamaDecoderLayer.*BertLayer"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps: 4; leave it out"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(environment, message, tmp_path):
+    for code, text in launch("refused", tmp_path, 2, **environment):
+        assert code == 0 and re.search("ValueError: .*" + message, text), text[-3000:]
