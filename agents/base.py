@@ -15,6 +15,7 @@ from agents.checks import check_computation, check_counts, check_groups, check_n
 from agents.distributed import world
 from agents.generation import Sampler
 from agents.losses import token_weights
+from agents.overlap import Ahead, check_overlap
 from agents.policy import Evaluation, LanguagePolicy
 from agents.preflight import preflight
 from agents.progress import call_back, feed_kl_controllers, tokens_to_go, watch_together
@@ -31,6 +32,7 @@ SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
+DEFAULT_CAP = 2.0  # of importance weights
 
 
 class LanguageAgent(SetUp):
@@ -59,6 +61,7 @@ class LanguageAgent(SetUp):
         prefix_sharing: compute a prompt once for all answers to it: "auto" where the model can and it is less work, True or
             False; see `llm_env.sharing`.
         bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32.
+        overlap: draw the next rollout while the last one is learned from; see `agents.overlap`.
         importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the
             update: corrects for what lies between that and what drew the token; see `agents.losses.truncated_importance`. By
             default 2 where another engine or older weights draw, else off.
@@ -97,6 +100,7 @@ class LanguageAgent(SetUp):
         max_num_seqs: int | None = None,
         prefix_sharing: PrefixSharing = "auto",
         bf16: bool = False,
+        overlap: bool = False,
         importance_cap: float | None = None,
         aggregation: str = "token",
         mask_truncated: bool = False,
@@ -125,7 +129,7 @@ class LanguageAgent(SetUp):
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
-        check_computation(prefix_sharing, max_num_seqs, self.group_size, bf16=bf16, preflight=preflight)
+        check_computation(prefix_sharing, max_num_seqs, self.group_size, bf16=bf16, preflight=preflight, overlap=overlap)
         check_numbers(0.0, max_grad_norm=max_grad_norm)
         check_numbers(1.0, importance_cap=importance_cap)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
@@ -150,6 +154,7 @@ class LanguageAgent(SetUp):
         self.max_num_seqs = max_num_seqs
         self.prefix_sharing = prefix_sharing
         self.bf16 = bf16 or self.world.bf16
+        self.overlap = overlap
         self.importance_cap = importance_cap
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated
@@ -205,6 +210,7 @@ class LanguageAgent(SetUp):
         if env is not None:
             self._attach(as_vec_env(env, self.n_envs))
         self._hand_down()
+        check_overlap(self)
         preflight(self)
         asked = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         total_timesteps, callback = self._setup_learn(
@@ -224,6 +230,8 @@ class LanguageAgent(SetUp):
                 rollout = self.collect(callback)
                 if rollout is None:
                     break
+                if self.overlap and self.num_timesteps < total_timesteps:
+                    self._ahead = Ahead(self)
                 self.train(rollout)
                 iteration += 1
                 if log_interval is not None and (self.num_timesteps >= total_timesteps or iteration % log_interval == 0):
@@ -232,6 +240,7 @@ class LanguageAgent(SetUp):
             self.logger.dump(self.num_timesteps)
             raise
         finally:
+            self.call_off()
             callback.on_training_end()
         return self
 
@@ -251,9 +260,11 @@ class LanguageAgent(SetUp):
         return rollout
 
     def sample_rollout(self) -> Rollout:
-        """`n_envs` episodes, on the response clock where the env allows it."""
+        """`n_envs` episodes, on the response clock where the env allows it; with `overlap`, those that are under way."""
         assert self.env is not None
-        venv = clock_of(self.env)
+        venv, ahead, self._ahead = clock_of(self.env), self._ahead, None
+        if ahead is not None:
+            return ahead.rollout()
         if venv is not None:
             return collect(self.policy, venv, self.group_size, self.sampler(), {}, self.world)
         indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
@@ -273,7 +284,7 @@ class LanguageAgent(SetUp):
     @property
     def importance(self) -> float | None:
         """The cap of the importance weights; None where there are none."""
-        return self.importance_cap
+        return DEFAULT_CAP if self.importance_cap is None and self.overlap else self.importance_cap
 
     # --- what an algorithm fills in ----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.distributed import ALONE, World, world
+from agents.overlap import Ahead
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
 from agents.sharded import gathered, is_sharded, scattered, scattered_for
@@ -43,6 +44,7 @@ class Checkpointed(BaseAlgorithm):
 
     policy: LanguagePolicy
     world: World = ALONE
+    _ahead: Ahead | None = None
     np_random: np.random.Generator
     _generator: torch.Generator
     _policy_data: dict[str, Any]
@@ -55,7 +57,7 @@ class Checkpointed(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_model", "_generator", "np_random", "_cursor", "_last_obs", "_last_episode_starts", "_tokenizer"]
-        return [*super()._excluded_save_params(), *live, "_began", "_reference_weights", "world"]
+        return [*super()._excluded_save_params(), *live, "_began", "_reference_weights", "_ahead", "world"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -71,7 +73,7 @@ class Checkpointed(BaseAlgorithm):
         """
         carried = self._position
         self._policy_data = self.policy._get_constructor_parameters()
-        self._position = self._began or self._here()
+        self._position = self._began or self._standing()
         try:
             if not isinstance(path, (str, Path)):
                 return super().save(path, exclude, include)
@@ -126,13 +128,27 @@ class Checkpointed(BaseAlgorithm):
             position["kl_coef"] = None if kl is None else kl.value
         return position
 
+    def _standing(self) -> dict[str, Any]:
+        """The position; where the next rollout is being drawn already, before that, for it does not count yet."""
+        return self._here() | ({} if self._ahead is None else self._ahead.began)
+
+    def call_off(self) -> None:
+        """Give up the rollout that is being drawn ahead; its prompts and random numbers are drawn again."""
+        if self._ahead is None:
+            return
+        position = self._standing()
+        self._ahead.wait()
+        self._ahead = None
+        self._restore_generators(position)
+        self._restore_prompts(self.env, self.rules, position)
+
     @contextmanager
     def rollout_under_way(self) -> Iterator[None]:
         """Until its end a rollout has not happened: a file saved meanwhile, and an agent stopped, stand where it began.
 
         `stop_rollout`, an error or Ctrl-C end it early; what was drawn is drawn again when training goes on.
         """
-        self._began = self._here()
+        self._began = self._standing()
         try:
             yield
         except BaseException:

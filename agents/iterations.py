@@ -70,6 +70,8 @@ class Iterations(LanguageAgent):
             self._rollouts.append(rollout)
         if self._rollouts_since < self.reference_every:
             return
+        if self._ahead is not None:
+            self._ahead.wait()  # it asks this reference
         reference = self.rules.reference
         assert reference is not None
         reference.model.load_state_dict(self.policy.lm.state_dict())

@@ -161,6 +161,19 @@ def collect(
         options: further reset options.
         world: the processes that share the work; each has the whole rollout in the end.
     """
+    own = prepared(policy, venv, group_size, sampler, options, world)
+    return from_all(world, own, policy, venv.rules, len(world.part(venv.num_envs, group_size)))
+
+
+def prepared(
+    policy: LanguagePolicy,
+    venv: TextGenerationVectorEnv,
+    group_size: int,
+    sampler: Sampler,
+    options: dict[str, Any],
+    world: World = ALONE,
+) -> Callable[[], Rollout]:
+    """What `collect` has yet to do in this process once prompts and random numbers are drawn: its own episodes."""
     venv.reset(options={"group_size": group_size, **options})
     prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
     rules, rows = venv.rules, world.part(venv.num_envs, group_size)
@@ -183,7 +196,7 @@ def collect(
             policy.device,
         )
 
-    return _from_all(world, own, policy, rules, len(rows))
+    return own
 
 
 def _among(rows: range, values: Sequence[Any], count: int) -> list[Any]:
@@ -191,7 +204,7 @@ def _among(rows: range, values: Sequence[Any], count: int) -> list[Any]:
     return [[]] * rows.start + list(values) + [[]] * (count - rows.stop)
 
 
-def _from_all(world: World, own: Callable[[], Rollout], policy: LanguagePolicy, rules: Rules, count: int) -> Rollout:
+def from_all(world: World, own: Callable[[], Rollout], policy: LanguagePolicy, rules: Rules, count: int) -> Rollout:
     """The rollout of all processes from `own()` of each, that has `count` episodes."""
     reference = None if rules.reference is None else rules.reference.model
     with whole(policy), whole(reference):
@@ -239,7 +252,7 @@ def collect_by_tokens(
             policy.device,
         )
 
-    return _from_all(world, own, policy, rules, len(rows))
+    return from_all(world, own, policy, rules, len(rows))
 
 
 @dataclass

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from gymnasium.wrappers import TransformReward
@@ -81,16 +82,14 @@ def make_agent(kind="GRPO", env=None, optimizer=torch.optim.SGD, **kwargs):
 
 def learned(agent, tokens=150, **kwargs):
     """The texts of all rollouts, and the weights, after learning on."""
-    texts, original = [], agent.sample_rollout
+    texts, original = [], type(agent).train
 
-    def noted():
-        rollout = original()
+    def noted(self, rollout):
         texts.append([info["completion"] for info in rollout.infos])
-        return rollout
+        original(self, rollout)
 
-    agent.sample_rollout = noted
-    agent.learn(tokens, reset_num_timesteps=False, **kwargs)
-    del agent.sample_rollout
+    with mock.patch.object(type(agent), "train", noted):
+        agent.learn(tokens, reset_num_timesteps=False, **kwargs)
     weights = {name: value.clone() for name, value in agent.get_parameters()["policy"].items()}
     return {"texts": texts, "weights": weights, "tokens": agent.num_timesteps}
 
