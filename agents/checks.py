@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_env.arguments import as_whole, whole
-from llm_env.reference import coefficient
+from llm_env.reference import Reference, coefficient
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
@@ -159,6 +159,20 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
             f"top_k={agent.top_k}, top_p={agent.top_p}, min_p={agent.min_p}: tokens are drawn from a restricted distribution "
             "but trained on as if from the whole one: off-policy; leave them off unless that is what you want",
             stacklevel=4,
+        )
+
+
+def check_reference(reference: Reference, policy: LanguagePolicy, offload: bool) -> None:
+    """Refuse to take weights from the device that the policy computes with.
+
+    Raises:
+        ValueError: the reference is to be offloaded and shares weights with the policy.
+    """
+    shared = {id(parameter) for parameter in policy.parameters()} & {id(p) for p in reference.model.parameters()}
+    if offload and shared:
+        raise ValueError(
+            "offload_reference=True, but the env's reference has its weights in common with the policy and takes no memory of "
+            "its own; set offload_reference=False"
         )
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from agents.checks import check_tokens, checked_masks
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.pretrained import PretrainedFiles, files_of, load
+from agents.recomputing import recomputing
 from agents.vec_env import ids_and_mask, rows_of
 from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
@@ -62,6 +63,7 @@ class LanguagePolicy(BasePolicy):
         vocab_size: V, how many token ids are actions; the env's once there is one.
         constraint: which of them may come next; the env's once there is one, None for all.
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
+        gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
         max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
 
@@ -94,6 +96,7 @@ class LanguagePolicy(BasePolicy):
         self.vocab_size = size
         self.constraint: TokenConstraint | None = None
         self.bf16 = False
+        self.gradient_checkpointing = False
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_num_seqs: int | None = None
         if tokenizer is not None:
@@ -151,7 +154,9 @@ class LanguagePolicy(BasePolicy):
         if self.constraint is not None:
             allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
         states = self.value_head is not None and self.critic is None
-        with autocast(self.device, self.bf16):
+        models = [model for model in (self.lm, self.critic) if model is not None]
+        again = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
+        with autocast(self.device, self.bf16), recomputing(again):
             scored = score(
                 self.lm,
                 prompts,
