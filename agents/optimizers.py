@@ -61,7 +61,9 @@ def make_optimizer(
     kwargs = given.get("optimizer_kwargs", {})
     if "optimizer_class" not in given or kind is torch.optim.AdamW:
         kwargs = {"weight_decay": 0.0, "eps": eps, **kwargs}
-    return (offloaded(kind) if offload else kind)(parameters, lr=lr, **kwargs)
+    if offload:
+        kind = offloaded(kind)
+    return kind(parameters, lr=lr, **kwargs)
 
 
 class Offloaded(Optimizer):
