@@ -3,7 +3,7 @@
     python examples/benchmarks/arithmetic.py
 
 writes `arithmetic.md` into `outputs/benchmarks`; the one in this folder is its output. The functions below are the formulas
-that the page states; `tests/test_memory.py` compares those of memory with tensors that are really there.
+that the page states; `tests/test_arithmetic.py` compares those of memory with tensors that are really there.
 """
 
 import argparse

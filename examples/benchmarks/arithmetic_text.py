@@ -5,7 +5,7 @@ HEAD = """\
 
 **Everything on this page is computed, not measured**, by the formulas below (`arithmetic.py`). Memory is in GB (10^9 bytes)
 per GPU, time in seconds per GRPO step. The formulas of memory are compared with tensors that are really there in
-`tests/test_memory.py`. Of the times none was ever seen, and they are lower bounds: nothing waits for Python, for rewards or
+`tests/test_arithmetic.py`. Of the times none was ever seen, and they are lower bounds: nothing waits for Python, for rewards or
 for the longest response.
 
 ## How to read

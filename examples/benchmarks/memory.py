@@ -201,8 +201,9 @@ def title_of(work: Work, parameters: int, repeats: int) -> str:
         f"tokens, {work.group} responses of {work.new_tokens} to each, one optimizer step.\n\n"
         "Between two updates the weights, the reference and the optimizer's state are held; `update` is what one takes besides "
         f"at its peak: gradients, activations and logits. Times are ratios of medians of {repeats} updates, taken alternately; "
-        "the sampling is in none of them. Where there is no GPU, offloading moves nothing: its memory is not measured. Nor is "
-        "the time of `bf16` on a CPU without bfloat16 products, which imitates them, several times as slowly as float32."
+        "the sampling is in none of them. Where there is no GPU, offloading moves nothing: its memory is not measured, and how "
+        "far its time is from 1 is how far the times can be trusted. Nor is the time of `bf16` measured on a CPU without "
+        "bfloat16 products, which imitates them, several times as slowly as float32."
     )
 
 
