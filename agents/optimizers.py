@@ -95,8 +95,8 @@ class Offloaded(Optimizer):
     def _step_alone(self, group: dict[str, Any], parameter: Tensor) -> None:
         alone = {**group, "params": [parameter]}
         self.param_groups = [alone]
-        self._move(parameter, parameter.device)
         try:
+            self._move(parameter, parameter.device)
             super().step()
         finally:
             self._move(parameter, CPU)
