@@ -15,6 +15,7 @@ from agents.checks import check_computation, check_counts, check_groups, check_n
 from agents.distributed import world
 from agents.generation import Sampler
 from agents.losses import token_weights
+from agents.optimizers import class_of
 from agents.overlap import Ahead, check_overlap
 from agents.policy import Evaluation, LanguagePolicy
 from agents.preflight import preflight
@@ -65,6 +66,13 @@ class LanguageAgent(SetUp):
         importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the
             update: corrects for what lies between that and what drew the token; see `agents.losses.truncated_importance`. By
             default 2 where another engine or older weights draw, else off.
+        gradient_checkpointing: keep nothing of the model's layers but their inputs for the backward pass, which computes them
+            again: less memory, more time, the same gradient. Sampling is as fast as without.
+        optimizer: `"adamw_torch"`, or `"adamw_8bit"`, whose two moments take a byte a weight each (needs bitsandbytes); another
+            one is given by `policy_kwargs`.
+        offload_optimizer: keep the optimizer's state on the CPU but for that of the parameter that is stepped; changes nothing
+            but memory and time.
+        offload_reference: keep the reference's weights on the CPU but while it is asked, likewise.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
         mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
@@ -102,6 +110,10 @@ class LanguageAgent(SetUp):
         bf16: bool = False,
         overlap: bool = False,
         importance_cap: float | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: str = "adamw_torch",
+        offload_optimizer: bool = False,
+        offload_reference: bool = False,
         aggregation: str = "token",
         mask_truncated: bool = False,
         stats_window_size: int | None = None,
@@ -129,7 +141,10 @@ class LanguageAgent(SetUp):
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
-        check_computation(prefix_sharing, max_num_seqs, self.group_size, bf16=bf16, preflight=preflight, overlap=overlap)
+        switches = {"preflight": preflight, "overlap": overlap, "bf16": bf16, "gradient_checkpointing": gradient_checkpointing}
+        switches |= {"offload_optimizer": offload_optimizer, "offload_reference": offload_reference}
+        check_computation(prefix_sharing, max_num_seqs, self.group_size, **switches)
+        class_of(optimizer)  # refuses an unknown one
         check_numbers(0.0, max_grad_norm=max_grad_norm)
         check_numbers(1.0, importance_cap=importance_cap)
         token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
@@ -156,6 +171,10 @@ class LanguageAgent(SetUp):
         self.bf16 = bf16 or self.world.bf16
         self.overlap = overlap
         self.importance_cap = importance_cap
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer = optimizer
+        self.offload_optimizer = offload_optimizer
+        self.offload_reference = offload_reference
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None

@@ -136,6 +136,7 @@ class Checkpointed(BaseAlgorithm):
         """Give up the rollout that is being drawn ahead; its prompts and random numbers are drawn again."""
         if self._ahead is None:
             return
+        assert self.env is not None
         position = self._standing()
         self._ahead.wait()
         self._ahead = None

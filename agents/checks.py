@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_env.arguments import as_whole, whole
-from llm_env.reference import coefficient
+from llm_env.reference import Reference, coefficient
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
@@ -126,6 +126,19 @@ def check_processes(n_envs: int, group_size: int, processes: int) -> None:
         )
 
 
+def check_sharding(sharded: bool, **offloads: bool) -> None:
+    """Refuse to move weights about that accelerate has spread over processes.
+
+    Raises:
+        ValueError: something is to be offloaded.
+    """
+    if sharded and any(offloads.values()):
+        name = next(name for name, wanted in offloads.items() if wanted)
+        raise ValueError(
+            f"{name}=True, but the weights are sharded: say so to accelerate instead, with fsdp_offload_params: true"
+        )
+
+
 def episodes_of(wanted: int | None, default: int, rows: int, by_response: bool) -> int:
     """Episodes in a rollout: as many as were asked for, else the rows of a vector env, else the default.
 
@@ -172,6 +185,20 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
             f"top_k={agent.top_k}, top_p={agent.top_p}, min_p={agent.min_p}: tokens are drawn from a restricted distribution "
             "but trained on as if from the whole one: off-policy; leave them off unless that is what you want",
             stacklevel=4,
+        )
+
+
+def check_reference(reference: Reference, policy: LanguagePolicy, offload: bool) -> None:
+    """Refuse to take weights from the device that the policy computes with.
+
+    Raises:
+        ValueError: the reference is to be offloaded and shares weights with the policy.
+    """
+    shared = {id(parameter) for parameter in policy.parameters()} & {id(p) for p in reference.model.parameters()}
+    if offload and shared:
+        raise ValueError(
+            "offload_reference=True, but the env's reference has its weights in common with the policy and takes no memory of "
+            "its own; set offload_reference=False"
         )
 
 

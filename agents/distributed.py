@@ -164,7 +164,7 @@ class Processes(World):
         """Give all processes the weights and buffers of the main one."""
         with torch.no_grad(), self._all_there():
             for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor, src=0, group=self._group if tensor.device.type == "cpu" else None)
 
     def seed(self, seed: int | None) -> int | None:
         """The main process's seed, or one that all share."""

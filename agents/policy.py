@@ -19,6 +19,7 @@ from agents.checks import check_tokens, checked_masks
 from agents.distributed import world
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
 from agents.pretrained import PretrainedFiles, files_of, load
+from agents.recomputing import recomputing
 from agents.sharded import gathered, is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from llm_env.constraints import TokenConstraint
@@ -64,6 +65,7 @@ class LanguagePolicy(BasePolicy):
         vocab_size: V, how many token ids are actions; the env's once there is one.
         constraint: which of them may come next; the env's once there is one, None for all.
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
+        gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
         max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
 
@@ -96,6 +98,7 @@ class LanguagePolicy(BasePolicy):
         self.vocab_size = size
         self.constraint: TokenConstraint | None = None
         self.bf16 = False
+        self.gradient_checkpointing = False
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_num_seqs: int | None = None
         if tokenizer is not None:
@@ -163,7 +166,9 @@ class LanguagePolicy(BasePolicy):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The fields of an `Evaluation`: the entry by which sharded weights know that they are needed; see `agents.sharded`."""
         states = self.value_head is not None and self.critic is None
-        with autocast(self.device, self.bf16):
+        models = [model for model in (self.lm, self.critic) if model is not None]
+        again = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
+        with autocast(self.device, self.bf16), recomputing(again):
             scored = score(
                 self.lm,
                 prompts,

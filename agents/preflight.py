@@ -16,6 +16,7 @@ import torch
 from agents.batches import kept_together, micro_batches
 from agents.checks import check_budget
 from agents.memory import free_bytes, peak_bytes, size_of
+from agents.optimizers import states_to_come
 from agents.rollout import Rollout
 from agents.untouched import replaced, untouched
 from agents.update import accumulate
@@ -52,7 +53,7 @@ def preflight(agent: LanguageAgent) -> None:
     rules, device, budget = agent.rules, agent.device, agent.max_tokens_per_batch
     check_budget(budget, rules)
     longest = max(map(len, rules.prompts.ids)), rules.max_new_tokens
-    limits = (*longest, agent.n_envs, agent.batch_size, agent.micro_batch_size, budget, device)
+    limits = (*longest, agent.n_envs, agent.batch_size, agent.micro_batch_size, budget, device, agent.gradient_checkpointing)
     is_tried = device.type not in UNTRIED
     # Sharded, every pass brings all processes together.
     if not agent.preflight or agent.world.sharded or _passed.get(agent) == limits:
@@ -235,9 +236,3 @@ class LongestPass:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return self.positions(self.rows_at_once(low), self.new)  # what was tried, where more could be filled in
-
-
-def states_to_come(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the optimizer will keep from its first step on: two numbers a weight with Adam and its kin, else one."""
-    new = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
-    return (2 if "betas" in optimizer.defaults else 1) * sum(p.nbytes for p in new)

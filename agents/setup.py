@@ -9,9 +9,11 @@ import torch
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.checks import check_fit, check_processes, default_learning_rate, episodes_of
+from agents.checks import check_fit, check_processes, check_reference, check_sharding, default_learning_rate, episodes_of
 from agents.inference import Inference
+from agents.optimizers import make_optimizer
 from agents.policy import LanguagePolicy
+from agents.recomputing import check_recomputing
 from agents.rollout import clock_of
 from agents.sharded import begin, is_sharded
 from agents.vec_env import as_vec_env, rules_of_vec_env
@@ -30,6 +32,10 @@ class SetUp(Inference):
     adam_epsilon = 1e-8
     n_epochs: int
     bf16: bool
+    gradient_checkpointing: bool
+    optimizer: str
+    offload_optimizer: bool
+    offload_reference: bool
     prefix_sharing: PrefixSharing
     max_num_seqs: int | None
     _model: Any
@@ -41,11 +47,7 @@ class SetUp(Inference):
 
     def _setup_model(self) -> None:
         """Build the policy (from what the user gave, or from a saved agent), its optimizer and the random generator."""
-        settings = dict(self.policy_kwargs)
-        optimizer_class = settings.pop("optimizer_class", torch.optim.AdamW)
-        optimizer_kwargs = settings.pop("optimizer_kwargs", {})
-        if optimizer_class is torch.optim.AdamW:
-            optimizer_kwargs = {"weight_decay": 0.0, "eps": self.adam_epsilon, **optimizer_kwargs}
+        settings = {key: value for key, value in self.policy_kwargs.items() if not key.startswith("optimizer_")}
         if self._policy_data:
             self.policy = LanguagePolicy(**self._policy_data)
         elif isinstance(self._model, LanguagePolicy):
@@ -54,15 +56,19 @@ class SetUp(Inference):
             self.policy = LanguagePolicy(self._model, self._tokenizer, **settings)
         if self.needs_values:
             self.policy.add_value_head(self.separate_critic)
+        check_recomputing(self.policy.lm, self.gradient_checkpointing)
         self.policy = self.policy.to(self.device)
         self.policy.train(False)
+        check_sharding(self.world.sharded, offload_optimizer=self.offload_optimizer, offload_reference=self.offload_reference)
         self._hand_down()
         self._share_policy()
         if self._wanted_learning_rate is None:
             self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.policy.optimizer = optimizer_class(trained, lr=self.lr_schedule(1), **optimizer_kwargs)
+        self.policy.optimizer = make_optimizer(
+            self.optimizer, self.offload_optimizer, self.policy_kwargs, trained, lr=self.lr_schedule(1), eps=self.adam_epsilon
+        )
         if not hasattr(self, "observation_space"):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         self._generator = torch.Generator(device=self.device)
@@ -87,6 +93,7 @@ class SetUp(Inference):
         self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
         if self.policy.tokenizer is None:
             self.policy.tokenizer = rules.tokenizer
+        self._hand_down()
         self._share_env(rules)
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._last_obs = None
@@ -119,12 +126,12 @@ class SetUp(Inference):
         """The same for the reference; and every process but the main one records episodes to a file of its own."""
         world, reference = self.world, rules.reference
         if reference is not None:
-            model = reference.model.to(self.device)
+            model = reference.model
 
             def run() -> None:
                 ways_to_share(model.base_model, 2, "auto")
                 head_of(model)
-                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
 
             if not is_sharded(model):
                 world.spread(model)
@@ -134,9 +141,12 @@ class SetUp(Inference):
 
     def _hand_down(self) -> None:
         """Let policy and reference compute as the agent's attributes say now."""
-        for name in ("bf16", "prefix_sharing", "max_num_seqs"):
+        for name in ("bf16", "gradient_checkpointing", "prefix_sharing", "max_num_seqs"):
             setattr(self.policy, name, getattr(self, name))
         reference = None if self.env is None else rules_of_vec_env(self.env).reference
+        if reference is not None:
+            check_reference(reference, self.policy, self.offload_reference)
+            reference.place(self.device, self.offload_reference)
         for name in ("temperature", "bf16", "prefix_sharing", "max_tokens_per_batch"):
             if reference is not None:
                 setattr(reference, name, getattr(self, name))

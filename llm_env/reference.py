@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llm_env.passes import passes
 from llm_env.scoring import autocast, score
+from llm_env.shared_prompt import Rows
 from llm_env.sharing import PrefixSharing
+from llm_env.visiting import visiting
 
 
 class Reference:
@@ -30,6 +32,7 @@ class Reference:
         copy_model: whether a model object is copied.
 
     Attributes:
+        visited: the device that its weights are on during a pass only; None where they stay, see `place`.
         temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
         bf16, prefix_sharing: how it is computed, set by the agent likewise; see `agents.policy.LanguagePolicy`.
         max_tokens_per_batch: positions per forward pass, set by the agent likewise; see `llm_env.passes.passes`.
@@ -51,6 +54,7 @@ class Reference:
         elif copy_model:
             model = copy.deepcopy(model)
         self.model = model.requires_grad_(False).eval()
+        self.visited: torch.device | None = None
         if device is not None:
             self.model.to(device)
         self.batch_size = batch_size
@@ -58,6 +62,11 @@ class Reference:
         self.bf16 = False
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_tokens_per_batch: int | None = None
+
+    def place(self, device: torch.device, offload: bool = False) -> None:
+        """Compute on `device` from here on; with `offload` the weights are there during a pass only, and else on the CPU."""
+        self.visited = device if offload else None
+        self.model.to("cpu" if offload else device)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a model that cannot score all token ids of the env.
@@ -84,9 +93,15 @@ class Reference:
             responses: token ids, one row each.
             allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
         """
-        results: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
         if not len(prompts):
-            return results
+            return []
+        if self.visited is None:
+            return self._log_probs(prompts, responses, allowed)
+        with visiting([*self.model.parameters(), *self.model.buffers()], self.visited):
+            return self._log_probs(prompts, responses, allowed)
+
+    def _log_probs(self, prompts: Rows, responses: Rows, allowed: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+        results: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
         lengths, most = list(map(len, responses)), self.max_tokens_per_batch
         for rows in passes(self.model, prompts, lengths, self.batch_size, most, self.prefix_sharing):
             with autocast(self.model.device, self.bf16):

@@ -14,7 +14,7 @@ give, for P + G * T tokens in the place of G * (P + T). There are three ways to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -61,7 +61,7 @@ class Attention(Protocol):
         """Attention of L positions: `query` (N, H, L, D), scaled; `key`, `value` (N, K, L, D), K dividing H; (N, H, L, D)."""
 
 
-_rows: ContextVar[Attention | Probe | None] = ContextVar("shared_prompt_rows", default=None)
+_attending: ContextVar[tuple[PreTrainedModel, Attention | Probe] | None] = ContextVar("attending", default=None)
 
 
 def attention(
@@ -76,8 +76,9 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What is registered with transformers: shapes as in `Attention.attend`, but for the result, (N, L, H, D)."""
-    rows = _rows.get()
-    assert rows is not None
+    attending = _attending.get()
+    assert attending is not None
+    _, rows = attending
     window = kwargs.get("sliding_window")
     if isinstance(rows, Probe):
         rows.windows.append(window)
@@ -98,14 +99,20 @@ def attention_by(model: PreTrainedModel, rows: Attention | Probe) -> Iterator[No
     """The model's attention is computed by `rows` within."""
     parts = (getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))
     configs = [model.config, *(part for part in parts if part is not None)]  # setting the first sets them all
-    before, token = [config._attn_implementation for config in configs], _rows.set(rows)
+    before, token = [config._attn_implementation for config in configs], _attending.set((model, rows))
     model.config._attn_implementation = NAME
     try:
         yield
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
-        _rows.reset(token)
+        _attending.reset(token)
+
+
+def attention_as_now() -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts in which attention is computed as where this is called, for what is computed again later."""
+    attending = _attending.get()
+    return nullcontext if attending is None else partial(attention_by, *attending)
 
 
 def scores_of(query: Tensor, key: Tensor, softcap: float | None) -> Tensor:

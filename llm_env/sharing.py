@@ -136,8 +136,9 @@ def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bo
     window = window_of(base)
     if way != "dense" and window is not None and length > window:
         return False
-    if way != "dense" and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        return False  # attention would be computed again after the layout is gone
+    trained = (module for module in base.modules() if module.training)
+    if way != "dense" and any(getattr(module, "gradient_checkpointing", False) for module in trained):
+        return False  # transformers would compute attention again when the layout is gone
     if base not in _ways:
         ways = WAYS if base.device.type in FLEX_DEVICES else WAYS[1:]
         modes = [(module, module.training) for module in base.modules()]

@@ -30,7 +30,7 @@ KINDS = {
     "GRPO": (GRPO, {"group_size": 4, "kl_coef": 0.1}),
     "PPO": (PPO, {"batch_size": 10, "n_epochs": 2}),
     "PPO with a critic of its own": (PPO, {"batch_size": 10, "n_epochs": 1, "separate_critic": True}),
-    "REINFORCE": (REINFORCE, {"batch_size": 10, "n_epochs": 2}),
+    "REINFORCE": (REINFORCE, {"batch_size": 10, "n_epochs": 2, "gradient_checkpointing": True}),
 }
 
 
@@ -130,7 +130,8 @@ def together(folder):
     if rank == 1 and not agent.world.sharded:
         agent.generate(["ab"])
     found["after a draw"] = learned(agent, 200)
-    agent.set_env(TransformReward(make_text_env(), lambda reward: 2 * reward))
+    env = make_env(TOKENIZER, letters, ("a",), max_new_tokens=8)
+    agent.set_env(TransformReward(env, lambda reward: 2 * reward))
     found["token clock"] = learned(agent, 100)
     write(found, folder)
 

@@ -23,6 +23,11 @@ def make_agent(kind=GRPO, env=None, **kwargs):
     return kind(make_model("llama", len(TOKENIZER)), env, **settings)
 
 
+def slowly(completions):
+    time.sleep(0.3)
+    return [c.count("a") / 4 for c in completions]
+
+
 def watch(agent, monkeypatch):
     """The rollouts that are learned from, each with the weights before it."""
     seen, original = [], type(agent).train
@@ -56,9 +61,7 @@ def test_a_rollout_is_drawn_by_the_weights_before_the_last_update(kind, monkeypa
         if i > 0:
             moved = log_probs(others, weights, rollout)
             assert max((a - rollout.sampled_logp[j, : len(a)]).abs().max() for j, a in enumerate(moved)) > 1e-3
-    slow = make_agent(
-        kind, make_env(TOKENIZER, lambda completions: [time.sleep(0.02) or c.count("a") / 4 for c in completions][:])
-    )
+    slow = make_agent(kind, make_env(TOKENIZER, slowly))
     slow.learn(250)
     assert all(torch.equal(a, b) for a, b in zip(slow.policy.parameters(), agent.policy.parameters(), strict=True))
 

@@ -1,0 +1,438 @@
+"""The keywords that save memory: what they leave as it is, and that they do what they say."""
+
+import copy
+import re
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import llm_env.reference
+from agents import GRPO, PPO
+from agents.memory import peak_bytes
+from agents.optimizers import Offloaded, offloaded, states_to_come
+from agents.recomputing import layers_of
+from agents.update import accumulate
+from llm_env.reference import Reference
+from tests.conftest import make_model, make_tokenizer
+from tests.probes import make_env
+from tests.test_preflight import longest_pass
+
+TOKENIZER = make_tokenizer("abcdefgh")
+PROMPTS = ("abcdefgh", "cd", "efg")
+ACCELERATOR = torch.device("cuda")  # by name alone: nothing here touches one
+
+
+def letters(completions, **kwargs):
+    return [c.count("a") + 0.3 * len(c) for c in completions]
+
+
+def env(**kwargs):
+    return make_env(TOKENIZER, letters, PROMPTS, **{"max_prompt_tokens": 8, "max_new_tokens": 6, **kwargs})
+
+
+def make_agent(kind=GRPO, family="llama", environment=None, model=None, **kwargs):
+    group = {"group_size": 4} if issubclass(kind, GRPO) else {}
+    settings = {"learning_rate": 1e-2, "n_envs": 12, "seed": 0, "preflight": False, **group, **kwargs}
+    return kind(model or make_model(family, len(TOKENIZER)), environment or env(), **settings)
+
+
+def gradients(agent, rollout):
+    """Of the loss of a whole rollout, from one pass."""
+    agent.policy.zero_grad()
+    if agent.needs_values:
+        rollout.old_values, rollout.last_values = torch.zeros_like(rollout.rewards), torch.zeros_like(rollout.scores)
+    rollout.old_logp = None
+    agent.compute_advantages(rollout)
+    rollout.advantages = torch.linspace(-1, 1, rollout.advantages.numel()).view(rollout.advantages.shape) * rollout.mask
+    accumulate(agent, rollout, rollout.mask / rollout.mask.sum(), fresh=True)
+    return [p.grad.clone() for p in agent.policy.parameters() if p.grad is not None]
+
+
+@contextmanager
+def layer_calls(model):
+    """Counts how often attention is computed, layer by layer."""
+    calls = []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+        for layer in layers_of(model)
+        for name, module in layer.named_children()
+        if name in ("self_attn", "attn")
+    ]
+    assert len(hooks) == model.config.num_hidden_layers
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+# --- gradient checkpointing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("sharing", [True, False, "dense"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_layers_are_computed_again_and_the_gradient_is_the_same(family, sharing, bf16, monkeypatch):
+    """Once in the forward pass and once in the backward pass, prompts shared in either way or not."""
+    agent = make_agent(family=family, prefix_sharing=bool(sharing), bf16=bf16)
+    rollout, layers = agent.sample_rollout(), agent.policy.lm.config.num_hidden_layers
+    if sharing == "dense":
+        monkeypatch.setattr(llm_env.sharing, "WAYS", ("dense",))
+    gradients(agent, rollout)  # trials of a few tokens are over after this
+    with layer_calls(agent.policy.lm) as calls:
+        plain = gradients(agent, rollout)
+        assert len(calls) == layers
+        agent.policy.gradient_checkpointing = True
+        again = gradients(agent, rollout)
+        assert len(calls) == 3 * layers
+        with torch.no_grad():
+            agent.policy.evaluate(rollout.prompts, rollout.responses)
+        assert len(calls) == 4 * layers
+    assert len(plain) == len(again) > 10
+    for a, b in zip(plain, again, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * max(1, a.abs().max())
+    assert "forward" not in {name for layer in layers_of(agent.policy.lm) for name in vars(layer)}
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_checkpointing_trains_to_the_same_weights(kind):
+    """A critic of its own is computed again likewise."""
+    critic = {"separate_critic": True} if kind is PPO else {}
+    plain, again = (make_agent(kind, gradient_checkpointing=wanted, **critic) for wanted in (False, True))
+    with layer_calls(again.policy.critic or again.policy.lm) as calls:
+        for agent in (plain, again):
+            agent.learn(150)
+    assert calls and again._n_updates == plain._n_updates > 1
+    for a, b in zip(plain.policy.parameters(), again.policy.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_checkpointing_takes_less_memory():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12}
+    agent = make_agent(model=make_model_of(**sizes), n_envs=24)
+    rollout, peaks = agent.sample_rollout(), []
+    gradients(agent, rollout)
+    for wanted in (False, True):
+        agent.policy.gradient_checkpointing = wanted
+        agent.policy.zero_grad()
+        peaks.append(peak_bytes(lambda: gradients(agent, rollout), agent.device))
+    weights = sum(p.nbytes for p in agent.policy.parameters())
+    assert peaks[1] - weights < 0.4 * (peaks[0] - weights)
+
+
+def make_model_of(**sizes):
+    common = {"vocab_size": len(TOKENIZER), "eos_token_id": 0, "bos_token_id": None, "max_position_embeddings": 128}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes, **common))
+
+
+def test_the_preflight_reckons_with_layers_that_are_computed_again():
+    reckoned = []
+    for wanted in (False, True):
+        agent = make_agent(model=make_model_of(hidden_size=64, intermediate_size=256, num_hidden_layers=6), n_envs=48)
+        agent.policy.gradient_checkpointing = wanted
+        with longest_pass(agent) as longest:
+            reckoned.append(longest.bytes_of(None))
+            taken = peak_bytes(lambda longest=longest: longest.run(48, 6), agent.device)
+        assert 0.95 * taken <= reckoned[-1] <= 1.15 * taken
+    weights = 3 * sum(p.nbytes for p in agent.policy.parameters())  # gradients and moments
+    assert reckoned[1] - weights < 0.6 * (reckoned[0] - weights)
+
+
+@pytest.mark.parametrize("sharing", ["auto", False])
+def test_sampling_keeps_its_cache(sharing):
+    """Prompts are fed once, and then one token a response at a time, as without checkpointing; and the same is drawn."""
+    widths, drawn = {}, {}
+    for wanted in (False, True):
+        agent = make_agent(gradient_checkpointing=wanted, prefix_sharing=sharing)
+        agent.policy.sample([[1, 2, 3]], 1, 1)
+        seen = widths[wanted] = []
+        agent.policy.lm.base_model.register_forward_pre_hook(
+            lambda _, args, given, seen=seen: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        )
+        with layer_calls(agent.policy.lm):
+            drawn[wanted] = agent.policy.sample([[1, 2, 3]], 4, 8, generator=torch.Generator().manual_seed(0))[0]
+    assert widths[False] == widths[True] and drawn[False] == drawn[True]
+    assert len(widths[True]) > 2 and all(width <= 4 for _, width in widths[True])
+
+
+def test_dropout_stays_off_in_layers_that_are_computed_again():
+    """OPT's layers drop out themselves, in training mode: what transformers' own switch would ask for."""
+    config = OPTConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, dropout=0.5,
+        max_position_embeddings=64, word_embed_proj_dim=32, eos_token_id=0, bos_token_id=None, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    agent = make_agent(model=OPTForCausalLM(config), gradient_checkpointing=True)
+    rollout = agent.sample_rollout()
+    once, again = gradients(agent, rollout), gradients(agent, rollout)
+    agent.policy.gradient_checkpointing = False
+    plain = gradients(agent, rollout)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(once, plain, strict=True))
+
+
+def test_a_model_without_such_layers_is_refused_and_its_own_switch_is_spoken_of():
+    model = make_model("llama", len(TOKENIZER))
+    for module in model.modules():
+        if type(module).__name__ == "LlamaDecoderLayer":
+            module.__class__ = type("Layer", (nn.Module,), dict(vars(type(module))))
+    with pytest.raises(ValueError, match="no layers of LlamaForCausalLM that can be computed again"):
+        make_agent(model=model, gradient_checkpointing=True)
+    model = make_model("llama", len(TOKENIZER))
+    model.activation_checkpointing_enable()
+    with pytest.warns(UserWarning, match="own gradient checkpointing is on, which does nothing in evaluation mode"):
+        make_agent(model=model)
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def bytes_of_state(optimizer):
+    tables = {id(v): v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.ndim}
+    return sum(tables.values())
+
+
+@pytest.fixture(scope="module")
+def large():
+    """With weights of more than 4096 numbers, from which on bitsandbytes keeps 8 bits, and others."""
+    torch.manual_seed(0)
+    return make_model_of(hidden_size=72, intermediate_size=100, num_hidden_layers=2, head_dim=18)
+
+
+def eight_bit():
+    pytest.importorskip("bitsandbytes")
+    return {"optimizer": "adamw_8bit"}
+
+
+def test_adamw_8bit_takes_what_was_foretold_and_much_less_than_adamw(large):
+    agent, other = make_agent(model=large, **eight_bit()), make_agent(model=large)
+    foretold = states_to_come(agent.policy.optimizer)
+    agent.learn(1), other.learn(1)
+    state = agent.policy.optimizer.state
+    kinds = {value["state1"].dtype for value in state.values()}
+    assert kinds == {torch.uint8, torch.float32} and states_to_come(agent.policy.optimizer) == 0
+    tables = 2 * 256 * 4  # from 8 bits to a number, once for all
+    assert bytes_of_state(agent.policy.optimizer) == foretold + tables
+    assert bytes_of_state(other.policy.optimizer) == 2 * sum(p.nbytes for p in large.parameters()) > 2.5 * foretold
+
+
+MOVING = {"kl_coef": 0.1, "reference_every": 2, "offload_reference": True}
+
+
+@pytest.mark.parametrize("keywords", [{"optimizer": "adamw_8bit"}, {"offload_optimizer": True}, MOVING, {}], ids=str)
+def test_a_run_that_is_saved_goes_on_exactly(keywords, large, tmp_path):
+    """Also from a reference that has become another, and is on the CPU."""
+    if "optimizer" in keywords:
+        eight_bit()
+
+    def fresh():
+        return env(reference=copy.deepcopy(large)) if keywords is MOVING else env()
+
+    whole, first = (make_agent(model=copy.deepcopy(large), environment=fresh(), **keywords) for _ in range(2))
+    whole.learn(150).learn(150, reset_num_timesteps=False)
+    first.learn(150).save(tmp_path / "agent")
+    assert first._reference_moved == (keywords is MOVING)
+    second = GRPO.load(tmp_path / "agent", env=fresh())
+    assert second._n_updates > 1 and [getattr(second, key) for key in keywords] == list(keywords.values())
+    second.learn(150, reset_num_timesteps=False)
+    assert same_numbers(whole, second) and whole._n_updates == second._n_updates
+    assert not same_numbers(whole, first)
+
+
+def same_numbers(*agents):
+    """Bit for bit: weights and the optimizer's state."""
+    tables = []
+    for agent in agents:
+        states = [value for state in agent.policy.optimizer.state.values() for value in state.values()]
+        tables.append([*agent.policy.state_dict().values(), *map(torch.as_tensor, states)])
+    assert len(tables[0]) == len(tables[1]) > 20
+    return all(torch.equal(a, b) for a, b in zip(*tables, strict=True))
+
+
+def test_an_optimizer_that_is_not_there_or_unknown(monkeypatch):
+    with pytest.raises(ValueError, match="optimizer='adam' must be one of 'adamw_torch', 'adamw_8bit'; another class"):
+        make_agent(optimizer="adam")
+    with pytest.raises(ValueError, match=r"optimizer='adamw_8bit' and policy_kwargs\['optimizer_class'\]=.*SGD.* drop one"):
+        make_agent(**eight_bit(), policy_kwargs={"optimizer_class": torch.optim.SGD})
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match=r"needs bitsandbytes \(.*\): pip install llm-env\[8bit\]"):
+        make_agent(optimizer="adamw_8bit")
+
+
+# --- offloading ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"policy_kwargs": {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}}}, {"optimizer": "8"}],
+    ids=["AdamW", "SGD", "8 bits"],
+)
+def test_offloading_leaves_the_training_as_it_is(keywords, large):
+    if "optimizer" in keywords:
+        keywords = eight_bit()
+    weights = []
+    for offload in (False, True):
+        environment = env(reference=make_model("llama", len(TOKENIZER), seed=1))
+        switches = {"offload_optimizer": offload, "offload_reference": offload}
+        agent = make_agent(model=copy.deepcopy(large), environment=environment, kl_coef=0.1, **keywords, **switches).learn(150)
+        assert isinstance(agent.policy.optimizer, Offloaded) == offload and agent.rules.reference.visited == (
+            torch.device("cpu") if offload else None
+        )
+        weights.append(list(agent.policy.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """What is moved to an accelerator, which is played by copies on the CPU, and from there."""
+    original, seen, there = torch.Tensor.to, [], set()
+
+    def to(tensor, *args, **kwargs):
+        if args and args[0] == ACCELERATOR:
+            seen.append(("there", tensor.numel()))
+            copied = tensor.clone()
+            there.add(copied.untyped_storage().data_ptr())
+            return copied
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return seen, lambda tensor: tensor.untyped_storage().data_ptr() in there
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_reference_is_on_the_device_while_it_is_asked_and_not_after(fails, moves, monkeypatch):
+    seen, is_there = moves
+    reference = Reference(make_model("llama", len(TOKENIZER)))
+    reference.check_vocabulary(len(TOKENIZER))
+    asked = [[1, 2, 3], [4]], [[5, 6], [7, 1]]
+    before = reference.log_probs(*asked)
+    tensors = [*reference.model.parameters(), *reference.model.buffers()]
+    homes = [tensor.data_ptr() for tensor in tensors]
+    reference.visited = ACCELERATOR
+    original, passes = llm_env.reference.score, []
+
+    def score(model, *args, **kwargs):
+        passes.append([is_there(tensor) for tensor in tensors])
+        if fails:
+            raise RuntimeError("out of memory")
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(llm_env.reference, "score", score)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            reference.log_probs(*asked)
+    else:
+        after = reference.log_probs(*asked)
+        assert all((a == b).all() for a, b in zip(before, after, strict=True))
+    assert passes == [[True] * len(tensors)]
+    assert len(seen) == len(tensors) and [tensor.data_ptr() for tensor in tensors] == homes
+
+
+def test_a_reference_that_cannot_be_moved_as_a_whole_is_not_moved_at_all(moves, monkeypatch):
+    """Memory may run out in the middle of the way."""
+    seen, is_there = moves
+    model, to = make_model("llama", len(TOKENIZER)), torch.Tensor.to
+
+    def breaks_off(tensor, *args, **kwargs):
+        if len(seen) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", breaks_off)
+    reference = Reference(model, copy_model=False)
+    reference.check_vocabulary(len(TOKENIZER))
+    reference.visited = ACCELERATOR
+    with pytest.raises(torch.OutOfMemoryError):
+        reference.log_probs([[1]], [[2]])
+    assert len(seen) == 5 and not any(is_there(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_a_reference_that_is_the_policy_is_not_offloaded():
+    model = make_model("llama", len(TOKENIZER))
+    environment = env(reference=Reference(model, copy_model=False))
+    with pytest.raises(ValueError, match="offload_reference=True, but the env's reference has its weights in common"):
+        make_agent(model=model, environment=environment, offload_reference=True)
+
+
+@pytest.fixture
+def fake_device():
+    """Tensors without numbers that are on an accelerator by name; what mixes devices is an error, as it would be there."""
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+KINDS = [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"capturable": True})]
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), KINDS, ids=["SGD", "AdamW"])
+def test_the_state_is_on_the_cpu_between_two_steps_and_on_the_device_in_them(kind, kwargs, fake_device, monkeypatch):
+    parameters = [nn.Parameter(torch.zeros(size, 3, device=ACCELERATOR)) for size in (5, 2, 7)]
+    optimizer = offloaded(kind)(parameters, lr=0.1, **kwargs)
+    largest = {torch.optim.SGD: 1, torch.optim.AdamW: 2}[kind] * 7 * 3 * 4
+    assert states_to_come(optimizer) == largest
+    places, step = [], kind.step
+
+    def spied(self, *args):
+        step(self, *args)
+        places.append([{v.device.type for v in self.state.get(p, {}).values() if v.ndim} or set() for p in parameters])
+
+    monkeypatch.setattr(kind, "step", spied)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    there, here = {"cuda"}, {"cpu"}
+    assert places[3:] == [[there, here, here], [here, there, here], [here, here, there]]
+    optimizer.load_state_dict(optimizer.state_dict())
+    moments = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
+    assert {v.device.type for v in moments} == here and len(moments) >= 3
+    assert all(parameter.device.type == "cuda" and parameter.shape[1] == 3 for parameter in parameters)
+    assert states_to_come(optimizer) == 0
+
+
+def test_a_step_that_fails_leaves_the_state_on_the_cpu_and_all_parameters_in_their_groups(fake_device, monkeypatch):
+    parameters = [nn.Parameter(torch.zeros(size, 3, device=ACCELERATOR)) for size in (5, 2)]
+    optimizer = offloaded(torch.optim.SGD)(parameters, lr=0.1, momentum=0.9)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert {v.device.type for state in optimizer.state.values() for v in state.values()} == {"cpu"}
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+
+
+def test_an_optimizer_that_counts_for_all_parameters_together_is_refused():
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["steps"] = self.param_groups[0].get("steps", 0) + 1
+            super().step()
+
+    given = {"policy_kwargs": {"optimizer_class": Counting, "optimizer_kwargs": {}}}
+    make_agent(**given).learn(1)
+    agent = make_agent(**given, offload_optimizer=True)
+    with pytest.raises(ValueError, match="Counting keeps steps for all parameters together"):
+        agent.learn(1)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_file_can_be_gone_on_with_under_the_other_setting(saved, large, tmp_path):
+    """Whether the state is offloaded is no matter of the file."""
+    first = make_agent(model=copy.deepcopy(large), offload_optimizer=saved).learn(100)
+    first.save(tmp_path / "agent")
+    second = GRPO.load(tmp_path / "agent", env=env(), offload_optimizer=not saved)
+    assert isinstance(second.policy.optimizer, Offloaded) != saved
+    for agent in (first, second):
+        agent.learn(100, reset_num_timesteps=False)
+    assert same_numbers(first, second)
+
+
+def test_switches_are_true_or_false():
+    for name in ("gradient_checkpointing", "offload_optimizer", "offload_reference"):
+        with pytest.raises(ValueError, match=re.escape(f"{name}='yes' must be True or False")):
+            make_agent(**{name: "yes"})
