@@ -13,8 +13,10 @@ from agents.checks import check_fit, default_learning_rate, episodes_of
 from agents.inference import Inference
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
+from agents.untouched import all_rules
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env.prompts import PromptCursor
+from llm_env.reference import BaseReference
 from llm_env.sharing import PrefixSharing
 
 
@@ -26,11 +28,14 @@ class SetUp(Inference):
     group_size = 1
     adam_epsilon = 1e-8
     n_epochs: int
+    batch_size: int | None
+    micro_batch_size: int | None
     bf16: bool
     prefix_sharing: PrefixSharing
     max_num_seqs: int | None
     _model: Any
     _tokenizer: Any
+    _peft_config: Any
     _wanted_n_envs: int | None
     _wanted_learning_rate: Any
     _window_is_rollout: bool
@@ -43,15 +48,12 @@ class SetUp(Inference):
         optimizer_kwargs = settings.pop("optimizer_kwargs", {})
         if optimizer_class is torch.optim.AdamW:
             optimizer_kwargs = {"weight_decay": 0.0, "eps": self.adam_epsilon, **optimizer_kwargs}
-        if self._policy_data:
-            self.policy = LanguagePolicy(**self._policy_data)
-        elif isinstance(self._model, LanguagePolicy):
-            self.policy = self._model
-        else:
-            self.policy = LanguagePolicy(self._model, self._tokenizer, **settings)
+        self.policy = self._made_policy(settings)
         if self.needs_values:
             self.policy.add_value_head(self.separate_critic)
         self.policy = self.policy.to(self.device)
+        if self.policy.adapter is not None:
+            self.policy.adapter.base.to(self.device)  # what it does not have in common with the policy: buffers
         self.policy.train(False)
         self._hand_down()
         if self._wanted_learning_rate is None:
@@ -70,6 +72,18 @@ class SetUp(Inference):
             self._generator.manual_seed(self.seed)
         self._restore_generators(self._position)
 
+    def _made_policy(self, settings: dict[str, Any]) -> LanguagePolicy:
+        if self.seed is not None:
+            torch.manual_seed(self.seed)  # an adapter's weights are drawn
+        if self._policy_data:
+            base = None if self._model is LanguagePolicy else self._model  # of an adapter, where `load` was given one
+            return LanguagePolicy(**self._policy_data, base=base)
+        if not isinstance(self._model, LanguagePolicy):
+            return LanguagePolicy(self._model, self._tokenizer, peft_config=self._peft_config, **settings)
+        if self._peft_config is not None:
+            raise ValueError("policy is a LanguagePolicy, which is made already; give it the peft_config")
+        return self._model
+
     def _attach(self, env: VecEnv) -> None:
         """Take an env for training, after checking that it and the model fit."""
         rules = rules_of_vec_env(env)
@@ -82,6 +96,7 @@ class SetUp(Inference):
         self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
         if self.policy.tokenizer is None:
             self.policy.tokenizer = rules.tokenizer
+        self._hand_down()
         if rules.reference is not None:
             rules.reference.model.to(self.device)
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
@@ -92,7 +107,6 @@ class SetUp(Inference):
         self._restore_reference(rules)
         self._position = {}
         self._has_had_env = True
-        self._hand_down()
 
     def _hand_down(self) -> None:
         """Let policy and reference compute as the agent's attributes say now."""
@@ -102,6 +116,11 @@ class SetUp(Inference):
         for name in ("temperature", "bf16", "prefix_sharing", "max_tokens_per_batch"):
             if reference is not None:
                 setattr(reference, name, getattr(self, name))
+        if self.env is not None and self.policy.adapter is not None:
+            for rules in all_rules(self.env):
+                if isinstance(rules.reference, BaseReference):
+                    rules.reference.bind(self.policy.adapter.base)
+                    rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """Train on another env from here on; its spaces must be those of the last one (SB3's rule)."""
