@@ -40,7 +40,7 @@ def peft() -> ModuleType:
 
 def is_peft_model(model: Any) -> bool:
     """Whether it is what `peft.get_peft_model` gives."""
-    return "peft" in sys.modules and isinstance(model, peft().PeftModel)
+    return sys.modules.get("peft") is not None and isinstance(model, peft().PeftModel)
 
 
 def is_adapter(model: Any) -> bool:
