@@ -178,7 +178,7 @@ def check_base_reference(policy: LanguagePolicy, rules: Rules) -> None:
                 "make the env with reference=<path or model>, or the agent with policy_kwargs={'peft_config': LoraConfig(...)}"
             )
     elif policy.adapter is not None and rules.reference is not None:
-        path = policy.adapter.base.name_or_path
+        path = policy.base.name_or_path
         if path and path == rules.reference.model.name_or_path:
             warnings.warn(
                 f"the env's reference is a second copy of {path!r}; with reference='base' the policy with its adapter off is "
@@ -240,7 +240,6 @@ def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:
     Ten times that for a LoRA adapter, whose best rate was found to be about ten times that of all weights, in policy gradients
     too: Schulman et al. 2025, "LoRA without regret", https://thinkingmachines.ai/blog/lora/.
     """
-    model = policy.lm if policy.adapter is None else policy.adapter.base
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in policy.base.parameters())
     rate = float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826))) / n_epochs
     return rate if policy.adapter is None else ADAPTER_RATE * rate

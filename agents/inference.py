@@ -114,7 +114,7 @@ class Inference(Checkpointed):
         rules = rules_of_vec_env(vec_env)
         check_tokenizers(self.policy, rules)
         if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
-            rules.reference.bind(self.policy.adapter.base)
+            rules.reference.bind(self.policy.base)
         collected: dict[str, list[float]] = {}
         for begin in range(0, len(rules.prompts), batch_size):
             indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))

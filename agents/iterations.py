@@ -47,8 +47,8 @@ class Iterations(LanguageAgent):
                 "adapter's base, which cannot move; drop reference_every, or give the env reference=<path or model>"
             )
         mine, theirs = (
-            {name: tuple(value.shape) for name, value in weights}
-            for weights in (self.policy.weights(), rules.reference.model.state_dict().items())
+            {name: tuple(value.shape) for name, value in model.state_dict().items()}
+            for model in (self.policy.base, rules.reference.model)
         )
         if mine != theirs:
             differing = sorted(set(mine.items()) ^ set(theirs.items()))[:2]
@@ -56,7 +56,7 @@ class Iterations(LanguageAgent):
                 f"reference_every={self.reference_every} makes the policy the reference, but they are models of different "
                 f"shapes, for instance {differing}; give the env a reference of the policy's kind"
             )
-        if rules.reference.model is self.policy.lm:
+        if rules.reference.model is self.policy.base:
             raise ValueError("the env's reference is the policy itself, so that their KL is always 0; let Reference copy it")
 
     def train(self, rollout: Rollout) -> None:

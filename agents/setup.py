@@ -119,7 +119,7 @@ class SetUp(Inference):
         if self.env is not None and self.policy.adapter is not None:
             for rules in all_rules(self.env):
                 if isinstance(rules.reference, BaseReference):
-                    rules.reference.bind(self.policy.adapter.base)
+                    rules.reference.bind(self.policy.base)
                     rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:

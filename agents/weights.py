@@ -47,6 +47,11 @@ class Weights(BasePolicy):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The language model without the adapter; without one itself."""
+        return self.lm if self.adapter is None else self.adapter.base
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The language model's weights by name, one at a time; with an adapter, those that it would have with it merged in."""
         yield from self.lm.state_dict().items() if self.adapter is None else self.adapter.merged_weights()
