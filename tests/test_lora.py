@@ -280,7 +280,7 @@ def test_going_on_from_a_file_is_never_having_stopped(case, base_path, tmp_path)
     assert mine.keys() == theirs.keys() and same(mine.values(), theirs.values())
     assert again._n_updates == whole._n_updates
     with zipfile.ZipFile(tmp_path / "agent.zip") as archive, archive.open("policy.pth") as file:
-        assert torch.load(file).keys() == mine.keys()  # no weight of the base
+        assert all("lora_" in name or name.startswith("value_head") for name in torch.load(file))  # no weight of the base
 
 
 def test_a_file_finds_its_base_or_says_what_to_do(base_path, tmp_path):
