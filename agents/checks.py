@@ -238,7 +238,8 @@ def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:
     was learned (0.88 right after 12,000 tokens, at best 0.96); at a quarter of that they stay (0.98 to 0.99).
 
     Ten times that for a LoRA adapter, whose best rate was found to be about ten times that of all weights, in policy gradients
-    too: Schulman et al. 2025, "LoRA without regret", https://thinkingmachines.ai/blog/lora/.
+    too: Schulman et al. 2025, "LoRA without regret", https://thinkingmachines.ai/blog/lora/. (GRPO on the pupil, rank 8, alpha
+    16, one seed: 0.993 right after 30,000 tokens, at a tenth of the rate 0.794.)
     """
     parameters = sum(p.numel() for p in policy.base.parameters())
     rate = float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826))) / n_epochs
