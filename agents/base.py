@@ -34,6 +34,7 @@ LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
 DEFAULT_CAP = 2.0  # of importance weights
+NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy knows them
 
 
 class LanguageAgent(SetUp):
@@ -43,10 +44,11 @@ class LanguageAgent(SetUp):
     `batch_size` episodes, one optimizer step each.
 
     Args:
-        policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`.
+        policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`; or a LoRA adapter's folder, to train it on.
         env: a text env, its id, or an SB3 VecEnv over text envs; may be given to `learn` instead.
         learning_rate: a number or an SB3 schedule. None takes 3e-4 for a model of a million parameters, 1e-6 for one of a
-            billion, and a power law between them, divided by `n_epochs`: passes over the same episodes add up.
+            billion, and a power law between them, divided by `n_epochs`: passes over the same episodes add up; ten times that
+            for an adapter.
         n_envs: episodes in a rollout; 64, or the rows of a vector env, by default.
         n_epochs: passes over a rollout.
         batch_size: episodes in an optimizer step, whole groups where they fit in evenly; the whole rollout by default.
@@ -77,7 +79,8 @@ class LanguageAgent(SetUp):
         mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
         tensorboard_log: folder for TensorBoard.
-        policy_kwargs: `tokenizer` (for a model object), `optimizer_class` and `optimizer_kwargs`.
+        policy_kwargs: `tokenizer` (for a model object), `optimizer_class` and `optimizer_kwargs`; `peft_config` trains a LoRA
+            adapter and a value head in the place of all weights, see `agents.policy.LanguagePolicy`.
         verbose: 0 silent, 1 a table of the logs after every rollout.
         seed: seeds sampling, minibatches and the order of the prompts.
         device: "auto" takes CUDA where there is some.
@@ -131,7 +134,7 @@ class LanguageAgent(SetUp):
             policy=LanguagePolicy,
             env=None,
             learning_rate=0.0 if learning_rate is None else learning_rate,
-            policy_kwargs={key: value for key, value in (policy_kwargs or {}).items() if key != "tokenizer"},
+            policy_kwargs={key: value for key, value in (policy_kwargs or {}).items() if key not in NOT_SAVED},
             stats_window_size=stats_window_size or DEFAULT_N_ENVS,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -152,7 +155,7 @@ class LanguageAgent(SetUp):
         if n_envs is not None:
             check_groups(self.group_size, n_envs)
         self._model = policy
-        self._tokenizer = (policy_kwargs or {}).get("tokenizer")
+        self._tokenizer, self._peft_config = ((policy_kwargs or {}).get(name) for name in NOT_SAVED)
         self._wanted_n_envs = n_envs
         self._wanted_learning_rate = learning_rate
         self.n_envs = n_envs or self.group_size * -(-DEFAULT_N_ENVS // self.group_size)

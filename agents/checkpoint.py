@@ -57,13 +57,15 @@ class Checkpointed(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_model", "_generator", "np_random", "_cursor", "_last_obs", "_last_episode_starts", "_tokenizer"]
-        return [*super()._excluded_save_params(), *live, "_began", "_reference_weights", "_ahead", "world"]
+        return [*super()._excluded_save_params(), *live, "_peft_config", "_began", "_reference_weights", "_ahead", "world"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write the agent to one zip file: weights, optimizer, counts and random states, but not the env.
+
+        Of a policy with an adapter, weights are the adapter's and the critic's; the base is known by its path and a hash.
 
         A file is first written beside its name and put in its place when it is whole and on the disk, so that a run that is
         cut off here, even killed, leaves the old one. A callback that saves in the middle of a rollout saves the agent as it
@@ -235,7 +237,13 @@ class Checkpointed(BaseAlgorithm):
 
     @classmethod
     def load(  # type: ignore[override]
-        cls: type[SelfCheckpointed], path: Any, env: Any = None, device: torch.device | str = "auto", **kwargs: Any
+        cls: type[SelfCheckpointed],
+        path: Any,
+        env: Any = None,
+        device: torch.device | str = "auto",
+        *,
+        policy: Any = None,
+        **kwargs: Any,
     ) -> SelfCheckpointed:
         """Read an agent that `save` wrote, to use it or to go on training.
 
@@ -247,15 +255,17 @@ class Checkpointed(BaseAlgorithm):
             path: the zip file.
             env: the env to go on with; its order of prompts goes on where it was if it has as many prompts and rows.
             device: where to put it.
+            policy: the base of a saved adapter, a path, a hub id or a `PreTrainedModel`, where it was a model object or is not
+                where it was. That it is the right one is checked by its weights.
             kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file was cut off or damaged.
+            ValueError: the file was cut off or damaged; or it is an adapter, and its base is not there or has other weights.
         """
         world().agree(True)  # whoever wrote the file has done so
         check_whole(path)
-        agent = super().load(path, None, device, **kwargs)
+        agent = super().load(path, None, device, **kwargs, **({} if policy is None else {"_model": policy}))
         agent._policy_data = {}
         if env is not None:
             agent.set_env(env)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_env.arguments import as_whole, whole
-from llm_env.reference import Reference, coefficient
+from llm_env.reference import BaseReference, Reference, coefficient
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from agents.base import LanguageAgent
     from agents.policy import LanguagePolicy
+
+ADAPTER_RATE = 10.0  # see `default_learning_rate`
 
 
 def check_counts(**counts: int | None) -> None:
@@ -134,9 +136,7 @@ def check_sharding(sharded: bool, **offloads: bool) -> None:
     """
     if sharded and any(offloads.values()):
         name = next(name for name, wanted in offloads.items() if wanted)
-        raise ValueError(
-            f"{name}=True, but the weights are sharded: say so to accelerate instead, with fsdp_offload_params: true"
-        )
+        raise ValueError(f"{name}=True, but the weights are sharded: tell accelerate instead: fsdp_offload_params: true")
 
 
 def episodes_of(wanted: int | None, default: int, rows: int, by_response: bool) -> int:
@@ -179,6 +179,7 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
         raise ValueError(
             f"kl_coef={kl_coef} needs a reference to measure the KL from: make the env with reference=<path or model>"
         )
+    check_base_reference(agent.policy, rules)
     agent.check_rules(rules)
     if agent.sampler().restricted:
         warnings.warn(
@@ -200,6 +201,28 @@ def check_reference(reference: Reference, policy: LanguagePolicy, offload: bool)
             "offload_reference=True, but the env's reference has its weights in common with the policy and takes no memory of "
             "its own; set offload_reference=False"
         )
+
+
+def check_base_reference(policy: LanguagePolicy, rules: Rules) -> None:
+    """Refuse a reference that is the base of an adapter, where there is none; and tell of a base that is there twice.
+
+    Raises:
+        ValueError: the policy has no adapter.
+    """
+    if isinstance(rules.reference, BaseReference):
+        if policy.adapter is None:
+            raise ValueError(
+                "the env's reference='base' is the policy with its adapter off, but all of this policy's weights are trained; "
+                "make the env with reference=<path or model>, or the agent with policy_kwargs={'peft_config': LoraConfig(...)}"
+            )
+    elif policy.adapter is not None and rules.reference is not None:
+        path = policy.base.name_or_path
+        if path and path == rules.reference.model.name_or_path:
+            warnings.warn(
+                f"the env's reference is a second copy of {path!r}; with reference='base' the policy with its adapter off is "
+                "the reference, and takes no memory",
+                stacklevel=5,
+            )
 
 
 def check_budget(max_tokens_per_batch: int | None, rules: Rules) -> None:
@@ -251,6 +274,11 @@ def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:
 
     Divided by the passes over a rollout. PPO's four on the pupil at 3e-4 move by 0.06 nats a token and drift away from what
     was learned (0.88 right after 12,000 tokens, at best 0.96); at a quarter of that they stay (0.98 to 0.99).
+
+    Ten times that for a LoRA adapter, whose best rate was found to be about ten times that of all weights, in policy gradients
+    too: Schulman et al. 2025, "LoRA without regret", https://thinkingmachines.ai/blog/lora/. (GRPO on the pupil, rank 8, alpha
+    16, one seed: 0.993 right after 30,000 tokens, at a tenth of the rate 0.794.)
     """
-    parameters = sum(p.numel() for p in policy.lm.parameters())
-    return float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826))) / n_epochs
+    parameters = sum(p.numel() for p in policy.base.parameters())
+    rate = float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826))) / n_epochs
+    return rate if policy.adapter is None else ADAPTER_RATE * rate

@@ -16,6 +16,7 @@ from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.arguments import check_text
 from llm_env.observations import Observation
+from llm_env.reference import BaseReference
 from llm_env.report import Report
 
 
@@ -112,6 +113,8 @@ class Inference(Checkpointed):
         vec_env = as_vec_env(env, 1)
         rules = rules_of_vec_env(vec_env)
         check_tokenizers(self.policy, rules)
+        if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
+            rules.reference.bind(self.policy.base)
         collected: dict[str, list[float]] = {}
         for begin in range(0, len(rules.prompts), batch_size):
             indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))

@@ -8,6 +8,7 @@ from typing import Any
 
 from agents.base import LanguageAgent
 from agents.rollout import Rollout
+from llm_env.reference import BaseReference
 from llm_env.rules import Rules
 
 Hook = Callable[[Any, list[Rollout]], None]
@@ -40,9 +41,14 @@ class Iterations(LanguageAgent):
                 f"reference_every={self.reference_every} needs a reference that can follow the policy: make the env with "
                 "reference=<path or model>"
             )
+        if isinstance(rules.reference, BaseReference):
+            raise ValueError(
+                f"reference_every={self.reference_every} makes the policy the reference, but the env's reference='base' is the "
+                "adapter's base, which cannot move; drop reference_every, or give the env reference=<path or model>"
+            )
         mine, theirs = (
             {name: tuple(value.shape) for name, value in model.state_dict().items()}
-            for model in (self.policy.lm, rules.reference.model)
+            for model in (self.policy.base, rules.reference.model)
         )
         if mine != theirs:
             differing = sorted(set(mine.items()) ^ set(theirs.items()))[:2]
@@ -50,7 +56,7 @@ class Iterations(LanguageAgent):
                 f"reference_every={self.reference_every} makes the policy the reference, but they are models of different "
                 f"shapes, for instance {differing}; give the env a reference of the policy's kind"
             )
-        if rules.reference.model is self.policy.lm:
+        if rules.reference.model is self.policy.base:
             raise ValueError("the env's reference is the policy itself, so that their KL is always 0; let Reference copy it")
 
     def train(self, rollout: Rollout) -> None:
@@ -74,7 +80,7 @@ class Iterations(LanguageAgent):
             self._ahead.wait()  # it asks this reference
         reference = self.rules.reference
         assert reference is not None
-        reference.model.load_state_dict(self.policy.lm.state_dict())
+        reference.model.load_state_dict(dict(self.policy.weights()))
         self._reference_moved = True
         rollouts, self._rollouts, self._rollouts_since = self._rollouts, [], 0
         if self.on_iteration is not None:

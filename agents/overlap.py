@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 
+from agents.adapters import with_frozen_in_common
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, clock_of, from_all, prepared
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 DRAWN = ("torch", "env", "seeds", "cursor")  # what of an agent's position a rollout draws from when it begins
 
-_copies: WeakKeyDictionary[LanguagePolicy, LanguagePolicy] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[LanguagePolicy, PreTrainedModel] = WeakKeyDictionary()
 
 
 class Ahead:
@@ -59,14 +61,13 @@ class Ahead:
 
 @torch.no_grad()
 def _copy_of(policy: LanguagePolicy) -> LanguagePolicy:
-    """The policy without its critic, with weights of its own; of one policy always the same object."""
+    """The policy without its critic, with weights of its own where they are trained; its room is kept for the next time."""
     if policy not in _copies:
-        _copies[policy] = LanguagePolicy(copy.deepcopy(policy.lm), policy.tokenizer).requires_grad_(False)
-    copied = _copies[policy]
+        _copies[policy] = with_frozen_in_common(policy.lm).requires_grad_(False)
+    copied = copy.copy(policy)
+    copied._modules = {"lm": _copies[policy], "value_head": None, "critic": None}
     for own, current in zip(copied.lm.parameters(), policy.lm.parameters(), strict=True):
         own.copy_(current)
-    for name in ("vocab_size", "constraint", "bf16", "prefix_sharing", "max_num_seqs"):
-        setattr(copied, name, getattr(policy, name))
     return copied
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from agents.adapters import with_frozen_in_common
 from agents.checks import check_tokens, checked_masks
-from agents.distributed import world
 from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
-from agents.pretrained import PretrainedFiles, files_of, load
+from agents.pretrained import PretrainedFiles, load
 from agents.recomputing import recomputing
-from agents.sharded import gathered, is_spread, whole
+from agents.sharded import is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
+from agents.weights import Weights
 from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
@@ -46,19 +44,25 @@ class Evaluation:
     values: Tensor | None
 
 
-class LanguagePolicy(BasePolicy):
+class LanguagePolicy(Weights):
     """pi(token | tokens so far), by any causal language model that transformers loads.
 
     Weights are held and trained in float32. Dropout is off, while sampling and in training alike.
 
     Args:
         model: a path, a hub id, a `PreTrainedModel`, or the config and tokenizer files of one, by name (weights to be loaded).
+            Or a LoRA adapter, to be trained on: its folder or hub id, its files, or a `peft.PeftModel`.
         tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's weights. A model object has none.
         value_head: add V(s), a linear map from the last hidden state, zero at the beginning.
-        separate_critic: read V from the hidden states of a network of its own, begun as a copy of the model's.
+        separate_critic: read V from the hidden states of a network of its own, begun as a copy of the model's; with an adapter
+            a copy of that, on the same base.
+        peft_config: a `peft.LoraConfig`, or the path or hub id of a saved adapter: the model's weights stay as they are, and an
+            adapter is trained. A model object gets it in its place. See `agents.adapters`.
+        base: of a `model` that is an adapter, if it is not where it was: a path, a hub id or a `PreTrainedModel`.
 
     Attributes:
-        lm: the language model.
+        lm: the language model, with the adapter if there is one.
+        adapter: what tells the adapter and its base apart, or None where all weights are trained.
         value_head: `nn.Linear(H, 1)`, or None.
         critic: the network that V is read from, or None where it is the language model.
         tokenizer: the tokenizer, or None.
@@ -80,9 +84,11 @@ class LanguagePolicy(BasePolicy):
         tokenizer: Any = None,
         value_head: bool = False,
         separate_critic: bool = False,
+        peft_config: Any = None,
+        base: Any = None,
     ) -> None:
-        lm, tokenizer = load(model, tokenizer)
-        size = lm.get_input_embeddings().num_embeddings
+        lm, tokenizer, adapter = load(model, tokenizer, peft_config, base)
+        size = len(lm.get_input_embeddings().weight)
         length = getattr(lm.config, "max_position_embeddings", None) or 1024
         super().__init__(
             spaces.Dict(
@@ -94,6 +100,7 @@ class LanguagePolicy(BasePolicy):
             spaces.Discrete(size),
         )
         self.lm = lm
+        self.adapter = adapter
         self.tokenizer = tokenizer
         self.vocab_size = size
         self.constraint: TokenConstraint | None = None
@@ -116,7 +123,7 @@ class LanguagePolicy(BasePolicy):
         Raises:
             ValueError: the model's vocabulary is smaller than `vocab_size`.
         """
-        size = self.lm.get_input_embeddings().num_embeddings
+        size = len(self.lm.get_input_embeddings().weight)
         if size < vocab_size:
             raise ValueError(
                 f"the model's vocabulary has {size} tokens, fewer than the tokenizer's {vocab_size}; use the tokenizer that "
@@ -126,7 +133,7 @@ class LanguagePolicy(BasePolicy):
     def add_value_head(self, separate_critic: bool = False) -> None:
         """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""
         if separate_critic and self.critic is None:
-            self.critic = copy.deepcopy(self.lm.base_model)
+            self.critic = with_frozen_in_common(self.lm.base_model)
         if self.value_head is None:
             self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1, device=self.lm.device)
             nn.init.zeros_(self.value_head.weight)
@@ -356,21 +363,3 @@ class LanguagePolicy(BasePolicy):
                 "the policy knows no end token: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}"
             )
         return int(self.tokenizer.eos_token_id)
-
-    # --- files -------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind.
-
-        Of several processes the main one writes.
-        """
-        weights = gathered(self.lm.state_dict())
-        if not world().main:
-            return
-        self.lm.save_pretrained(path, state_dict=weights)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
-        return {"model": files_of(self.lm, self.tokenizer), **critic}

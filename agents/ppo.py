@@ -34,7 +34,8 @@ class PPO(LanguageAgent):
             episode of the rollout had the same return.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
-        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's.
+        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's. Where
+            the policy is an adapter, an adapter of its own on the same base; the head is trained in full in either case.
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
         bootstrap_truncated: add gamma * V of the state after the last token where the length limit ended an episode, as SB3
             does. Off by default: its score was paid, so its end is an end.

@@ -45,7 +45,8 @@ class REINFORCE(LanguageAgent):
         gamma: discount per token.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
-        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's.
+        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's; for
+            adapters see `PPO`.
         common: see `LanguageAgent`.
     """
 

@@ -16,8 +16,10 @@ from agents.policy import LanguagePolicy
 from agents.recomputing import check_recomputing
 from agents.rollout import clock_of
 from agents.sharded import begin, is_sharded
+from agents.untouched import all_rules
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env.prompts import PromptCursor
+from llm_env.reference import BaseReference
 from llm_env.rules import Rules
 from llm_env.scoring import head_of
 from llm_env.sharing import PrefixSharing, ways_to_share
@@ -31,6 +33,8 @@ class SetUp(Inference):
     group_size = 1
     adam_epsilon = 1e-8
     n_epochs: int
+    batch_size: int | None
+    micro_batch_size: int | None
     bf16: bool
     gradient_checkpointing: bool
     optimizer: str
@@ -40,6 +44,7 @@ class SetUp(Inference):
     max_num_seqs: int | None
     _model: Any
     _tokenizer: Any
+    _peft_config: Any
     _wanted_n_envs: int | None
     _wanted_learning_rate: Any
     _window_is_rollout: bool
@@ -48,16 +53,13 @@ class SetUp(Inference):
     def _setup_model(self) -> None:
         """Build the policy (from what the user gave, or from a saved agent), its optimizer and the random generator."""
         settings = {key: value for key, value in self.policy_kwargs.items() if not key.startswith("optimizer_")}
-        if self._policy_data:
-            self.policy = LanguagePolicy(**self._policy_data)
-        elif isinstance(self._model, LanguagePolicy):
-            self.policy = self._model
-        else:
-            self.policy = LanguagePolicy(self._model, self._tokenizer, **settings)
+        self.policy = self._made_policy(settings)
         if self.needs_values:
             self.policy.add_value_head(self.separate_critic)
         check_recomputing(self.policy.lm, self.gradient_checkpointing)
         self.policy = self.policy.to(self.device)
+        if self.policy.adapter is not None:
+            self.policy.adapter.base.to(self.device)  # what it does not have in common with the policy: buffers
         self.policy.train(False)
         check_sharding(self.world.sharded, offload_optimizer=self.offload_optimizer, offload_reference=self.offload_reference)
         self._hand_down()
@@ -79,6 +81,18 @@ class SetUp(Inference):
             self.set_random_seed(self.seed)
             self._generator.manual_seed(self.seed)
         self._restore_generators(self._position)
+
+    def _made_policy(self, settings: dict[str, Any]) -> LanguagePolicy:
+        if self.seed is not None:
+            torch.manual_seed(self.seed)  # an adapter's weights are drawn
+        if self._policy_data:
+            base = None if self._model is LanguagePolicy else self._model  # of an adapter, where `load` was given one
+            return LanguagePolicy(**self._policy_data, base=base)
+        if not isinstance(self._model, LanguagePolicy):
+            return LanguagePolicy(self._model, self._tokenizer, peft_config=self._peft_config, **settings)
+        if self._peft_config is not None:
+            raise ValueError("policy is a LanguagePolicy, which is made already; give it the peft_config")
+        return self._model
 
     def _attach(self, env: VecEnv) -> None:
         """Take an env for training, after checking that it and the model fit."""
@@ -103,7 +117,6 @@ class SetUp(Inference):
         self._restore_reference(rules)
         self._position = {}
         self._has_had_env = True
-        self._hand_down()
 
     def _share_policy(self) -> None:
         """Let all processes begin with the main one's weights, spread over them where the launcher says so; one alone logs."""
@@ -120,6 +133,8 @@ class SetUp(Inference):
             policy._evaluate([[0]], [[0]], None, 1.0)
 
         world.spread(policy)
+        if world.sharded and policy.adapter is not None:
+            _ = policy.adapter.base_hash  # which files have, of the base as it is now
         begin(world, policy, run, "_evaluate")
 
     def _share_env(self, rules: Rules) -> None:
@@ -143,6 +158,11 @@ class SetUp(Inference):
         """Let policy and reference compute as the agent's attributes say now."""
         for name in ("bf16", "gradient_checkpointing", "prefix_sharing", "max_num_seqs"):
             setattr(self.policy, name, getattr(self, name))
+        if self.env is not None and self.policy.adapter is not None:
+            for rules in all_rules(self.env):
+                if isinstance(rules.reference, BaseReference):
+                    rules.reference.bind(self.policy.base)
+                    rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
         reference = None if self.env is None else rules_of_vec_env(self.env).reference
         if reference is not None:
             check_reference(reference, self.policy, self.offload_reference)

@@ -54,10 +54,13 @@ class Reference:
         elif copy_model:
             model = copy.deepcopy(model)
         self.model = model.requires_grad_(False).eval()
-        self.visited: torch.device | None = None
         if device is not None:
             self.model.to(device)
+        self._settle(batch_size)
+
+    def _settle(self, batch_size: int) -> None:
         self.batch_size = batch_size
+        self.visited: torch.device | None = None
         self.temperature = 1.0
         self.bf16 = False
         self.prefix_sharing: PrefixSharing = "auto"
@@ -74,7 +77,7 @@ class Reference:
         Raises:
             ValueError: the model's vocabulary is smaller.
         """
-        size = self.model.get_input_embeddings().num_embeddings
+        size = len(self.model.get_input_embeddings().weight)
         if size < vocab_size:
             raise ValueError(f"the reference's vocabulary has {size} tokens, the tokenizer's {vocab_size}; they must match")
         self._vocab_size = vocab_size
@@ -119,8 +122,61 @@ class Reference:
         return results
 
 
+BASE = "base"
+
+
+class BaseReference(Reference):
+    """The base of the LoRA adapter that an agent trains, which is the policy with its adapter off: no second model is held.
+
+    `reference="base"` makes one (a model in a folder of that name is `"./base"`). An agent that gets the env binds it to its
+    own base, whose weights the base has in common with the policy; before that nothing can be scored. Its passes are cut as
+    the update's are.
+
+    Other envs, for evaluation say, may have the same: `reference=env.unwrapped.rules.reference`.
+
+    Attributes:
+        bound: whether an agent has had the env.
+    """
+
+    def __init__(self) -> None:
+        self.bound = False
+        self._settle(batch_size=64)
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Take this for the model, which stays the agent's."""
+        self.model, self.bound = model, True
+        super().check_vocabulary(self._vocab_size)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """See `Reference`; a model that comes later is checked then."""
+        self._vocab_size = vocab_size
+        if self.bound:
+            super().check_vocabulary(vocab_size)
+
+    def log_probs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        allowed: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        """See `Reference`.
+
+        Raises:
+            ValueError: no agent has had the env yet.
+        """
+        if not self.bound:
+            raise ValueError(
+                "reference='base' is the base of the adapter that an agent trains, and no agent with one has been given this "
+                "env; give it to one, or make the env with reference=<path or model>, or with the rules.reference of the env "
+                "that the agent trains on"
+            )
+        return super().log_probs(prompts, responses, allowed)
+
+
 def as_reference(reference: Any) -> Reference:
-    """A `Reference` from whatever a user may give: itself, a path, a hub id or a model."""
+    """A `Reference` from whatever a user may give: itself, a path, a hub id, a model, or "base" (see `BaseReference`)."""
+    if isinstance(reference, str) and reference == BASE:
+        return BaseReference()
     return reference if isinstance(reference, Reference) else Reference(reference)
 
 

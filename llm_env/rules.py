@@ -32,7 +32,8 @@ class Rules:
         max_prompt_tokens: the longest prompt, in tokens; see `long_prompts`.
         max_new_tokens: the length limit of a response, in tokens; reaching it truncates the episode.
         stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion.
-        reference: a path, hub id, model or `Reference` that gives log pi_ref of every action; see `llm_env.reference`.
+        reference: a path, hub id, model or `Reference` that gives log pi_ref of every action; see `llm_env.reference`. "base"
+            is, for an agent that trains a LoRA adapter, its policy with the adapter off; see `llm_env.reference.BaseReference`.
         kl_coef: beta of the KL penalty in the reward, in reward per nat: a number or a KL controller. Needs a reference.
         split: `"train"` or `"test"`, a tenth of the prompts by a hash of their text; None for all.
         long_prompts: `"error"` or `"drop"`, for prompts of more than `max_prompt_tokens` tokens.

@@ -247,7 +247,7 @@ def head_of(model: PreTrainedModel) -> Head | None:
     if head is None or model.base_model is model or any(getattr(config, name, None) not in (None, 1) for name in ON_LOGITS):
         return None
     if model not in _heads:
-        ids = torch.arange(3, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+        ids = torch.arange(3, device=model.device)[None] % len(model.get_input_embeddings().weight)
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             logits = model(input_ids=ids, use_cache=False).logits
             alone = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)

@@ -174,12 +174,12 @@ def _describable(base: PreTrainedModel) -> bool:
 def _passes_trial(base: PreTrainedModel, way: str) -> bool:
     prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
     rows = [(prompt, row) for prompt, group in zip(prompts, groups, strict=True) for row in group]
-    weight = base.get_input_embeddings().weight
-    with_gradient = way == "flex" and weight.requires_grad  # its backward pass is compiled on its own
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]  # not all, with an adapter
+    with_gradient = way == "flex" and bool(trained)  # its backward pass is compiled on its own
     try:
         with torch.set_grad_enabled(with_gradient):
             states = group_states(base, prompts, groups, way)
-            if with_gradient and not torch.autograd.grad(states.sum(), weight)[0].isfinite().all():
+            if with_gradient and not torch.autograd.grad(states.sum(), trained[0])[0].isfinite().all():
                 return False
         with torch.no_grad():
             alone = [

@@ -77,7 +77,7 @@ def test_processes_stay_together(sharded, tmp_path):
     assert found[0]["best"] == found[1]["best"]
     (folder,) = (tmp_path / "runs").iterdir()
     scalars = EventAccumulator(str(folder)).Reload()
-    assert [event.step for event in scalars.Scalars("rollout/ep_rew_mean")][-1] == found[0]["after a draw"]["tokens"]
+    assert [event.step for event in scalars.Scalars("rollout/ep_rew_mean")][-1] == found[0]["token clock"]["tokens"]
     evaluations = np.load(tmp_path / "evaluations.npz")
     assert evaluations["results"].mean(1).max() == pytest.approx(found[0]["best"])
     assert GRPO.load(tmp_path / "best_model").num_timesteps in evaluations["timesteps"]

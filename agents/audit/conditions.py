@@ -102,9 +102,10 @@ def kl_row(agent: LanguageAgent, rollout: Rollout, trained: list[Tensor]) -> Che
     per_token = kl_k3(torch.cat(trained), torch.cat(refs)).mean().item()
     per_episode = sum((logp - ref).sum().item() for logp, ref in zip(trained, refs, strict=True)) / len(refs)
     seen = f"{per_token:.3g} nats a token (k3), {per_episode:.3g} an episode"
-    mine, theirs = agent.policy.lm.state_dict(), reference.model.state_dict()
-    if differing := [k for k in mine.keys() | theirs.keys() if not _same(mine.get(k), theirs.get(k))]:
-        detail = f"{seen}; the reference is not the policy: {len(differing)} of {len(mine)} weight tensors differ"
+    theirs = reference.model.state_dict()
+    same = {name: _same(weight, theirs.get(name)) for name, weight in agent.policy.weights()}
+    if differing := len(same) - sum(same.values()) + len(theirs.keys() - same.keys()):
+        detail = f"{seen}; the reference is not the policy: {differing} of {len(same)} weight tensors differ"
         return CheckRow(check, NOTE, detail)
     if gap.size <= LOGP_TOLERANCE:
         return CheckRow(check, PASSED, f"max gap {gap.size:.1e} nats, and the weights are the policy's")
