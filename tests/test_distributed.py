@@ -80,7 +80,8 @@ def test_processes_stay_together(sharded, tmp_path):
     assert [event.step for event in scalars.Scalars("rollout/ep_rew_mean")][-1] == found[0]["token clock"]["tokens"]
     evaluations = np.load(tmp_path / "evaluations.npz")
     assert evaluations["results"].mean(1).max() == pytest.approx(found[0]["best"])
-    assert GRPO.load(tmp_path / "best_model").num_timesteps in evaluations["timesteps"]
+    best = evaluations["timesteps"][evaluations["results"].mean(1).argmax()]
+    assert best - 16 * 8 <= GRPO.load(tmp_path / "best_model").num_timesteps <= best  # as it stood when the rollout began
     assert len(list((tmp_path / "checkpoints").iterdir())) > 1
     records = [read_jsonl(tmp_path / name) for name in ("record.jsonl", "record.process1.jsonl")]
     assert len(records[0]) == len(records[1]) == 8 * sum(len(found[0][part]["texts"]) for part in ("native", "after a draw"))
@@ -110,7 +111,7 @@ def test_where_one_dies_the_others_stop_and_go_on_from_the_last_checkpoint(shard
     found = processes.learned(agent, 300 - agent.num_timesteps)
     whole = processes.learned(make_agent(optimizer=torch.optim.AdamW), 300)
     assert agent._n_updates == len(whole["texts"]) and found["texts"] == whole["texts"][-len(found["texts"]) :]
-    assert 0 < len(found["texts"]) <= len(whole["texts"]) - 2  # two rollouts were not lost
+    assert len(found["texts"]) == len(whole["texts"]) - 1  # the file has what went before the rollout that it was written in
     assert furthest(found["weights"], whole["weights"]) < 1e-3
 
 
