@@ -193,7 +193,8 @@ class LanguagePolicy(Weights):
         values = None
         if self.value_head is not None:
             assert hidden is not None
-            values = self.value_head(hidden.float())[..., 0]
+            head = self.value_head  # in float32 also where mixed precision has sharded weights come together in bfloat16
+            values = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())[..., 0]
         assert scored.entropy is not None
         return scored.logp, scored.mask, scored.entropy, values
 

@@ -14,7 +14,8 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from transformers import LlamaForCausalLM
 
-from agents import GRPO, PPO, REINFORCE
+from agents import GRPO, PPO, REINFORCE, distributed
+from agents.checks import check_processes
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
 
@@ -177,10 +178,15 @@ def death(folder):
 
 def refused(folder):
     """What a launcher's configuration may ask for and does not get."""
+    for settings in ({}, {"offload_reference": True}):
+        try:
+            make_agent(**settings)
+        except ValueError as error:
+            print(f"ValueError: {error}")
     try:
-        make_agent(n_envs=4)
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}")
+        check_processes(4, 4, distributed.world().size)
+    except ValueError as error:
+        print(f"ValueError: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Several processes over gloo, replicated and sharded (FSDP2): they make what one process makes, and end together."""
 
 import re
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from agents import GRPO
+from agents import GRPO, distributed
 from llm_env.prompts import read_jsonl
 from tests import processes
+from tests.conftest import refused
 from tests.processes import FSDP, KINDS, launch, make_agent, make_text_env
 
 pytest.importorskip("accelerate")
@@ -116,15 +119,51 @@ def test_where_one_dies_the_others_stop_and_go_on_from_the_last_checkpoint(shard
 
 
 @pytest.mark.slow
+def test_what_does_not_fit_the_model_is_refused(tmp_path):
+    for code, text in launch("refused", tmp_path, 2, **FSDP, FSDP_TRANSFORMER_CLS_TO_WRAP="BertLayer"):
+        assert (
+            code == 0
+            and "n_envs=4 with group_size=4 is 1 prompts a rollout, fewer than the 2 processes; raise n_envs to 8" in text
+        )
+        assert re.search("ValueError: .*does not fit LanguagePolicy.*LlamaDecoderLayer.*BertLayer", text), text[-3000:]
+        assert "offload_reference=True, but the weights are sharded" in text
+
+
 @pytest.mark.parametrize(
-    "environment, message",
+    "setting, message",
     [
-        ({}, "n_envs=4 with group_size=4 is 1 prompts a rollout, fewer than the 2 processes; raise n_envs to 8"),
-        ({**FSDP, "FSDP_VERSION": "1"}, "fsdp_version: 1; set fsdp_version: 2"),
-        ({**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}, "does not fit LanguagePolicy.*LlamaDecoderLayer.*BertLayer"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps: 4; leave it out"),
+        ({"distributed_type": "DEEPSPEED"}, "distributed_type: DEEPSPEED; this works with MULTI_CPU, MULTI_GPU, FSDP"),
+        ({"mixed_precision": "fp16"}, "mixed_precision: fp16; take 'no' or 'bf16'"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4; leave it out"),
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 1; set fsdp_version: 2"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "say gradient_checkpointing=True to the agent"),
     ],
 )
-def test_configurations_that_cannot_work_are_refused(environment, message, tmp_path):
-    for code, text in launch("refused", tmp_path, 2, **environment):
-        assert code == 0 and re.search("ValueError: .*" + message, text), text[-3000:]
+def test_configurations_that_cannot_work_are_refused(setting, message, monkeypatch):
+    def made(cpu):
+        said = {"distributed_type": "MULTI_CPU", "mixed_precision": "no", "gradient_accumulation_steps": 1} | setting
+        kind = SimpleNamespace(value=said.pop("distributed_type"))
+        return SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=None), **said)
+
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    for name, value in (FSDP | setting).items() if any(name.isupper() for name in setting) else ():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("accelerate.Accelerator", made)
+    refused(distributed._accelerator, match=message)
+
+
+def test_without_accelerate_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(distributed.world, error=ImportError, match=r"pip install 'llm-env\[distributed\]'")
+
+
+def test_every_row_is_one_processs():
+    """Whole groups, as evenly as can be, in the order of the processes."""
+    parts = []
+    for rank in range(3):
+        world = distributed.World()
+        world.rank, world.size = rank, 3
+        parts.append(list(world.part(20, 4)))
+    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
