@@ -30,6 +30,7 @@ SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
+ENGINE_CAP = 2.0  # of the importance weights, where an engine draws
 
 
 class LanguageAgent(SetUp):
@@ -61,6 +62,9 @@ class LanguageAgent(SetUp):
         importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the
             update: corrects for what lies between that and what drew the token; see `agents.losses.truncated_importance`. By
             default 2 where another engine or older weights draw, else off.
+        engine: what draws the responses in training: None for the policy itself, `"vllm"`, or an `agents.engines.Engine`.
+            Evaluation, `predict` and `generate` stay with the policy.
+        engine_kwargs: arguments of `agents.vllm_engine.VLLMEngine`, for instance `base_url`.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
         mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
@@ -97,6 +101,8 @@ class LanguageAgent(SetUp):
         prefix_sharing: PrefixSharing = "auto",
         bf16: bool = False,
         importance_cap: float | None = None,
+        engine: Any = None,
+        engine_kwargs: dict[str, Any] | None = None,
         aggregation: str = "token",
         mask_truncated: bool = False,
         stats_window_size: int | None = None,
@@ -149,6 +155,7 @@ class LanguageAgent(SetUp):
         self.prefix_sharing = prefix_sharing
         self.bf16 = bf16
         self.importance_cap = importance_cap
+        self.set_engine(engine, engine_kwargs)
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None
@@ -251,7 +258,7 @@ class LanguageAgent(SetUp):
         assert self.env is not None
         venv = clock_of(self.env)
         if venv is not None:
-            return collect(self.policy, venv, self.group_size, self.sampler(), {})
+            return collect(self.policy, venv, self.group_size, self.sampler(), {}, self.respond)
         indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
         return collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler())
 
@@ -269,7 +276,7 @@ class LanguageAgent(SetUp):
     @property
     def importance(self) -> float | None:
         """The cap of the importance weights; None where there are none."""
-        return self.importance_cap
+        return ENGINE_CAP if self.importance_cap is None and self.engine is not None else self.importance_cap
 
     # --- what an algorithm fills in ----------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from agents.vec_env import TextVecEnv, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.observations import pick
 from llm_env.rules import Rules
+
+Responses = tuple[list[list[int]], list[np.ndarray]]
 
 
 @dataclass
@@ -137,20 +139,26 @@ def _step_ends(rewards: Any, info: dict[str, Any]) -> np.ndarray:
 
 
 def collect(
-    policy: LanguagePolicy, venv: TextGenerationVectorEnv, group_size: int, sampler: Sampler, options: dict[str, Any]
+    policy: LanguagePolicy,
+    venv: TextGenerationVectorEnv,
+    group_size: int,
+    sampler: Sampler,
+    options: dict[str, Any],
+    respond: Callable[..., Responses] | None = None,
 ) -> Rollout:
     """One episode in every row of a vector env, on the response clock.
 
     Args:
-        policy: draws the responses.
+        policy: draws the responses, unless `respond` does.
         venv: is reset here, in groups of `group_size` rows with one prompt.
         group_size: G.
         sampler: draws a token.
         options: further reset options.
+        respond: `policy.respond`, or what does the same.
     """
     venv.reset(options={"group_size": group_size, **options})
     prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
-    responses, logps = policy.respond(prompts[::group_size], venv.rules, sampler, group_size)
+    responses, logps = (respond or policy.respond)(prompts[::group_size], venv.rules, sampler, group_size)
     outcome = venv.step_responses([np.array(response) for response in responses], logps)
     return _assemble(
         prompts,

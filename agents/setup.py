@@ -10,7 +10,8 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.checks import check_fit, default_learning_rate, episodes_of
-from agents.inference import Inference
+from agents.drawing import Drawing
+from agents.engines import check_engine
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
 from agents.vec_env import as_vec_env, rules_of_vec_env
@@ -18,7 +19,7 @@ from llm_env.prompts import PromptCursor
 from llm_env.sharing import PrefixSharing
 
 
-class SetUp(Inference):
+class SetUp(Drawing):
     """What happens before learning; the attributes are arguments of `LanguageAgent`."""
 
     needs_values = False
@@ -75,6 +76,7 @@ class SetUp(Inference):
         rules = rules_of_vec_env(env)
         n_envs = episodes_of(self._wanted_n_envs, self.n_envs, env.num_envs, by_response=clock_of(env) is not None)
         check_fit(self, rules, n_envs)  # type: ignore[arg-type]
+        check_engine(self.engine, rules, by_response=clock_of(env) is not None)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:
