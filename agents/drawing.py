@@ -138,7 +138,7 @@ def measured_gap(engine: Engine, policy: LanguagePolicy, rules: Rules) -> float:
     At a temperature of 2. At 1 the pupil draws tokens that it is sure of, and an engine one step of 3e-4 behind it is off by
     0.001 nats on them; at 2 by 0.02, where a push that arrived leaves 3e-7. The agent's random numbers are not touched.
     """
-    prompts = [list(ids) for ids in rules.prompts.ids[:PROBES]]
+    prompts = [[int(token) for token in ids] for ids in rules.prompts.ids[:PROBES]]
     sampler = Sampler(HOT, generator=torch.Generator(policy.device).manual_seed(0))
     responses, logps = engine.respond(prompts, rules, sampler, 1, min(PROBE_TOKENS, rules.max_new_tokens))
     expected = policy.log_probs(prompts, responses, HOT)

@@ -16,6 +16,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from agents.engines import WeightsLost
 from agents.policy import LanguagePolicy
 from llm_env.rules import Rules
 
@@ -74,6 +75,7 @@ class LocalVLLM:
             rules.tokenizer.save_pretrained(folder)
             try:
                 self._llm = kind(folder, **wanted)
+                self.complete([{"prompt": [0], "n": 1, "max_tokens": 1, "logprobs": 0}])  # some models fail only here
             except Exception as error:
                 raise ValueError(
                     f"vLLM refuses the {type(policy.lm).__name__} in {wanted['dtype']}, with {self.settings}: {error}. What it "
@@ -84,7 +86,7 @@ class LocalVLLM:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of the workers."""
-        return list(self._llm.collective_rpc(method, args=args))
+        return list(self._running().collective_rpc(method, args=args))
 
     def take(self, tensors: list[tuple[str, Tensor]]) -> None:
         """Hand over weights as they lie in memory."""
@@ -96,7 +98,7 @@ class LocalVLLM:
         Raises:
             RuntimeError: it is in use.
         """
-        if not self._llm.reset_prefix_cache():
+        if not self._running().reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use and was not emptied: a request is under way")
 
     def complete(self, requests: list[dict[str, Any]]) -> list[list[tuple[list[int], list[float]]]]:
@@ -108,8 +110,17 @@ class LocalVLLM:
             SamplingParams(**{key: value for key, value in request.items() if key != "prompt"}, detokenize="stop" in request)
             for request in requests
         ]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        try:
+            outputs = self._running().generate(prompts, params, use_tqdm=False)
+        except BaseException:  # Ctrl-C too: what is under way would come out with the next requests
+            self.close()
+            raise
         return [[(list(c.token_ids), _drawn(c.token_ids, c.logprobs)) for c in output.outputs] for output in outputs]
+
+    def _running(self) -> Any:
+        if self._llm is None:
+            raise WeightsLost("the vLLM in this process was shut down")
+        return self._llm
 
     def close(self) -> None:
         """Shut it down."""

@@ -92,7 +92,7 @@ def test_restricted_sampling(engine, settings):
             assert draw._restrict(logits)[range(len(response)), response].isfinite().all()
 
 
-@pytest.mark.parametrize("stop", ["bc", ["ca.", "aa"], "ab b", " "], ids=str)
+@pytest.mark.parametrize("stop", ["bc", ["ca.", "aa"], "abc", " "], ids=str)
 def test_responses_end_where_the_rules_say(engine, stop):
     _, rules = begin(engine, stop=stop, max_new_tokens=24)
     responses, logps = engine.respond(rules.prompts.ids, rules, sampler(temperature=1.5), 16)
@@ -107,7 +107,7 @@ def test_responses_end_where_the_rules_say(engine, stop):
 def test_allowed_tokens_and_a_least_length(engine):
     policy, rules = begin(engine, allowed_tokens=[0, 2, 3, 6], min_new_tokens=5)
     responses, logps = engine.respond(rules.prompts.ids, rules, sampler(temperature=1.5), 16)
-    assert set(sum(responses, [])) == {0, 2, 3, 6} and min(map(len, responses)) > 5
+    assert {token for response in responses for token in response} == {0, 2, 3, 6} and min(map(len, responses)) > 5
     prompts = [ids for ids in rules.prompts.ids for _ in range(16)]
     assert gap(policy, prompts, responses, logps, 1.5) < 2e-5
 
@@ -172,7 +172,7 @@ def test_a_push_that_does_not_arrive_is_an_error(engine, tmp_path, monkeypatch):
 
 
 def test_half_a_push_is_an_error(engine, monkeypatch):
-    policy, rules = begin(engine)
+    policy, _ = begin(engine)
     call = engine.vllm.call
     monkeypatch.setattr(engine.vllm, "take", lambda tensors: call("llm_env_take", tensors[:-3]))
     refused(engine.push, policy, error=ValueError, match="parameters got no weights")
@@ -184,9 +184,8 @@ def test_resumed_is_uninterrupted(engine, tmp_path):
     first.learn(300)
     first.save(tmp_path / "agent")
     second = GRPO.load(tmp_path / "agent", env=make_text_env())
-    refused(second.learn, 10, error=ValueError, match="set_engine")
     second.set_engine(engine)
-    second.learn(600 - second.num_timesteps, reset_num_timesteps=False)
+    second.learn(300, reset_num_timesteps=False)
     assert second.num_timesteps == whole.num_timesteps
     assert all(map(torch.equal, second.policy.parameters(), whole.policy.parameters()))
     assert second.importance == 2.0
@@ -215,11 +214,11 @@ def test_models_that_vllm_does_not_run():
 
 def test_the_process_is_left_as_it_was(engine):
     policy, rules = begin(engine)
-    fresh = as_engine("vllm", {**SMALL, "max_model_len": 100})
+    fresh = as_engine("vllm", {**SMALL, "max_model_len": 50})
     torch.manual_seed(5)
     np.random.seed(5)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.set_num_threads
-    refused(fresh.start, policy, rules, error=ValueError, match="max_model_len=100")
+    refused(fresh.start, policy, rules, error=ValueError, match="max_model_len=50")
     fresh.close()
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
     assert torch.set_num_threads is states[2]

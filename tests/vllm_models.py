@@ -9,6 +9,8 @@ from llm_env import TextGenerationEnv
 PIECES = ["<eos>", "<unk>", "a", "b", "c", "d", "ab", "bc", "ca", ".", " a"]
 PADDING = 5  # ids of the model that are no tokens
 
+SIZE = len(PIECES) + PADDING
+
 
 def make_pieces():
     """A tokenizer with tokens of one and of two characters."""
@@ -18,7 +20,7 @@ def make_pieces():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def make_llama(seed=0, scale=4.0, heads=2, head_dim=32, vocab_size=len(PIECES) + PADDING, **overrides):
+def make_llama(seed=0, scale=4.0, heads=2, head_dim=32, vocab_size=SIZE, **overrides):
     """Random weights, large enough that distributions are far from uniform and no push goes unnoticed."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": heads * head_dim, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": heads}
