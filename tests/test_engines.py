@@ -251,6 +251,12 @@ def test_answers_that_are_none():
     refused(engine.respond, [[2]], rules, hot, error=ValueError, match=r"takes 0\.01 to 2")
 
 
+def test_adapters_are_refused():
+    policy = agent_for(None).policy
+    policy.lm.lora_a = torch.nn.Linear(2, 2)
+    refused(next, chunks_of(policy, torch.float32), match="merge them first")
+
+
 def test_chunks_hold_all_weights(monkeypatch):
     monkeypatch.setattr("agents.vllm_engine.CHUNK", 5000)
     policy = agent_for(None).policy
