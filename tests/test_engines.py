@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 import agents.vllm_local
 import agents.vllm_server
+import llm_env
 from agents import GRPO, PPO, LanguagePolicy
 from agents.engines import WeightsLost
 from agents.vllm_engine import VLLMEngine, chunks_of
@@ -102,6 +103,14 @@ def test_old_weights_that_stay_are_an_error_and_the_agent_is_as_before(tmp_path,
     loaded.learn(twin.num_timesteps - steps, reset_num_timesteps=False)
     for mine, its, theirs in zip(*(a.policy.parameters() for a in (agent, loaded, twin)), strict=True):
         assert torch.equal(mine, theirs) and torch.equal(its, theirs)
+
+
+def test_one_step_behind_is_noticed_where_the_policy_is_sure_of_its_tokens():
+    engine = CopyEngine()
+    agent = GRPO(llm_env.PUPIL, "llm_env/Addition-v0", n_envs=64, seed=0, learning_rate=3e-4, engine=engine)
+    agent.learn(64)
+    engine.arrives = lambda push: False
+    refused(agent.learn, 64, reset_num_timesteps=False, error=RuntimeError, match="nats off the policy's")
 
 
 def test_a_push_that_arrives_at_the_second_try_is_none():
