@@ -33,7 +33,7 @@ SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
-DEFAULT_CAP = 2.0  # of importance weights
+DEFAULT_CAP = 2.0  # of importance weights, where another engine or older weights draw
 NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy knows them
 
 
@@ -75,6 +75,9 @@ class LanguageAgent(SetUp):
         offload_optimizer: keep the optimizer's state on the CPU but for that of the parameter that is stepped; changes nothing
             but memory and time.
         offload_reference: keep the reference's weights on the CPU but while it is asked, likewise.
+        engine: what draws the responses in training: None for the policy itself, `"vllm"`, or an `agents.engines.Engine`.
+            Evaluation, `predict` and `generate` stay with the policy.
+        engine_kwargs: arguments of `agents.vllm_engine.VLLMEngine`, for instance `base_url`.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
         mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
@@ -117,6 +120,8 @@ class LanguageAgent(SetUp):
         optimizer: str = "adamw_torch",
         offload_optimizer: bool = False,
         offload_reference: bool = False,
+        engine: Any = None,
+        engine_kwargs: dict[str, Any] | None = None,
         aggregation: str = "token",
         mask_truncated: bool = False,
         stats_window_size: int | None = None,
@@ -178,6 +183,7 @@ class LanguageAgent(SetUp):
         self.optimizer = optimizer
         self.offload_optimizer = offload_optimizer
         self.offload_reference = offload_reference
+        self.set_engine(engine, engine_kwargs)
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None
@@ -288,7 +294,7 @@ class LanguageAgent(SetUp):
         if ahead is not None:
             return ahead.rollout()
         if venv is not None:
-            return collect(self.policy, venv, self.group_size, self.sampler(), {}, self.world)
+            return collect(self.policy, venv, self.group_size, self.sampler(), {}, self.world, self.responder())
         indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
         return collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler(), self.world)
 
@@ -306,7 +312,8 @@ class LanguageAgent(SetUp):
     @property
     def importance(self) -> float | None:
         """The cap of the importance weights; None where there are none."""
-        return DEFAULT_CAP if self.importance_cap is None and self.overlap else self.importance_cap
+        needed = self.overlap or self.engine is not None
+        return DEFAULT_CAP if self.importance_cap is None and needed else self.importance_cap
 
     # --- what an algorithm fills in ----------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from agents.decoding import SharedDecoding
-from agents.distributed import World
 from llm_env.arguments import as_whole, whole
 from llm_env.constraints import TokenConstraint
 from llm_env.scoring import model_inputs, pad, restrict
@@ -59,13 +58,12 @@ class Sampler:
         """Whether some tokens that are possible are never drawn."""
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
-    def of(self, world: World) -> Sampler:
-        """A sampler for this process alone: where there are others, with random numbers of its own, set by the shared ones."""
-        if world.size == 1 or self.generator is None:
+    def spawn(self, number: int) -> Sampler:
+        """A sampler with random numbers of its own, set by the next of this one's and `number`."""
+        if self.generator is None:
             return self
-        shared = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
-        own = torch.Generator(self.generator.device).manual_seed(int(shared) + world.rank)
-        return replace(self, generator=own)
+        drawn = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
+        return replace(self, generator=torch.Generator(self.generator.device).manual_seed(int(drawn) + number))
 
     def numbers(self, rows: int, steps: int, vocab_size: int, device: torch.device) -> Tensor:
         """Random numbers, uniform in [0, 1), by which `steps` tokens in each of `rows` rows are drawn: (rows, steps, 1 or 2).

@@ -1,4 +1,4 @@
-"""Sampling and learning at once: the next rollout is drawn, by a copy of the policy, while the last one is learned from."""
+"""Sampling and learning at once: the next rollout is drawn, by older weights, while the last one is learned from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _copies: WeakKeyDictionary[LanguagePolicy, PreTrainedModel] = WeakKeyDictionary(
 
 
 class Ahead:
-    """A rollout under way in a thread, by a copy of the policy as it was when this was made.
+    """A rollout under way in a thread, by the policy as it was when this was made: a copy of it, or an engine.
 
     It is drawn by weights that are one rollout older than those that learn from it: off-policy by one step, for which
     importance weights correct (`agents.losses.truncated_importance`). Which prompts and random numbers it takes is settled
@@ -43,9 +43,12 @@ class Ahead:
         assert venv is not None
         here = agent._here()
         self.began: dict[str, Any] = {name: here[name] for name in DRAWN}
-        behind = _copy_of(agent.policy)
+        respond, sampler = agent.responder(ahead=True), agent.sampler()
+        if respond is not None:
+            sampler = sampler.spawn(0)
         self._rules, self._rows = venv.rules, len(agent.world.part(venv.num_envs, agent.group_size))
-        own = prepared(behind, venv, agent.group_size, agent.sampler(), {}, agent.world)
+        behind = _copy_of(agent.policy) if respond is None else agent.policy
+        own = prepared(behind, venv, agent.group_size, sampler, {}, agent.world, respond)
         executor = ThreadPoolExecutor(1, "sampling")
         self._future = executor.submit(own)
         executor.shutdown(wait=False)

@@ -48,6 +48,9 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
     in_loss = coefficient(agent.kl_coef)
     if agent.rules.kl is not None or in_loss:
         record("rollout/kl_coef", in_loss if agent.rules.kl is None else agent.rules.kl.value)
+    if agent._link is not None:
+        record("rollout/push_gap", agent._link.gap)
+        record("time/push", agent._link.seconds)
     record("rollout/samples", samples_table(rollout), exclude=TEXT_ONLY_FOR_TENSORBOARD)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from agents.vec_env import TextVecEnv, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.observations import pick
 from llm_env.rules import Rules
+
+Responses = tuple[list[list[int]], list[np.ndarray]]
+Respond = Callable[..., Responses]  # of prompts, rules, a sampler and the group size, as `LanguagePolicy.respond`
 
 
 @dataclass
@@ -150,18 +154,20 @@ def collect(
     sampler: Sampler,
     options: dict[str, Any],
     world: World = ALONE,
+    respond: Respond | None = None,
 ) -> Rollout:
     """One episode in every row of a vector env, on the response clock.
 
     Args:
-        policy: draws the responses.
+        policy: draws the responses, unless `respond` does.
         venv: is reset here, in groups of `group_size` rows with one prompt.
         group_size: G.
         sampler: draws a token.
         options: further reset options.
         world: the processes that share the work; each has the whole rollout in the end.
+        respond: an engine's way to draw responses, in the place of `policy.respond`.
     """
-    own = prepared(policy, venv, group_size, sampler, options, world)
+    own = prepared(policy, venv, group_size, sampler, options, world, respond)
     return from_all(world, own, policy, venv.rules, len(world.part(venv.num_envs, group_size)))
 
 
@@ -172,16 +178,21 @@ def prepared(
     sampler: Sampler,
     options: dict[str, Any],
     world: World = ALONE,
+    respond: Respond | None = None,
 ) -> Callable[[], Rollout]:
     """What `collect` has yet to do in this process once prompts and random numbers are drawn: its own episodes."""
     venv.reset(options={"group_size": group_size, **options})
     prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
     rules, rows = venv.rules, world.part(venv.num_envs, group_size)
-    numbers = sampler.numbers(venv.num_envs, rules.max_new_tokens, rules.vocab_size, policy.device)[rows.start : rows.stop]
+    if respond is None:
+        numbers = sampler.numbers(venv.num_envs, rules.max_new_tokens, rules.vocab_size, policy.device)[rows.start : rows.stop]
+        respond = partial(policy.respond, numbers=numbers)
+    else:
+        sampler = sampler if world.size == 1 else sampler.spawn(world.rank)
 
     def own() -> Rollout:
         heads = [prompts[row] for row in rows[::group_size]]
-        responses, logps = policy.respond(heads, rules, sampler, group_size, numbers)
+        responses, logps = respond(heads, rules, sampler, group_size)
         outcome = venv.step_responses(_among(rows, responses, venv.num_envs), _among(rows, logps, venv.num_envs))
         ref_logps = outcome.ref_logprobs
         return _assemble(
@@ -231,7 +242,7 @@ def collect_by_tokens(
         ValueError: a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions.
     """
     rules, rows = rules_of_vec_env(vec_env), world.part(len(indexes), group_size)
-    sampler = sampler.of(world)
+    sampler = sampler if world.size == 1 else sampler.spawn(world.rank)
 
     def own() -> Rollout:
         episodes: list[_Episode] = []

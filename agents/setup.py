@@ -10,7 +10,8 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.checks import check_fit, check_processes, check_reference, check_sharding, default_learning_rate, episodes_of
-from agents.inference import Inference
+from agents.drawing import Drawing
+from agents.engines import check_engine
 from agents.optimizers import make_optimizer
 from agents.policy import LanguagePolicy
 from agents.recomputing import check_recomputing
@@ -25,7 +26,7 @@ from llm_env.scoring import head_of
 from llm_env.sharing import PrefixSharing, ways_to_share
 
 
-class SetUp(Inference):
+class SetUp(Drawing):
     """What happens before learning; the attributes are arguments of `LanguageAgent`."""
 
     needs_values = False
@@ -100,6 +101,7 @@ class SetUp(Inference):
         n_envs = episodes_of(self._wanted_n_envs, self.n_envs, env.num_envs, by_response=clock_of(env) is not None)
         check_fit(self, rules, n_envs)  # type: ignore[arg-type]
         check_processes(n_envs, self.group_size, self.world.size)
+        check_engine(self.engine, rules, by_response=clock_of(env) is not None, sharded=self.world.sharded)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:

@@ -46,6 +46,11 @@ class TokenConstraint:
                 f"min_new_tokens={min_new_tokens} forbids the end token, and allowed_tokens leaves no other; allow more tokens"
             )
 
+    @property
+    def fixed(self) -> tuple[np.ndarray, int] | None:
+        """What is allowed everywhere, (V,) bool, and for how many tokens the end token is not; None if a function decides."""
+        return None if self._function is not None else (self._always, self._min_new_tokens)
+
     def next(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
         """(V,) bool, True for the tokens that may follow `response`.
 
