@@ -133,7 +133,7 @@ def test_collectives_and_time_by_hand(arithmetic):
     sharded = arithmetic.seconds(tiny, arithmetic.Sharding("FSDP2", 8, sharded=True))
     assert sharded["moving"] == pytest.approx(7 / 8 * (2 + 8 * 2 + 8 * 8) * tiny.parameters / 360e9)
     large = arithmetic.MODELS[2]
-    assert arithmetic.verdict(large, arithmetic.Sharding("FSDP2", 64, sharded=True)) == "update yes, sampling by vLLM"
+    assert arithmetic.verdict(large, arithmetic.Sharding("FSDP2", 64, sharded=True)) == "update yes, sampling no"
     assert arithmetic.verdict(large, whole) == "no"
 
 

@@ -346,7 +346,7 @@ def test_without_a_reference_the_policy_hacks_the_reward_model(tmp_path):
     assert abs(proxy) < 0.4 and abs(true - 0.57) < 0.1 and abs(kl) < 0.05
     assert hacked[0] > kept[0] + 0.3 and kept[0] > proxy + 0.1  # the proxy believes that hacking is better
     assert hacked[1] < true - 0.1 and kept[1] > true + 0.1  # the truth is that it is worse
-    assert hacked[2] > 3 * kept[2]  # 4.7 to over 5 times: what rounding makes of one seed's run differs by more than that
+    assert hacked[2] > 5 * kept[2]  # 9 to 16 times in ten of eleven runs of four seeds, 4.7 in one
     assert (tmp_path / "outputs/rlhf/rlhf.png").read_bytes().startswith(b"\x89PNG")
     for folder in ("reward_model", "with_kl", "without_kl"):
         assert (tmp_path / "outputs/rlhf" / folder / "model.safetensors").exists()

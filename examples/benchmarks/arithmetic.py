@@ -217,7 +217,7 @@ def verdict(model: Model, sharding: Sharding) -> str:
     if sharding.update(model) > limit:
         return "no"
     if groups == 0:
-        return "update yes, sampling by vLLM"
+        return "update yes, sampling no"
     return "yes" if groups == PROMPTS // sharding.gpus else f"yes, `max_num_seqs={groups * GROUP}`"
 
 
@@ -228,13 +228,11 @@ def tables(model: Model) -> list[str]:
         held, fits = sharding.held(model), verdict(model, sharding)
         sizes = [*held.values(), sharding.update(model), sharding.gathered(model), sharding.sampling(model)]
         memory.append(f"| {sharding.name} | {sharding.gpus} | {' | '.join(f'{size / GB:.1f}' for size in sizes)} | {fits} |")
-        if fits == "no":
+        if fits.endswith("no"):
             continue
         parts = seconds(model, sharding)
-        by_vllm = fits.endswith("vLLM")
-        cells = ["vLLM" if by_vllm and name in ("prompts", "decoding") else f"{part:.3g}" for name, part in parts.items()]
-        total = sum(part for name, part in parts.items() if not (by_vllm and name in ("prompts", "decoding")))
-        times.append(f"| {sharding.name} | {sharding.gpus} | {' | '.join(cells)} | {total:.3g}{' + vLLM' * by_vllm} |")
+        cells = " | ".join(f"{part:.3g}" for part in parts.values())
+        times.append(f"| {sharding.name} | {sharding.gpus} | {cells} | {sum(parts.values()):.3g} |")
     cache, passed = cache_bytes(model, 1, PROMPT, GROUP, NEW), activation_bytes(model, PROMPT + GROUP * NEW)
     facts = (
         f"N = {model.parameters:,}, M = {model.multiplied:,}, a = {model.adapter(RANK):,}. The cache of a group takes "
