@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from agents.checks import check_computation, check_counts, check_groups, check_numbers, sort_out
 from agents.distributed import world
-from agents.generation import Sampler
 from agents.losses import token_weights
 from agents.optimizers import class_of
 from agents.overlap import Ahead, check_overlap
@@ -22,6 +21,7 @@ from agents.preflight import preflight
 from agents.progress import call_back, feed_kl_controllers, tokens_to_go, watch_together
 from agents.records import record_rollout, record_time
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
+from agents.sampler import Sampler
 from agents.setup import SetUp
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env

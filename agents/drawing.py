@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from agents.engines import Engine, WeightsLost, as_engine, check_engine
-from agents.generation import Sampler, weights_version
+from agents.generation import weights_version
 from agents.inference import Inference
 from agents.policy import LanguagePolicy
 from agents.rollout import Respond, Responses, clock_of
+from agents.sampler import Sampler
 from llm_env.rules import Rules
 
 PROBES, PROBE_TOKENS = 4, 16  # prompts and tokens of a response by which a push is verified

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from agents.generation import Sampler
 from agents.policy import LanguagePolicy
 from agents.rollout import Responses
+from agents.sampler import Sampler
 from llm_env.rules import Rules
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from agents.audit import check_agent
 from agents.checkpoint import Checkpointed
 from agents.checks import check_counts, check_tokenizers, check_tokens
-from agents.generation import Sampler, StepState
+from agents.generation import StepState
 from agents.rollout import clock_of, collect, collect_by_tokens
+from agents.sampler import Sampler
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.arguments import check_text

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from agents.adapters import with_frozen_in_common
 from agents.checks import check_tokens, checked_masks
-from agents.generation import Sampler, StepState, StopRule, next_logits, sample_responses
+from agents.generation import StepState, StopRule, next_logits, sample_responses
 from agents.pretrained import PretrainedFiles, load
 from agents.recomputing import recomputing
+from agents.sampler import Sampler
 from agents.sharded import is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
@@ -228,7 +229,7 @@ class LanguagePolicy(Weights):
             temperature: divides the logits.
             eos_id: the end token; the tokenizer's by default.
             completes_stop: whether the last token of a response completes a stop string.
-            sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.generation.Sampler`.
+            sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.sampler.Sampler`.
 
         Returns:
             N * G responses, those to prompt i at i*G..i*G+G-1, each up to and including its end token, and the log-probs of

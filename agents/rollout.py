@@ -13,8 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from agents.distributed import ALONE, World
-from agents.generation import Sampler
 from agents.policy import LanguagePolicy
+from agents.sampler import Sampler
 from agents.sharded import whole
 from agents.vec_env import TextVecEnv, rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from agents.distributed import World, world
 from agents.engines import Responses, WeightsLost
-from agents.generation import Sampler
 from agents.policy import LanguagePolicy
+from agents.sampler import Sampler
 from agents.vllm_local import LocalVLLM
 from agents.vllm_server import VLLMServer
 from llm_env.rules import Rules

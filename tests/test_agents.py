@@ -10,9 +10,9 @@ from stable_baselines3.common.logger import Logger
 
 import agents.update as update_module
 from agents import GRPO, PPO, REINFORCE
-from agents.generation import Sampler
 from agents.losses import token_weights
 from agents.rollout import collect
+from agents.sampler import Sampler
 from llm_env import TextGenerationVectorEnv
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import PROBES, make_env

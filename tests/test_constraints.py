@@ -6,8 +6,8 @@ import torch
 from gymnasium.wrappers import TransformReward
 
 from agents import GRPO, PPO, LanguagePolicy
-from agents.generation import Sampler
 from agents.rollout import collect, collect_by_tokens
+from agents.sampler import Sampler
 from llm_env import TextGenerationVectorEnv
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import make_env

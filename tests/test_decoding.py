@@ -8,7 +8,8 @@ import torch
 
 import agents.decoding
 import agents.generation
-from agents.generation import Sampler, sample_responses
+from agents.generation import sample_responses
+from agents.sampler import Sampler
 from tests.conftest import FAMILIES, make_model
 from tests.decoders import OTHERS, PROMPTS, UNABLE, WINDOWS, V, build, plain
 

@@ -12,8 +12,9 @@ from transformers import (
 import llm_env.scoring
 import llm_env.shared_prompt
 import llm_env.sharing
-from agents.generation import Sampler, sample_responses
+from agents.generation import sample_responses
 from agents.memory import LiveBytes
+from agents.sampler import Sampler
 from llm_env.scoring import head_of, response_states, score
 from llm_env.shared_prompt import group_states
 from llm_env.sharing import Extent, groups_of, shares_prompts, way_to_share

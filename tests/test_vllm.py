@@ -9,7 +9,7 @@ import llm_env
 from agents import GRPO, LanguagePolicy
 from agents.drawing import measured_gap
 from agents.engines import as_engine
-from agents.generation import Sampler
+from agents.sampler import Sampler
 from tests.conftest import refused
 from tests.vllm_models import PADDING, PIECES, make_llama, make_text_env
 
@@ -49,6 +49,19 @@ def move(policy, by=0.1):
     with torch.no_grad():
         for parameter in policy.lm.parameters():
             parameter.add_(by * parameter.std().nan_to_num() * torch.randn_like(parameter))
+
+
+def test_adapters_are_merged_into_what_is_pushed(engine):
+    peft = pytest.importorskip("peft")
+    rules = make_text_env().rules
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    policy = LanguagePolicy(make_llama(0), rules.tokenizer, peft_config=config)
+    policy.vocab_size = rules.vocab_size
+    engine.start(policy, rules)
+    engine.push(policy)
+    responses, logps = engine.respond(rules.prompts.ids, rules, sampler(), 2)
+    prompts = [ids for ids in rules.prompts.ids for _ in range(2)]
+    assert gap(policy, prompts, responses, logps, 0.7) < 2e-5
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
@@ -222,19 +235,6 @@ def test_the_process_is_left_as_it_was(engine):
     fresh.close()
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
     assert torch.set_num_threads is states[2]
-
-
-def test_adapters_are_merged_into_what_is_pushed(engine):
-    peft = pytest.importorskip("peft")
-    rules = make_text_env().rules
-    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    policy = LanguagePolicy(make_llama(0), rules.tokenizer, peft_config=config)
-    policy.vocab_size = rules.vocab_size
-    engine.start(policy, rules)
-    engine.push(policy)
-    responses, logps = engine.respond(rules.prompts.ids, rules, sampler(), 2)
-    prompts = [ids for ids in rules.prompts.ids for _ in range(2)]
-    assert gap(policy, prompts, responses, logps, 0.7) < 2e-5
 
 
 def test_it_draws_beside_the_update():

@@ -13,9 +13,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 import llm_env
 from agents import GRPO, PPO, REINFORCE
 from agents.base import LanguageAgent
-from agents.generation import Sampler
 from agents.losses import ratio_statistics
 from agents.rollout import Rollout, collect
+from agents.sampler import Sampler
 from ladder_parts.gradients import halves
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
 from llm_env.rules import Rules
