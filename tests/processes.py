@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from gymnasium.wrappers import TransformReward
+from peft import LoraConfig
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from transformers import LlamaForCausalLM
@@ -29,6 +30,7 @@ FSDP = {
 }
 KINDS = {
     "GRPO": (GRPO, {"group_size": 4, "kl_coef": 0.1}),
+    "GRPO with an adapter": (GRPO, {"group_size": 4, "kl_coef": 0.1, "learning_rate": 0.3}),
     "PPO": (PPO, {"batch_size": 10, "n_epochs": 2}),
     "PPO with a critic of its own": (PPO, {"batch_size": 10, "n_epochs": 1, "separate_critic": True}),
     "REINFORCE": (REINFORCE, {"batch_size": 10, "n_epochs": 2, "gradient_checkpointing": True}),
@@ -68,7 +70,7 @@ def letters(completions, **kwargs):
 
 def make_text_env(kind="GRPO", reward=letters, **kwargs):
     shaping = {"kl_coef": 0.05} if KINDS[kind][0] is PPO else {}
-    reference = make_model("llama", len(TOKENIZER), seed=1, scale=2.0)
+    reference = "base" if "adapter" in kind else make_model("llama", len(TOKENIZER), seed=1, scale=2.0)
     return make_env(TOKENIZER, reward, tuple("abcdef"), reference=reference, **shaping, **kwargs)
 
 
@@ -78,7 +80,8 @@ def make_agent(kind="GRPO", env=None, optimizer=torch.optim.SGD, **kwargs):
     model = make_model("llama", len(TOKENIZER), scale=2.0, tie_word_embeddings=kind == "REINFORCE")
     settings = {"n_envs": 20, "seed": 0, "learning_rate": 1e-2, **settings, **kwargs}
     env = make_text_env(kind) if env is None else env
-    return algorithm(model, env, policy_kwargs={"optimizer_class": optimizer}, **settings)
+    adapter = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if "adapter" in kind else {}
+    return algorithm(model, env, policy_kwargs={"optimizer_class": optimizer, **adapter}, **settings)
 
 
 def learned(agent, tokens=150, **kwargs):

@@ -131,7 +131,7 @@ def test_collectives_and_time_by_hand(arithmetic):
     cached = 4 * 3 * 2 * 16 * (8 * 512 + 64 * 512)
     assert parts["decoding"] == pytest.approx(1024 * (2 * n + cached) / (0.6 * 3.35e12))
     sharded = arithmetic.seconds(tiny, arithmetic.Sharding("FSDP2", 8, sharded=True))
-    assert sharded["moving"] == pytest.approx(7 / 8 * (2 + 8 * 2 + 8 * 8) * tiny.parameters / 360e9)
+    assert sharded["moving"] == pytest.approx(7 / 8 * (2 + 2 + 8 * 8) * tiny.parameters / 360e9)
     large = arithmetic.MODELS[2]
     assert arithmetic.verdict(large, arithmetic.Sharding("FSDP2", 64, sharded=True)) == "update yes, sampling no"
     assert arithmetic.verdict(large, whole) == "no"

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from agents import GRPO, distributed
 from llm_env.prompts import read_jsonl
-from tests import processes
 from tests.conftest import refused
-from tests.processes import FSDP, KINDS, launch, make_agent, make_text_env
 
 pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+from tests import processes
+from tests.processes import FSDP, KINDS, launch, make_agent, make_text_env
 
 
 def results(run, folder, count, **environment):

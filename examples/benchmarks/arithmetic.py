@@ -123,7 +123,7 @@ class Sharding:
         trained = model.adapter(RANK) if self.lora else model.parameters
         weights = 4 * (model.parameters + (trained if self.lora else 0))
         moments = 0 if self.offloaded else 8 * trained
-        reference = 0 if self.offloaded or self.lora else 4 * model.parameters
+        reference = 0 if self.offloaded or (self.lora and not self.sharded) else 4 * model.parameters
         kinds = {"weights": weights, "gradients": 4 * trained, "moments": moments, "reference": reference}
         return {name: size / parts for name, size in kinds.items()}
 
@@ -143,8 +143,10 @@ class Sharding:
         return sum(self.held(model).values()) + max(passed, visiting) + TABLES * CHUNK
 
     def gathered(self, model: Model) -> float:
-        """Bytes of weights in bfloat16 beside those held, while sampling: all, but for adapters that are not sharded."""
-        return self.working(model) if self.lora and not self.sharded else 2 * model.parameters
+        """Bytes of weights in bfloat16 beside those held, while sampling: all; sharded, those of the reference too."""
+        if self.sharded:
+            return 2 * 2 * model.parameters
+        return self.working(model) if self.lora else 2 * model.parameters
 
     def at_a_time(self, model: Model) -> int:
         """Groups for whose cache there is room while sampling, of those that a GPU has."""
@@ -197,7 +199,7 @@ def seconds(model: Model, sharding: Sharding) -> dict[str, float]:
     passes, moved = groups, 0.0
     if sharding.sharded:
         gather, scatter = all_gather(2 * model.parameters, gpus), all_gather(4 * trained, gpus)
-        moved = gather + passes * gather + passes * (2 * gather + scatter)  # sampling, reference, update
+        moved = 2 * gather + passes * (2 * gather + scatter)  # sampling and the reference, update
     else:
         moved = all_reduce(4 * trained, gpus)
     if sharding.offloaded:
@@ -239,7 +241,16 @@ def tables(model: Model) -> list[str]:
         f"{cache / GB:.2f} GB, its activations {passed / GB:.1f} GB and the logits {TABLES * CHUNK / GB:.1f} GB. A separate "
         "critic (PPO) adds as much again as weights, gradients and moments."
     )
-    return [f"## {model.name}", "", facts, "", *memory, "", *times, ""]
+    return [
+        f"## {model.name}",
+        "",
+        facts,
+        "",
+        *memory,
+        "",
+        *(times if len(times) > len(TIME_HEAD) else ["No time is given, since nothing fits."]),
+        "",
+    ]
 
 
 def page() -> str:
