@@ -1,6 +1,7 @@
 """The agents: they learn, their ratio is 1, and nothing but the arguments decides their weights."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -415,13 +416,9 @@ def test_the_default_learning_rate_depends_on_the_size():
     assert make_agent("PPO", learning_rate=None).learning_rate == 3e-4 / 4  # four passes over the same episodes add up
     from agents.checks import default_learning_rate
 
-    class Fake:
-        class lm:
-            @staticmethod
-            def parameters():
-                return [torch.empty(10**9, device="meta")]
-
-    assert default_learning_rate(Fake, 1) == pytest.approx(1e-6, rel=0.01)
+    billion = SimpleNamespace(base=torch.nn.Linear(10**5, 10**4, bias=False, device="meta"), adapter=None)
+    assert default_learning_rate(billion, 1) == pytest.approx(1e-6, rel=0.01)
+    assert default_learning_rate(SimpleNamespace(base=billion.base, adapter="default"), 2) == pytest.approx(5e-6, rel=0.01)
 
 
 @pytest.mark.parametrize(
