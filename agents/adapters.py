@@ -81,7 +81,11 @@ class Adapter:
             raise ValueError(f"{len(trained)} of the base's parameters would be trained, such as {trained[0]}; freeze them")
         for name, parameter in wrapper.named_parameters():
             parameter.requires_grad_(_of_adapter(name))
-        self.base: PreTrainedModel = with_frozen_in_common(wrapper).unload().requires_grad_(False).eval()
+        twin = with_frozen_in_common(wrapper)
+        for part in twin.modules():
+            if isinstance(part, peft().utils.ModulesToSaveWrapper):
+                part.modules_to_save[NAME] = part.original_module  # for peft unloads the trained one
+        self.base: PreTrainedModel = twin.unload().requires_grad_(False).eval()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -113,18 +117,18 @@ class Adapter:
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights of the model without an adapter that computes the same, by their names in `base`, one at a time."""
-        layer_kind = peft().tuners.lora.LoraLayer
-        whole_kind = peft().utils.ModulesToSaveWrapper
         for name, weight in self.base.state_dict().items():
             path, _, leaf = name.rpartition(".")
-            module: Any = self.model.get_submodule(path)
-            if isinstance(module, layer_kind):
+            module: Any = self.model
+            for part in filter(None, path.split(".")):
+                module = getattr(module, part)
+                if isinstance(module, peft().utils.ModulesToSaveWrapper):
+                    module, weight = module.modules_to_save[NAME], None
+            if isinstance(module, peft().tuners.lora.LoraLayer):
                 module = copy.deepcopy(module)
                 module.merge()
-                weight = module.get_base_layer().state_dict()[leaf]
-            elif isinstance(module, whole_kind):
-                weight = module.modules_to_save[NAME].state_dict()[leaf]
-            yield name, weight.detach()
+                module, weight = module.get_base_layer(), None
+            yield name, (getattr(module, leaf) if weight is None else weight).detach()
 
     def merged(self) -> PreTrainedModel:
         """A model of its own, without an adapter, that computes the same; the live one stays as it is.

@@ -107,6 +107,18 @@ def checked_masks(action_masks: Any, shape: tuple[int, int]) -> np.ndarray:
     return masks
 
 
+def checked_starts(episode_start: Any, rows: int) -> list[bool]:
+    """Whether an episode begins, for each of the rows.
+
+    Raises:
+        ValueError: there are more or fewer than rows.
+    """
+    starts: list[bool] = np.atleast_1d(episode_start).astype(bool).tolist()
+    if len(starts) != rows:
+        raise ValueError(f"episode_start has {len(starts)} entries for {rows} observations; give one each")
+    return starts
+
+
 def check_groups(group_size: int, n_envs: int) -> None:
     """Refuse a rollout that cannot be cut into whole groups."""
     if n_envs % group_size:
@@ -252,9 +264,23 @@ def check_process_supervision(rules: Rules) -> None:
         )
 
 
+def check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
+    """Refuse a tokenizer with more ids than the model has embeddings.
+
+    Raises:
+        ValueError: the model's vocabulary is smaller than `vocab_size`.
+    """
+    size = len(model.get_input_embeddings().weight)
+    if size < vocab_size:
+        raise ValueError(
+            f"the model's vocabulary has {size} tokens, fewer than the tokenizer's {vocab_size}; use the tokenizer that "
+            f"belongs to the model, or call model.resize_token_embeddings({vocab_size}) first"
+        )
+
+
 def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
     """Refuse an env whose token ids mean something else to the model."""
-    policy.check_vocabulary(rules.vocab_size)
+    check_vocabulary(policy.lm, rules.vocab_size)
     mine, theirs = policy.tokenizer, rules.tokenizer
     if mine is None or mine is theirs:
         return

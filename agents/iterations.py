@@ -8,6 +8,7 @@ from typing import Any
 
 from agents.base import LanguageAgent
 from agents.rollout import Rollout
+from agents.sharded import scattered, whole
 from llm_env.reference import BaseReference
 from llm_env.rules import Rules
 
@@ -80,7 +81,9 @@ class Iterations(LanguageAgent):
             self._ahead.wait()  # it asks this reference
         reference = self.rules.reference
         assert reference is not None
-        reference.model.load_state_dict(dict(self.policy.weights()))
+        with whole(self.policy if self.policy.adapter is not None else None):  # an adapter is merged with the whole base
+            weights = scattered(dict(self.policy.weights()), reference.model.state_dict())
+        reference.model.load_state_dict(weights)
         self._reference_moved = True
         rollouts, self._rollouts, self._rollouts_since = self._rollouts, [], 0
         if self.on_iteration is not None:

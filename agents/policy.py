@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.adapters import with_frozen_in_common
-from agents.checks import check_tokens, checked_masks
+from agents.checks import check_tokens, check_vocabulary, checked_masks, checked_starts
 from agents.generation import StepState, StopRule, next_logits, sample_responses
 from agents.pretrained import PretrainedFiles, load
 from agents.recomputing import recomputing
@@ -111,25 +111,12 @@ class LanguagePolicy(Weights):
         self.max_num_seqs: int | None = None
         if tokenizer is not None:
             self.vocab_size = vocabulary_size(tokenizer)
-            self.check_vocabulary(self.vocab_size)
+            check_vocabulary(lm, self.vocab_size)
         self.value_head: nn.Linear | None = None
         self.critic: PreTrainedModel | None = None
         if value_head:
             self.add_value_head(separate_critic)
         self.train(False)
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a tokenizer with more ids than the model has embeddings.
-
-        Raises:
-            ValueError: the model's vocabulary is smaller than `vocab_size`.
-        """
-        size = len(self.lm.get_input_embeddings().weight)
-        if size < vocab_size:
-            raise ValueError(
-                f"the model's vocabulary has {size} tokens, fewer than the tokenizer's {vocab_size}; use the tokenizer that "
-                f"belongs to the model, or call model.resize_token_embeddings({vocab_size}) first"
-            )
 
     def add_value_head(self, separate_critic: bool = False) -> None:
         """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""
@@ -346,9 +333,7 @@ class LanguagePolicy(Weights):
         rows = rows_of(batch)
         check_tokens(rows, 0, self.vocab_size, self.lm)
         masks = None if action_masks is None else checked_masks(action_masks, (len(rows), self.vocab_size))
-        starts = None if episode_start is None else np.atleast_1d(episode_start).astype(bool).tolist()
-        if starts is not None and len(starts) != len(rows):
-            raise ValueError(f"episode_start has {len(starts)} entries for {len(rows)} observations; give one each")
+        starts = None if episode_start is None else checked_starts(episode_start, len(rows))
         tokens, _, state = self.next_tokens(rows, state, sampler, starts, masks)
         return (tokens[0] if single else tokens), state
 
@@ -361,7 +346,6 @@ class LanguagePolicy(Weights):
 
     def _eos_id(self) -> int:
         if self.tokenizer is None or self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                "the policy knows no end token: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}"
-            )
+            remedy = "pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}"
+            raise ValueError(f"the policy knows no end token: {remedy}")
         return int(self.tokenizer.eos_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -137,12 +138,14 @@ class SetUp(Drawing):
         world.spread(policy)
         if world.sharded and policy.adapter is not None:
             _ = policy.adapter.base_hash  # which files have, of the base as it is now
-        begin(world, policy, run, "_evaluate")
+            if policy.critic is not None:  # it has the base in common with the policy, and each is spread by itself
+                policy.critic = copy.deepcopy(policy.critic)
+        begin(world, policy, run, "_evaluate", None if policy.adapter is None else policy.adapter.base)
 
     def _share_env(self, rules: Rules) -> None:
         """The same for the reference; and every process but the main one records episodes to a file of its own."""
         world, reference = self.world, rules.reference
-        if reference is not None:
+        if reference is not None and not isinstance(reference, BaseReference):  # which is the policy's
             model = reference.model
 
             def run() -> None:

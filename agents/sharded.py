@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,36 @@ from agents.memory import free_bytes, size_of
 
 _reshards: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a layer's weights are given back after its pass
 _whole: WeakSet[nn.Module] = WeakSet()
+_shadows: WeakKeyDictionary[nn.Module, Shadow] = WeakKeyDictionary()
 
 USABLE = 0.9  # of what is free, for the whole weights beside what a process keeps of them
+
+
+class Shadow:
+    """A model made of weights of another one, which is sharded: it has them while that one is whole, and holds none itself.
+
+    Args:
+        model: that model; its parameters are the very ones of `owner`, by other names.
+        owner: the one to be sharded.
+    """
+
+    def __init__(self, model: nn.Module, owner: nn.Module) -> None:
+        places = {id(p): (part, leaf) for part in owner.modules() for leaf, p in part._parameters.items() if p is not None}
+        self._pairs = [
+            (part, leaf, *places[id(p)]) for part in model.modules() for leaf, p in part._parameters.items() if p is not None
+        ]
+        weights = (part.get_parameter(leaf) for part, leaf, _, _ in self._pairs)
+        self._shapes = [nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False) for weight in weights]
+
+    def appear(self) -> None:
+        """Take the owner's weights, as they are now."""
+        for part, leaf, owning, name in self._pairs:
+            part._parameters[leaf] = owning._parameters[name]
+
+    def vanish(self) -> None:
+        """Keep their shapes."""
+        for (part, leaf, _, _), shape in zip(self._pairs, self._shapes, strict=True):
+            part._parameters[leaf] = shape
 
 
 def shard(world: World, model: nn.Module, entry: str) -> None:
@@ -45,21 +74,25 @@ def shard(world: World, model: nn.Module, entry: str) -> None:
         )
     layers = sorted({name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()})
     model._no_split_modules = layers  # type: ignore[assignment]
+    state, plugin = world.accelerator.state, world.accelerator.state.fsdp_plugin
+    state.fsdp_plugin = copy.copy(plugin)  # it takes note of the layers of the first model that it sees
     try:
         fsdp2_prepare_model(world.accelerator, model)
     except (ValueError, NotImplementedError, AssertionError) as error:
         raise ValueError(
             f"accelerate's FSDP configuration does not fit {type(model).__name__}, whose layers are {layers}: {error}"
         ) from error
+    finally:
+        state.fsdp_plugin = plugin
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)  # sums: the loss is weighed over all processes
         part.set_force_sum_reduction_for_comms(True)  # which gloo can do as well
     register_fsdp_forward_method(model, entry)
-    _reshards[model] = bool(world.accelerator.state.fsdp_plugin.reshard_after_forward)
+    _reshards[model] = bool(plugin.reshard_after_forward)
 
 
-def begin(world: World, model: nn.Module, run: Callable[[], object], entry: str) -> None:
-    """`shard` a model, after and before which `run()` computes once with it.
+def begin(world: World, model: nn.Module, run: Callable[[], object], entry: str, made_of_it: nn.Module | None = None) -> None:
+    """`shard` a model, after and before which `run()` computes once with it; `made_of_it` becomes its `Shadow`.
 
     What is found out about a model by trials, which do not come in by its entry, is then known; and the first pass through the
     entry tells all parts which of them is the outermost.
@@ -67,7 +100,11 @@ def begin(world: World, model: nn.Module, run: Callable[[], object], entry: str)
     if world.sharded:
         with torch.no_grad():
             run()
+            shadow = None if made_of_it is None else Shadow(made_of_it, model)
             shard(world, model, entry)
+            if shadow is not None:
+                _shadows[model] = shadow
+                shadow.vanish()
             run()
             for part in _parts(model):  # the outermost keeps its weights for the backward pass that usually follows
                 part.reshard()
@@ -99,8 +136,12 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
+        if model in _shadows:
+            _shadows[model].appear()
         yield
     finally:
+        if model in _shadows:
+            _shadows[model].vanish()
         _whole.discard(model)
         for part in parts:
             part.set_reshard_after_forward(_reshards[model] and part is not model, recurse=False)

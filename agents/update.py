@@ -97,6 +97,7 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
     own: dict[str, float] = {}
     optimizer.zero_grad()
     parts = own_passes(agent, rollout, rows)
+    idle = max(agent.world.gather(len(parts))) - len(parts) if agent.world.sharded else 0
     for part_rows in parts:
         part = rollout.take(part_rows)
         terms, means = accumulate(agent, part, weights[part_rows], fresh)
@@ -105,7 +106,9 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
         share = part.mask.sum() / tokens
         for key, value in {**terms, **{key: value * share for key, value in means.items()}}.items():
             own[key] = own.get(key, 0.0) + value.item()
-    sums = add_up(agent, rollout, own, len(parts), fresh)
+    for _ in range(idle):
+        help_others(agent, rollout)
+    sums = add_up(agent, rollout, own, fresh)
     norm = whole_tensor(torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), agent.max_grad_norm))
     if not torch.isfinite(norm):
         optimizer.zero_grad()
@@ -116,25 +119,25 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
     return {**sums, "grad_norm": norm.item()}
 
 
-def add_up(agent: LanguageAgent, rollout: Rollout, own: dict[str, float], passes: int, fresh: bool) -> dict[str, float]:
+def help_others(agent: LanguageAgent, rollout: Rollout) -> None:
+    """A pass over an episode that weighs nothing: sharded weights come together for a pass if all processes run one."""
+    nothing = rollout.take([0])
+    accumulate(agent, replace(nothing, old_logp=nothing.sampled_logp), torch.zeros_like(nothing.mask), fresh=False)
+
+
+def add_up(agent: LanguageAgent, rollout: Rollout, own: dict[str, float], fresh: bool) -> dict[str, float]:
     """Bring together what all processes have for an optimizer step: gradients, old log-probs and statistics, which it gives.
 
     Args:
         agent: has the gradients.
         rollout: has the old log-probs; where they are `fresh`, each process has those of its own episodes, and 0 for others.
         own: this process's statistics.
-        passes: how many it has run. Sharded weights come together in each, so that all processes run as many: those that are
-            left are of an episode that weighs nothing.
         fresh: see `optimize`.
     """
     world = agent.world
     if world.size == 1:
         return own
-    if world.sharded:
-        nothing = rollout.take([0])
-        for _ in range(passes, max(world.gather(passes))):
-            accumulate(agent, replace(nothing, old_logp=nothing.sampled_logp), torch.zeros_like(nothing.mask), fresh=False)
-    else:
+    if not world.sharded:  # else the passes have done it
         world.add_gradients(agent.policy.parameters())
     if fresh and rollout.old_logp is not None:
         world.add([rollout.old_logp])

@@ -147,6 +147,9 @@ class BaseReference(Reference):
         self.model, self.bound = model, True
         super().check_vocabulary(self._vocab_size)
 
+    def place(self, device: torch.device, offload: bool = False) -> None:
+        """Nothing: the model stays where the agent has it, which refuses to offload it."""
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """See `Reference`; a model that comes later is checked then."""
         self._vocab_size = vocab_size

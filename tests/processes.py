@@ -29,10 +29,11 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 KINDS = {
-    "GRPO": (GRPO, {"group_size": 4, "kl_coef": 0.1}),
+    "GRPO": (GRPO, {"group_size": 4, "kl_coef": 0.1, "micro_batch_size": 4}),  # more passes in some processes than in others
     "GRPO with an adapter": (GRPO, {"group_size": 4, "kl_coef": 0.1, "learning_rate": 0.3}),
-    "PPO": (PPO, {"batch_size": 10, "n_epochs": 2}),
+    "PPO": (PPO, {"batch_size": 19, "n_epochs": 2}),  # the last episode is one process's
     "PPO with a critic of its own": (PPO, {"batch_size": 10, "n_epochs": 1, "separate_critic": True}),
+    "PPO with an adapter and a critic": (PPO, {"batch_size": 10, "separate_critic": True, "learning_rate": 0.1}),
     "REINFORCE": (REINFORCE, {"batch_size": 10, "n_epochs": 2, "gradient_checkpointing": True}),
 }
 

@@ -329,6 +329,7 @@ def test_peft_loads_the_adapter_and_transformers_what_is_merged(family, tmp_path
         {"use_dora": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 3}},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
         {"target_modules": ["embed_tokens", "down_proj"]},
         {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     ],
@@ -341,7 +342,11 @@ def test_kinds_of_lora(settings, tmp_path):
     here = logp_of(moved(policy))
     assert torch.equal(torch.cat([torch.as_tensor(row) for row in reference_of(policy)]), logp_of(LanguagePolicy(model_of())))
     policy.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logp_of(LanguagePolicy(model_of(), peft_config=str(tmp_path / "adapter"))), here)
+    again = LanguagePolicy(model_of(), peft_config=str(tmp_path / "adapter"))
+    assert torch.equal(logp_of(again), here)
+    weights = again.adapter.base.state_dict()  # no copy of what is trained, which starts as what was saved
+    assert weights.keys() == model_of().state_dict().keys() and same(weights.values(), model_of().state_dict().values())
+    assert {p.data_ptr() for p in again.adapter.base.parameters()} <= {p.data_ptr() for p in again.parameters()}
     policy.save_pretrained(tmp_path / "merged", merge=True)
     torch.testing.assert_close(logp_of(LanguagePolicy(str(tmp_path / "merged"))), here, atol=1e-5, rtol=0)
 
