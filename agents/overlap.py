@@ -58,8 +58,12 @@ class Ahead:
         wait([self._future])
 
     def rollout(self) -> Rollout:
-        """The episodes, of all processes."""
-        return from_all(self._agent.world, self._future.result, self._agent.policy, self._rules, self._rows)
+        """The episodes, of all processes; where the call is broken off, it ends when no env is stepped any more."""
+        try:
+            return from_all(self._agent.world, self._future.result, self._agent.policy, self._rules, self._rows)
+        except BaseException:
+            self.wait()
+            raise
 
 
 @torch.no_grad()

@@ -280,10 +280,11 @@ class LanguagePolicy(Weights):
         sampler: Sampler,
         episode_start: Sequence[bool] | None = None,
         action_masks: np.ndarray | None = None,
+        numbers: Tensor | None = None,
     ) -> tuple[np.ndarray, np.ndarray, StepState]:
         """One more token for each of B rows: the tokens (B,), their log-probs (B,) in nats, and the state to go on with.
 
-        `action_masks`, (B, V) bool, takes the place of the policy's constraint.
+        `action_masks`, (B, V) bool, takes the place of the policy's constraint; `numbers` as in `Sampler.__call__`.
         """
         if state is not None and is_spread(self):
             state = replace(state, version=-1)  # whole weights are made anew, and do not say whether they are others
@@ -292,7 +293,7 @@ class LanguagePolicy(Weights):
         if action_masks is None and self.constraint is not None:
             states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]
             action_masks = self.constraint.masks(states)
-        tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks))
+        tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks), numbers)
         return tokens.cpu().numpy(), logp.cpu().numpy(), state
 
     def predict(  # type: ignore[override]
@@ -338,14 +339,12 @@ class LanguagePolicy(Weights):
         return (tokens[0] if single else tokens), state
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
-        arrays = (
-            {k: v.cpu().numpy() for k, v in observation.items()} if isinstance(observation, dict) else observation.cpu().numpy()
-        )
-        tokens, _ = self.predict(arrays, deterministic=deterministic)
+        tensors = observation if isinstance(observation, dict) else {"": observation}
+        arrays: Any = {key: tensor.cpu().numpy() for key, tensor in tensors.items()}
+        tokens, _ = self.predict(arrays.get("", arrays), deterministic=deterministic)
         return torch.as_tensor(tokens, device=self.device)
 
     def _eos_id(self) -> int:
         if self.tokenizer is None or self.tokenizer.eos_token_id is None:
-            remedy = "pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}"
-            raise ValueError(f"the policy knows no end token: {remedy}")
+            raise ValueError("no end token is known: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}")
         return int(self.tokenizer.eos_token_id)

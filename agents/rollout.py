@@ -242,13 +242,13 @@ def collect_by_tokens(
         ValueError: a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions.
     """
     rules, rows = rules_of_vec_env(vec_env), world.part(len(indexes), group_size)
-    sampler = sampler if world.size == 1 else sampler.spawn(world.rank)
+    numbers = sampler.numbers(len(indexes), rules.max_new_tokens, rules.vocab_size, policy.device)
 
     def own() -> Rollout:
         episodes: list[_Episode] = []
         for begin in range(rows.start, rows.stop, vec_env.num_envs):
-            chunk = indexes[begin : min(begin + vec_env.num_envs, rows.stop)]
-            episodes += _play(policy, vec_env, rules, chunk, sampler)
+            end = min(begin + vec_env.num_envs, rows.stop)
+            episodes += _play(policy, vec_env, rules, indexes[begin:end], sampler, numbers[begin:end])
         prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
         ref_logps = rules.reference_log_probs(prompts, responses, [0] * len(prompts)) if rules.reference is not None else None
         return _assemble(
@@ -287,16 +287,23 @@ def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
     return {**info, "prompt": prompt, "completion": completion}
 
 
-def _play(policy: LanguagePolicy, vec_env: VecEnv, rules: Rules, indexes: list[int], sampler: Sampler) -> list[_Episode]:
-    """One episode in each of the first len(indexes) envs; the others are stepped along and not looked at."""
+def _play(
+    policy: LanguagePolicy, vec_env: VecEnv, rules: Rules, indexes: list[int], sampler: Sampler, numbers: Tensor
+) -> list[_Episode]:
+    """One episode in each of the first len(indexes) envs; the others are stepped along and not looked at.
+
+    `numbers` (len(indexes), max_new_tokens, 1 or 2) are those by which the tokens are drawn; see `Sampler.numbers`.
+    """
+    numbers = nn.functional.pad(numbers, (0, 0, 0, 0, 0, vec_env.num_envs - len(indexes)))
     vec_env.set_options([{"index": indexes[min(i, len(indexes) - 1)]} for i in range(vec_env.num_envs)])
     observation: Any = vec_env.reset()
     contexts = rows_of(observation)
     episodes = [_Episode(context) for context in contexts[: len(indexes)]]
     state, starts = None, [True] * vec_env.num_envs
     while any(episode.info is None for episode in episodes):
+        step = max(len(episode.response) for episode in episodes)
         masks = None if rules.constraint is None else np.stack(vec_env.env_method("action_masks"))
-        tokens, logp, state = policy.next_tokens(rows_of(observation), state, sampler, starts, masks)
+        tokens, logp, state = policy.next_tokens(rows_of(observation), state, sampler, starts, masks, numbers[:, step])
         if rules.reference is not None:
             for i, value in enumerate(logp.tolist()):
                 vec_env.env_method("tell_logprob", value, indices=[i])

@@ -34,6 +34,7 @@ KINDS = {
     "PPO": (PPO, {"batch_size": 19, "n_epochs": 2}),  # the last episode is one process's
     "PPO with a critic of its own": (PPO, {"batch_size": 10, "n_epochs": 1, "separate_critic": True}),
     "PPO with an adapter and a critic": (PPO, {"batch_size": 10, "separate_critic": True, "learning_rate": 0.1}),
+    "REINFORCE by tokens": (REINFORCE, {"batch_size": 7}),
     "REINFORCE": (REINFORCE, {"batch_size": 10, "n_epochs": 2, "gradient_checkpointing": True}),
 }
 
@@ -72,7 +73,8 @@ def letters(completions, **kwargs):
 def make_text_env(kind="GRPO", reward=letters, **kwargs):
     shaping = {"kl_coef": 0.05} if KINDS[kind][0] is PPO else {}
     reference = "base" if "adapter" in kind else make_model("llama", len(TOKENIZER), seed=1, scale=2.0)
-    return make_env(TOKENIZER, reward, tuple("abcdef"), reference=reference, **shaping, **kwargs)
+    env = make_env(TOKENIZER, reward, tuple("abcdef"), reference=reference, **shaping, **kwargs)
+    return TransformReward(env, float) if "by tokens" in kind else env
 
 
 def make_agent(kind="GRPO", env=None, optimizer=torch.optim.SGD, **kwargs):

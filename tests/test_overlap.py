@@ -1,5 +1,6 @@
 """Drawing the next rollout while the last one is learned from: what is drawn, by which weights, and what a file has of it."""
 
+import signal
 import threading
 import time
 
@@ -9,6 +10,7 @@ from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import GRPO, PPO, REINFORCE
+from agents.policy import LanguagePolicy
 from agents.rollout import Rollout
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import LETTERS, make_env
@@ -174,6 +176,32 @@ def test_an_error_on_the_way_gives_the_prompts_back(fails, monkeypatch):
         assert drawn == expected[: lost[0]] + expected[lost[0] + 4 :][: len(drawn) - lost[0]]
     else:
         assert drawn == expected[: len(drawn)]
+
+
+def test_ctrl_c_while_a_rollout_is_waited_for(monkeypatch):
+    """Its thread has ended by the time the call has: it steps no env under the next one, which draws the same again."""
+    before, texts = threading.active_count(), []
+
+    def reward(completions):
+        texts.append(completions)
+        return [0.0 for _ in completions]
+
+    agent = make_agent(env=make_env(TOKENIZER, reward), preflight=False)
+    drawn = LanguagePolicy.respond
+
+    def respond(self, *args, **kwargs):
+        if len(texts) == 1:
+            time.sleep(0.5)  # until the update is over
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)
+        return drawn(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguagePolicy, "respond", respond)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(400)
+    assert threading.active_count() == before and len(texts) == 2
+    agent.learn(100, reset_num_timesteps=False)
+    assert texts[2] == texts[1]
 
 
 def test_where_it_cannot_be_it_says_so():

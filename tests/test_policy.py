@@ -223,7 +223,7 @@ def test_bad_sampling_arguments(policy):
             policy.sample([[3]], **kwargs)
     with pytest.raises(ValueError, match="at least one token"):
         policy.sample([[]])
-    with pytest.raises(ValueError, match="knows no end token"):
+    with pytest.raises(ValueError, match="no end token is known"):
         LanguagePolicy(policy.lm).sample([[3]])
 
 

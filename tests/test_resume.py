@@ -28,7 +28,7 @@ from tests.probes import make_env
 from tests.test_agents import AGENTS, TOKENIZER, make_agent, same, weights
 
 PROMPTS = tuple("abcdefg")  # an epoch of them ends in the middle of a rollout of groups
-K = 58
+K = 57
 PASSES = {"n_envs": 8, "n_epochs": 2, "batch_size": 4}
 CASES = {
     "GRPO": ("GRPO", {**PASSES, "kl_coef": 0.05}),

@@ -10,7 +10,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import TextVecEnv
-from agents.rollout import clock_of, collect_by_tokens
+from agents.rollout import clock_of, collect, collect_by_tokens
 from agents.vec_env import WrappedTextVecEnv, as_vec_env
 from llm_env import TextGenerationVectorEnv
 from tests.probes import make_env
@@ -47,6 +47,18 @@ def test_a_users_wrapper_decides_rewards_and_ends():
             text = "".join(TOKENIZER.convert_ids_to_tokens(token) for token in response if token >= 3)
             assert rollout.truncated[i] and rollout.infos[i]["completion"] == text
     assert cut_short > 0
+
+
+@pytest.mark.parametrize("envs", [1, 5, 24])
+def test_both_clocks_draw_the_same_texts(envs):
+    """However many envs are stepped beside each other."""
+    by_response = make_agent("REINFORCE", env=make_env(TOKENIZER), n_envs=24)
+    expected = collect(by_response.policy, clock_of(by_response.env), 1, by_response.sampler(), {"index": 0})
+    by_token = make_agent("REINFORCE", env=DummyVecEnv([lambda: Manners(make_env(TOKENIZER))] * envs), n_envs=24)
+    rollout = collect_by_tokens(by_token.policy, by_token.env, [0] * 24, 1, by_token.sampler())
+    ends = [response.index(B) + 1 if B in response else 4 for response in expected.responses]
+    assert rollout.responses == [response[:end] for response, end in zip(expected.responses, ends, strict=True)]
+    assert len(set(map(tuple, rollout.responses))) > 8
 
 
 @pytest.mark.slow
