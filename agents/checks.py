@@ -140,12 +140,17 @@ def check_processes(n_envs: int, group_size: int, processes: int) -> None:
         )
 
 
-def check_sharding(sharded: bool, **offloads: bool) -> None:
-    """Refuse to move weights about that accelerate has spread over processes.
+def check_sharding(sharded: bool, optimizer: str, **offloads: bool) -> None:
+    """Refuse to move weights about that accelerate has spread over processes, and an optimizer that cannot update them.
 
     Raises:
-        ValueError: something is to be offloaded.
+        ValueError: something is to be offloaded, or the optimizer is bitsandbytes'.
     """
+    if sharded and optimizer == "adamw_8bit":
+        raise ValueError(
+            "optimizer='adamw_8bit', but the weights are sharded, which bitsandbytes cannot update; leave it out: each process "
+            "keeps its share of the optimizer's state alone"
+        )
     if sharded and any(offloads.values()):
         name = next(name for name, wanted in offloads.items() if wanted)
         raise ValueError(f"{name}=True, but the weights are sharded: tell accelerate instead: fsdp_offload_params: true")

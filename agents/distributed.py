@@ -209,7 +209,7 @@ def _accelerator() -> Any:
         ValueError: the configuration asks for what is not supported here.
     """
     try:
-        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+        from accelerate import Accelerator
     except ImportError as error:
         raise ImportError(
             "this is one of several processes, which train together through accelerate: pip install 'llm-env[distributed]'"
@@ -236,16 +236,26 @@ def _accelerator() -> Any:
             "out: the agent's batch_size says what an optimizer step is, max_tokens_per_batch what a pass"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-        accelerator.state.fsdp_plugin = plugin  # which accelerate does on GPUs alone
-        if plugin.fsdp_version != 2:
-            raise ValueError(f"accelerate's configuration says fsdp_version: {plugin.fsdp_version}; set fsdp_version: 2")
-        if plugin.activation_checkpointing:
-            raise ValueError(
-                "accelerate's configuration says fsdp_activation_checkpointing: true; leave it out, and say "
-                "gradient_checkpointing=True to the agent"
-            )
+        _configure_sharding(accelerator)
     return accelerator
+
+
+def _configure_sharding(accelerator: Any) -> None:
+    """See that there is accelerate's own configuration of FSDP2, which it makes on GPUs alone, and that it can be followed."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        accelerator.state.fsdp_plugin = plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"accelerate's configuration says fsdp_version: {plugin.fsdp_version}; set fsdp_version: 2")
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "accelerate's configuration says fsdp_activation_checkpointing: true; leave it out, and say "
+            "gradient_checkpointing=True to the agent"
+        )
 
 
 @cache

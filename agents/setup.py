@@ -63,7 +63,8 @@ class SetUp(Drawing):
         if self.policy.adapter is not None:
             self.policy.adapter.base.to(self.device)  # what it does not have in common with the policy: buffers
         self.policy.train(False)
-        check_sharding(self.world.sharded, offload_optimizer=self.offload_optimizer, offload_reference=self.offload_reference)
+        offloads = {"offload_optimizer": self.offload_optimizer, "offload_reference": self.offload_reference}
+        check_sharding(self.world.sharded, self.optimizer, **offloads)
         self._hand_down()
         self._share_policy()
         if self._wanted_learning_rate is None:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agents.distributed import World
@@ -76,6 +76,11 @@ def shard(world: World, model: nn.Module, entry: str) -> None:
     model._no_split_modules = layers  # type: ignore[assignment]
     state, plugin = world.accelerator.state, world.accelerator.state.fsdp_plugin
     state.fsdp_plugin = copy.copy(plugin)  # it takes note of the layers of the first model that it sees
+    if (policy := plugin.mixed_precision_policy) is not None:
+        # The layers' weights come together in bfloat16. What they compute is autocast's to say: log-probs stay float32.
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     try:
         fsdp2_prepare_model(world.accelerator, model)
     except (ValueError, NotImplementedError, AssertionError) as error:

@@ -152,7 +152,7 @@ def fault(folder):
         if rank == 1 and len(calls) == 2:
             raise OSError("the judge is out for lunch")
         if rank == 1:
-            time.sleep(0.5)
+            time.sleep(1.0)
         return letters(completions)
 
     agent = make_agent(env=make_text_env(reward=reward), preflight=False)
@@ -182,17 +182,29 @@ def death(folder):
     agent.learn(300, callback=CheckpointCallback(1, folder / "checkpoints"))
 
 
+def mixed(folder):
+    """The launcher's mixed precision."""
+    found = {}
+    for kind in ("GRPO", "PPO"):
+        agent = make_agent(kind)
+        before = agent.policy.evaluate([[3, 4]] * 2, [[4, 5, 6]] * 2)
+        found[kind] = {"before": before, "bf16": agent.bf16, **learned(agent)}
+    write(found, folder)
+
+
 def refused(folder):
     """What a launcher's configuration may ask for and does not get."""
-    for settings in ({}, {"offload_reference": True}):
+    model = make_model("llama", len(TOKENIZER))
+    for call in (
+        make_agent,
+        lambda: make_agent(offload_reference=True),
+        lambda: GRPO(model, make_text_env(), optimizer="adamw_8bit"),
+        lambda: check_processes(4, 4, distributed.world().size),
+    ):
         try:
-            make_agent(**settings)
+            call()
         except ValueError as error:
             print(f"ValueError: {error}")
-    try:
-        check_processes(4, 4, distributed.world().size)
-    except ValueError as error:
-        print(f"ValueError: {error}")
 
 
 if __name__ == "__main__":
