@@ -193,6 +193,8 @@ class Checkpointed(BaseAlgorithm):
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """The weights as SB3 saves them, and those of a reference that is no longer the one the env was made with."""
+        if self.world.sharded:
+            self.world.gather(None, "save")
         weights = self._reference_weights  # of an agent that was loaded and has no env yet
         if self._reference_moved and self.env is not None:
             reference = self.rules.reference
@@ -263,7 +265,7 @@ class Checkpointed(BaseAlgorithm):
             FileNotFoundError: there is no such file.
             ValueError: the file was cut off or damaged; or it is an adapter, and its base is not there or has other weights.
         """
-        world().agree(True)  # whoever wrote the file has done so
+        world().gather(None, "load")  # whoever wrote the file has done so
         check_whole(path)
         agent = super().load(path, None, device, **kwargs, **({} if policy is None else {"_model": policy}))
         agent._policy_data = {}

@@ -54,8 +54,12 @@ class World:
         units = rows // unit
         return range(units * self.rank // self.size * unit, units * (self.rank + 1) // self.size * unit)
 
-    def gather(self, value: T) -> list[T]:
-        """What each process has, in the order of their numbers."""
+    def gather(self, value: T, where: str = "learning") -> list[T]:
+        """What each process has, in the order of their numbers.
+
+        Raises:
+            RuntimeError: they do not all say the same `where`.
+        """
         return [value]
 
     def together(self, call: Callable[[], T]) -> list[T]:
@@ -102,12 +106,18 @@ class Processes(World):
         self.sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def gather(self, value: T) -> list[T]:
-        """What each process has, in the order of their numbers."""
-        values: list[Any] = [None] * self.size
+    def gather(self, value: T, where: str = "learning") -> list[T]:
+        """What each process has, in the order of their numbers; none waits for one that is elsewhere."""
+        found: list[Any] = [None] * self.size
         with self._all_there():
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+            dist.all_gather_object(found, (where, value), group=self._group)
+        places = [place for place, _ in found]
+        if len(set(places)) > 1:
+            raise RuntimeError(
+                f"processes 0 to {self.size - 1} are at {', '.join(places)}: they cannot go on together. Call save, "
+                "save_pretrained, load, learn and evaluate in all processes"
+            )
+        return [value for _, value in found]
 
     def together(self, call: Callable[[], T]) -> list[T]:
         """What `call()` gives in each process, in the order of their numbers; where it fails in one, it fails in all."""
@@ -127,10 +137,7 @@ class Processes(World):
 
     def from_main(self, value: T) -> T:
         """What the main process has."""
-        values: list[Any] = [value]
-        with self._all_there():
-            dist.broadcast_object_list(values, src=0, group=self._group)
-        return values[0]
+        return self.gather(value if self.main else None)[0]  # type: ignore[return-value]
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Make each of the tensors its sum over all processes, in place, some of them at a time."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from agents.distributed import World
+from agents.distributed import World, world
 from agents.memory import free_bytes, size_of
 
 _reshards: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a layer's weights are given back after its pass
@@ -135,6 +135,7 @@ def whole(model: nn.Module | None) -> Iterator[None]:
     if model is None or not is_spread(model):
         yield
         return
+    world().gather(None)  # tells of one that is elsewhere
     parts = _parts(model)
     _whole.add(model)
     try:

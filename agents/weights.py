@@ -44,6 +44,8 @@ class Weights(BasePolicy):
             raise ValueError("merge=True, but the policy has no adapter: save_pretrained(path) writes the whole model")
         if merge and is_sharded(self):
             raise ValueError("merge=True, but the weights are sharded: save the agent, and merge it in a single process")
+        if is_sharded(self):
+            world().gather(None, "save_pretrained")
         weights = None if merge else gathered(self.lm.state_dict() if self.adapter is None else self.adapter.state_dict())
         if not world().main:
             return

@@ -207,6 +207,14 @@ def refused(folder):
             print(f"ValueError: {error}")
 
 
+def apart(folder):
+    """The main process saves, and the other goes on."""
+    agent = make_agent()
+    if os.environ["RANK"] == "0":
+        agent.save(folder / "agent")
+    agent.learn(100)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -121,6 +121,19 @@ def test_where_one_dies_the_others_stop_and_go_on_from_the_last_checkpoint(shard
 
 
 @pytest.mark.slow
+def test_sharded_weights_that_one_process_saves_alone_are_not_waited_for(tmp_path):
+    """Replicated ones are whole in it."""
+    for code, text in launch("apart", tmp_path, 2, **FSDP):
+        assert (
+            code == 1 and "RuntimeError: processes 0 to 1 are at save, learning: they cannot go on together. Call save" in text
+        )
+    assert not (tmp_path / "agent.zip").exists()
+    for code, text in launch("apart", tmp_path, 2):
+        assert code == 0, text
+    assert (tmp_path / "agent.zip").exists()
+
+
+@pytest.mark.slow
 def test_mixed_precision_of_sharded_weights_is_that_of_one_process(tmp_path):
     """bfloat16 products, and log-probs, values and the weights that are trained in float32."""
     found = results("mixed", tmp_path, 2, **FSDP, ACCELERATE_MIXED_PRECISION="bf16")
