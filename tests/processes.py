@@ -118,8 +118,8 @@ def equal(folder):
 
 
 def resume(folder):
-    """The second half of `equal`, from its file."""
-    write(learned(GRPO.load(folder / "agent", env=make_text_env())), folder)
+    """The second half of `equal`, from its files by these processes and by one."""
+    write({name: learned(GRPO.load(folder / name, env=make_text_env())) for name in ("agent", "of_one")}, folder)
 
 
 def together(folder):
