@@ -153,7 +153,7 @@ def check_sharding(sharded: bool, optimizer: str, **offloads: bool) -> None:
         )
     if sharded and any(offloads.values()):
         name = next(name for name, wanted in offloads.items() if wanted)
-        raise ValueError(f"{name}=True, but the weights are sharded: tell accelerate instead: fsdp_offload_params: true")
+        raise ValueError(f"{name}=True, but the weights are sharded, and each process keeps its share alone; set {name}=False")
 
 
 def episodes_of(wanted: int | None, default: int, rows: int, by_response: bool) -> int:

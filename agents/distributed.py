@@ -250,6 +250,7 @@ def _accelerator() -> Any:
 def _configure_sharding(accelerator: Any) -> None:
     """See that there is accelerate's own configuration of FSDP2, which it makes on GPUs alone, and that it can be followed."""
     from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -258,6 +259,10 @@ def _configure_sharding(accelerator: Any) -> None:
             plugin.set_mixed_precision(accelerator.mixed_precision)
     if plugin.fsdp_version != 2:
         raise ValueError(f"accelerate's configuration says fsdp_version: {plugin.fsdp_version}; set fsdp_version: 2")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "accelerate's configuration says fsdp_offload_params: true; leave it out: shards stay where they are computed with"
+        )
     if plugin.activation_checkpointing:
         raise ValueError(
             "accelerate's configuration says fsdp_activation_checkpointing: true; leave it out, and say "

@@ -170,6 +170,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
         ({"mixed_precision": "fp16"}, "mixed_precision: fp16; take 'no' or 'bf16'"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4; leave it out"),
         ({"FSDP_VERSION": "1"}, "fsdp_version: 1; set fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true; leave it out"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "say gradient_checkpointing=True to the agent"),
     ],
 )
