@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from agents import GRPO, PPO, REINFORCE, distributed
 from agents.checks import check_processes
+from agents.sharded import whole
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
 
@@ -189,6 +190,11 @@ def mixed(folder):
         agent = make_agent(kind)
         before = agent.policy.evaluate([[3, 4]] * 2, [[4, 5, 6]] * 2)
         found[kind] = {"before": before, "bf16": agent.bf16, **learned(agent)}
+    policy = make_agent("GRPO with an adapter").policy
+    base = list(policy.adapter.base.parameters())
+    with whole(policy):
+        gathered = list(policy.adapter.base.parameters())
+    found["base"] = [parameter.device.type for parameter in base], {parameter.dtype for parameter in gathered}
     write(found, folder)
 
 

@@ -136,6 +136,9 @@ def test_sharded_weights_that_one_process_saves_alone_are_not_waited_for(tmp_pat
 def test_mixed_precision_of_sharded_weights_is_that_of_one_process(tmp_path):
     """bfloat16 products, and log-probs, values and the weights that are trained in float32."""
     found = results("mixed", tmp_path, 2, **FSDP, ACCELERATE_MIXED_PRECISION="bf16")
+    for one in found:  # nothing of it is held beside the shards, and in bfloat16 while they are together
+        held, gathered = one.pop("base")
+        assert set(held) == {"meta"} and gathered == {torch.bfloat16}
     for kind in found[0]:
         expected, exact = (make_agent(kind, bf16=bf16).policy.evaluate([[3, 4]] * 2, [[4, 5, 6]] * 2) for bf16 in (True, False))
         start = make_agent(kind).get_parameters()["policy"]

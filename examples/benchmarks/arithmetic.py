@@ -123,7 +123,7 @@ class Sharding:
         trained = model.adapter(RANK) if self.lora else model.parameters
         weights = 4 * (model.parameters + (trained if self.lora else 0))
         moments = 0 if self.offloaded else 8 * trained
-        reference = 0 if self.offloaded or (self.lora and not self.sharded) else 4 * model.parameters
+        reference = 0 if self.offloaded or self.lora else 4 * model.parameters
         kinds = {"weights": weights, "gradients": 4 * trained, "moments": moments, "reference": reference}
         return {name: size / parts for name, size in kinds.items()}
 
@@ -143,9 +143,9 @@ class Sharding:
         return sum(self.held(model).values()) + max(passed, visiting) + TABLES * CHUNK
 
     def gathered(self, model: Model) -> float:
-        """Bytes of weights in bfloat16 beside those held, while sampling: all; sharded, those of the reference too."""
+        """Bytes of weights in bfloat16 beside those held, while sampling: all; sharded, those of a second model too."""
         if self.sharded:
-            return 2 * 2 * model.parameters
+            return 2 * model.parameters * (1 if self.lora else 2)
         return self.working(model) if self.lora else 2 * model.parameters
 
     def at_a_time(self, model: Model) -> int:
@@ -199,7 +199,7 @@ def seconds(model: Model, sharding: Sharding) -> dict[str, float]:
     passes, moved = groups, 0.0
     if sharding.sharded:
         gather, scatter = all_gather(2 * model.parameters, gpus), all_gather(4 * trained, gpus)
-        moved = 2 * gather + passes * (2 * gather + scatter)  # sampling and the reference, update
+        moved = (1 if sharding.lora else 2) * gather + passes * (2 * gather + scatter)  # sampling, the reference; update
     else:
         moved = all_reduce(4 * trained, gpus)
     if sharding.offloaded:

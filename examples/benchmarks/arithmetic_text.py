@@ -38,11 +38,11 @@ parameters of the adapters, M = N less an input embedding that is not the output
 | weights (float32 masters) | 4 N; FSDP2: 4 N / S |
 | gradients (float32; they stay until the next update begins) | 4 N; FSDP2: 4 N / S; LoRA: 4 a |
 | AdamW's two moments (float32) | 8 N; FSDP2: 8 N / S; LoRA: 8 a; offloaded: 0; `adamw_8bit`: 2 N (1 + 4 / 256) |
-| reference (float32) | 4 N; FSDP2: 4 N / S; LoRA without FSDP2: 0; offloaded: 4 N in its own pass only |
+| reference (float32) | 4 N; FSDP2: 4 N / S; LoRA: 0; offloaded: 4 N in its own pass only |
 | weights in bfloat16, update | 2 N, which autocast keeps; FSDP2: two layers, the embeddings; LoRA: the largest matrix |
 | activations, checkpointed | (P + G T) (4 h L + 16 h + 2 (2 h + 2 n d + 2 k d + 4 f)) |
 | logits | 5 x 2^28, float32 tables of a chunk (`llm_env.scoring.CHUNK_BYTES`) at the peak; 4.8 were counted |
-| `gathered`: weights in bfloat16, sampling | 2 N; FSDP2: 2 N and the reference's 2 N; LoRA without FSDP2: the largest matrix |
+| `gathered`: weights in bfloat16, sampling | 2 N; FSDP2: 2 N and the reference's 2 N; LoRA: the largest matrix; both: 2 N |
 | cache of keys and values (bfloat16), sampling | 4 L k d (P R / G + R W), W the least 64 x 2^i that holds T tokens |
 
 With C = 0.4 x 989e12 FLOP/s, H = 0.6 x 3.35e12 bytes/s and V = 0.8 x 450e9 bytes/s (over 8 GPUs: 0.8 x 400e9):
@@ -55,11 +55,11 @@ With C = 0.4 x 989e12 FLOP/s, H = 0.6 x 3.35e12 bytes/s and V = 0.8 x 450e9 byte
 | old log-probs | as much again where a rollout has several optimizer steps, or a critic; here 0 |
 | `update` | (6 M + 2 M) (P + G T) B / (G C), 2 M for computing layers again; LoRA: 4 M + 2 M, no gradient of N |
 | `moving`, data parallel | all-reduce: 2 (S - 1) / S x 4 N / V; LoRA: 4 a in the place of 4 N |
-| `moving`, FSDP2 | (S - 1) / S x (2 N + 2 N + B / G x (2 N + 2 N + 4 N)) / V; LoRA: 4 a in the place of 4 N |
+| `moving`, FSDP2 | (S - 1) / S x (2 N + 2 N + B / G x (2 N + 2 N + 4 N)) / V; LoRA: 4 a in the place of 4 N, one 2 N less |
 | `moving`, offloaded | and (8 N there + 8 N back + 4 N reference) / (0.8 x 64e9) |
 
 FSDP2 gathers policy and reference once for a rollout, and the policy twice, with one reduce-scatter, in each pass of
-the update. A sharded reference is held beside a sharded policy, with LoRA too. LoRA without FSDP2 reads 8 M bytes a
+the update. With LoRA the reference is the policy's weights, gathered or not. LoRA without FSDP2 reads 8 M bytes a
 token in the place of 2 M: autocast keeps its bfloat16 copy of a weight that is trained, and makes one for every product
 of a weight that is not (counted on a CPU).
 
