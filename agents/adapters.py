@@ -174,7 +174,7 @@ def check_config(config: Any) -> None:
             f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, or needs data to begin; it must be "
             f"one of {INITS}"
         )
-    changes = {"bias": "none", "layer_replication": None, "trainable_token_indices": None}
+    changes = {"bias": "none", "layer_replication": None, "trainable_token_indices": None, "alora_invocation_tokens": None}
     for name, neutral in changes.items():
         if (value := getattr(config, name, neutral)) != neutral:
             raise ValueError(f"{name}={value!r} changes what the base computes with the adapter off; leave it at {neutral!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.checks import check_computation, check_counts, check_groups, check_numbers, sort_out
-from agents.distributed import world
+from agents.distributed import placed, world
 from agents.losses import token_weights
 from agents.optimizers import class_of
 from agents.overlap import Ahead, check_overlap
@@ -134,6 +134,8 @@ class LanguageAgent(SetUp):
     ) -> None:
         if seed is not None:
             seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
+        if not isinstance(policy_kwargs or {}, dict):
+            raise TypeError(f"policy_kwargs={policy_kwargs!r} must be a dict")
         self.world = world()
         super().__init__(
             policy=LanguagePolicy,
@@ -201,6 +203,7 @@ class LanguageAgent(SetUp):
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
+    @placed
     def learn(  # type: ignore[override]
         self: SelfAgent,
         env_or_timesteps: Any = None,
@@ -258,8 +261,6 @@ class LanguageAgent(SetUp):
                 rollout = self.collect(callback)
                 if rollout is None:
                     break
-                if self.overlap and self.num_timesteps < total_timesteps:
-                    self._ahead = Ahead(self)
                 self.train(rollout)
                 iteration += 1
                 if log_interval is not None and (self.num_timesteps >= total_timesteps or iteration % log_interval == 0):
@@ -285,6 +286,8 @@ class LanguageAgent(SetUp):
                 return None
             callback.on_rollout_end()
             record_rollout(self, rollout)
+            if self.overlap and self.num_timesteps < self._total_timesteps:
+                self._ahead = Ahead(self)
         return rollout
 
     def sample_rollout(self) -> Rollout:

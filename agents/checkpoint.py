@@ -19,7 +19,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.distributed import ALONE, World, world
+from agents.distributed import ALONE, World, placed, world
 from agents.overlap import Ahead
 from agents.policy import LanguagePolicy
 from agents.rollout import clock_of
@@ -62,6 +62,7 @@ class Checkpointed(BaseAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
 
+    @placed
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write the agent to one zip file: weights, optimizer, counts and random states, but not the env.
 
@@ -194,7 +195,7 @@ class Checkpointed(BaseAlgorithm):
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """The weights as SB3 saves them, and those of a reference that is no longer the one the env was made with."""
         if self.world.sharded:
-            self.world.gather(None, "save")
+            self.world.gather(None, "weights")
         weights = self._reference_weights  # of an agent that was loaded and has no env yet
         if self._reference_moved and self.env is not None:
             reference = self.rules.reference
@@ -265,7 +266,8 @@ class Checkpointed(BaseAlgorithm):
             FileNotFoundError: there is no such file.
             ValueError: the file was cut off or damaged; or it is an adapter, and its base is not there or has other weights.
         """
-        world().gather(None, "load")  # whoever wrote the file has done so
+        with world().at("load"):
+            world().gather(None)  # whoever wrote the file has done so
         check_whole(path)
         agent = super().load(path, None, device, **kwargs, **({} if policy is None else {"_model": policy}))
         agent._policy_data = {}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from agents.base import LanguageAgent
     from agents.policy import LanguagePolicy
 
+SCHEDULES = ("clip_range", "clip_range_high", "clip_range_vf")  # which may be callables, of the progress that remains
 ADAPTER_RATE = 10.0  # see `default_learning_rate`
 
 
@@ -29,9 +30,9 @@ def check_counts(**counts: int | None) -> None:
 
 
 def check_numbers(least: float = -np.inf, **numbers: Any) -> None:
-    """Refuse what is not a finite number of at least `least`; None and what can be called (a schedule) pass."""
+    """Refuse what is not a finite number of at least `least`; None passes, and so does a schedule where there may be one."""
     for name, value in numbers.items():
-        if value is None or callable(value):
+        if value is None or (callable(value) and name in SCHEDULES):
             continue
         if not isinstance(value, (int, float, np.number)) or not np.isfinite(value) or value < least:
             raise ValueError(

@@ -8,9 +8,10 @@ So N processes make what one would have made, up to the rounding of sums, and wh
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 PATIENCE = timedelta(hours=2)  # that processes wait for the slowest reward; one that dies they notice at once
 BUCKET_BYTES = 2**25  # of gradients that are added up at a time
@@ -54,11 +56,16 @@ class World:
         units = rows // unit
         return range(units * self.rank // self.size * unit, units * (self.rank + 1) // self.size * unit)
 
-    def gather(self, value: T, where: str = "learning") -> list[T]:
-        """What each process has, in the order of their numbers.
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """What this process does within, by which others know whether they do the same."""
+        yield
+
+    def gather(self, value: T, what: str = "") -> list[T]:
+        """What each process has, in the order of their numbers; `what` it is, the same in all.
 
         Raises:
-            RuntimeError: they do not all say the same `where`.
+            RuntimeError: they are at different places, or have different things to give.
         """
         return [value]
 
@@ -69,10 +76,6 @@ class World:
             RuntimeError: it failed in another process; the message has the error. In that one it is the error itself.
         """
         return [call()]
-
-    def agree(self, answer: bool) -> bool:
-        """Whether all say yes."""
-        return all(self.gather(answer))
 
     def from_main(self, value: T) -> T:
         """What the main process has."""
@@ -92,6 +95,10 @@ class World:
         return seed
 
 
+class OutOfStepError(RuntimeError):
+    """Several processes are not at the same place in the program; raised in all of them."""
+
+
 ALONE = World()
 
 
@@ -105,17 +112,28 @@ class Processes(World):
         self.bf16 = self.accelerator.mixed_precision == "bf16"
         self.sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._place = "the script"
 
-    def gather(self, value: T, where: str = "learning") -> list[T]:
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """What this process does within, by which others know whether they do the same."""
+        before, self._place = self._place, place
+        try:
+            yield
+        finally:
+            self._place = before
+
+    def gather(self, value: T, what: str = "") -> list[T]:
         """What each process has, in the order of their numbers; none waits for one that is elsewhere."""
         found: list[Any] = [None] * self.size
         with self._all_there():
-            dist.all_gather_object(found, (where, value), group=self._group)
+            dist.all_gather_object(found, (f"{self._place} ({what})" if what else self._place, value), group=self._group)
         places = [place for place, _ in found]
         if len(set(places)) > 1:
-            raise RuntimeError(
-                f"processes 0 to {self.size - 1} are at {', '.join(places)}: they cannot go on together. Call save, "
-                "save_pretrained, load, learn and evaluate in all processes"
+            raise OutOfStepError(
+                f"processes 0 to {self.size - 1} are at {', '.join(places)}: they cannot go on together. What learns, "
+                "evaluates, saves or loads is to be called in all of them, and in the same order; `agent.world.main` is for "
+                "what a single one prints or writes"
             )
         return [value for _, value in found]
 
@@ -125,11 +143,15 @@ class Processes(World):
         result: Any = None
         try:
             result = call()
+        except OutOfStepError:
+            raise  # in the others as well
         except Exception as error:
             fault = error
-        found = self.gather((result, None if fault is None else f"{type(fault).__name__}: {fault}"))
-        if fault is not None:
-            raise fault
+        try:
+            found = self.gather((result, None if fault is None else f"{type(fault).__name__}: {fault}"), "results")
+        finally:
+            if fault is not None:
+                raise fault
         for rank, (_, told) in enumerate(found):
             if told is not None:
                 raise RuntimeError(f"process {rank} of {self.size} failed, and all stop with it: {told}")
@@ -137,7 +159,7 @@ class Processes(World):
 
     def from_main(self, value: T) -> T:
         """What the main process has."""
-        return self.gather(value if self.main else None)[0]  # type: ignore[return-value]
+        return self.gather(value if self.main else None, "the main one's")[0]  # type: ignore[return-value]
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Make each of the tensors its sum over all processes, in place, some of them at a time."""
@@ -161,7 +183,7 @@ class Processes(World):
         """Make each gradient its sum over all processes; None where no process has one."""
         parameters = list(parameters)
         here = np.array([parameter.grad is not None for parameter in parameters])
-        used = [p for p, anywhere in zip(parameters, np.any(self.gather(here), axis=0), strict=True) if anywhere]
+        used = [p for p, anywhere in zip(parameters, np.any(self.gather(here, "gradients"), axis=0), strict=True) if anywhere]
         for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -268,6 +290,17 @@ def _configure_sharding(accelerator: Any) -> None:
             "accelerate's configuration says fsdp_activation_checkpointing: true; leave it out, and say "
             "gradient_checkpointing=True to the agent"
         )
+
+
+def placed(method: F) -> F:
+    """A method that is to be called in all processes, or in none."""
+
+    @wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with world().at(method.__name__):
+            return method(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 @cache

@@ -80,8 +80,10 @@ def as_engine(engine: Any, engine_kwargs: dict[str, Any] | None) -> Engine | Non
             return None
         from agents.vllm_engine import VLLMEngine  # which imports from here
 
+        if not isinstance(engine_kwargs or {}, dict):
+            raise TypeError(f"engine_kwargs={engine_kwargs!r} must be a dict, such as {{'base_url': 'http://localhost:8000'}}")
         return VLLMEngine(**engine_kwargs or {})
-    if not isinstance(engine, Engine):
+    if isinstance(engine, type) or not isinstance(engine, Engine):
         needs = "tolerance, start, push, respond and close"
         raise TypeError(f"engine is a {type(engine).__name__}, which is no agents.engines.Engine: it must have {needs}")
     if engine_kwargs:

@@ -10,9 +10,11 @@ import numpy as np
 from agents.audit import check_agent
 from agents.checkpoint import Checkpointed
 from agents.checks import check_counts, check_tokenizers, check_tokens
+from agents.distributed import placed
 from agents.generation import StepState
 from agents.rollout import clock_of, collect, collect_by_tokens
 from agents.sampler import Sampler
+from agents.sharded import wholeness
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.arguments import check_text
@@ -55,6 +57,7 @@ class Inference(Checkpointed):
             generator=self._generator,
         )
 
+    @placed
     def generate(self, prompts: Sequence[str], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
         """Answers to prompts, as text.
 
@@ -99,6 +102,7 @@ class Inference(Checkpointed):
         )
         return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    @placed
     def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
         """Answer every prompt of an env once.
 
@@ -114,8 +118,9 @@ class Inference(Checkpointed):
         vec_env = as_vec_env(env, 1)
         rules = rules_of_vec_env(vec_env)
         check_tokenizers(self.policy, rules)
+        rules.record_apart(self.world.rank)
         if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
-            rules.reference.bind(self.policy.base)
+            rules.reference.bind(self.policy.base, wholeness(self.policy))
         collected: dict[str, list[float]] = {}
         for begin in range(0, len(rules.prompts), batch_size):
             indexes = list(range(begin, min(begin + batch_size, len(rules.prompts))))

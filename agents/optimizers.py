@@ -50,7 +50,8 @@ def make_optimizer(
         eps: Adam's, where `optimizer_kwargs` does not say; likewise weights do not decay.
 
     Raises:
-        ValueError: a class was given besides a name.
+        TypeError: the class is no optimizer, or needs a closure.
+        ValueError: a class was given besides a name, or a learning rate here.
     """
     if "optimizer_class" in given and name != NAMES[0]:
         raise ValueError(
@@ -58,11 +59,17 @@ def make_optimizer(
             "of them"
         )
     kind: Any = given.get("optimizer_class", class_of(name))
-    kwargs = given.get("optimizer_kwargs", {})
+    kwargs = given.get("optimizer_kwargs") or {}
+    if not isinstance(kind, type) or not issubclass(kind, Optimizer) or issubclass(kind, torch.optim.LBFGS):
+        raise TypeError(
+            f"policy_kwargs['optimizer_class'] is {kind!r}; give a torch.optim.Optimizer that steps without a closure"
+        )
+    if "lr" in kwargs:
+        raise ValueError(f"optimizer_kwargs has lr={kwargs['lr']!r}; give the agent learning_rate= in its place")
     if "optimizer_class" not in given or kind is torch.optim.AdamW:
         kwargs = {"weight_decay": 0.0, "eps": eps, **kwargs}
     if offload:
-        kind = offloaded(kind)
+        kind = offloaded(kind)  # type: ignore[arg-type]
     return kind(parameters, lr=lr, **kwargs)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from agents.records import episode_infos
+from agents.untouched import all_rules
 from llm_env.reference import KLController
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def watch_together(agent: LanguageAgent, callback: BaseCallback) -> None:
     for part in all_callbacks(callback):
         if isinstance(part, EvalCallback):
             part.eval_env.seed(agent.seed)
+            if not agent.world.main and part.eval_env.has_attr("rules"):
+                for rules in all_rules(part.eval_env):
+                    rules.recorder = None  # all play the same episodes
             part.log_path = part.log_path if agent.world.main else None
         part.verbose = part.verbose if agent.world.main else 0
 
@@ -79,13 +83,18 @@ def call_back(agent: LanguageAgent, callback: BaseCallback, rollout: Rollout) ->
     calls = max(1, (agent._tokens_left_over + new) // rows)
     agent._tokens_left_over = max(0, agent._tokens_left_over + new - calls * rows)
     end = agent.num_timesteps + new
-    for call in range(1, calls + 1):
-        last = call == calls
-        agent.num_timesteps = end if last else min(end, agent.num_timesteps + rows)
-        callback.update_locals(
-            {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
-        )
-        if not callback.on_step():
-            return agent.world.agree(False)
-    agent.num_timesteps = end
-    return agent.world.agree(True)
+
+    def call_all() -> bool:
+        goes_on = True
+        for call in range(1, calls + 1):
+            last = call == calls
+            agent.num_timesteps = end if last else min(end, agent.num_timesteps + rows)
+            callback.update_locals(
+                {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
+            )
+            goes_on = callback.on_step() and goes_on
+            if not goes_on and agent.world.size == 1:  # else others may be at what all do together, in a callback's next call
+                break
+        return goes_on
+
+    return all(agent.world.together(call_all))

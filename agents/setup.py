@@ -17,7 +17,7 @@ from agents.optimizers import make_optimizer
 from agents.policy import LanguagePolicy
 from agents.recomputing import check_recomputing
 from agents.rollout import clock_of
-from agents.sharded import begin, is_sharded
+from agents.sharded import begin, is_sharded, wholeness
 from agents.untouched import all_rules
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env.prompts import PromptCursor
@@ -157,8 +157,7 @@ class SetUp(Drawing):
             if not is_sharded(model):
                 world.spread(model)
                 begin(world, model, run, "forward")
-        if rules.recorder is not None and not world.main:
-            rules.recorder = rules.recorder.beside(f"process{world.rank}")
+        rules.record_apart(world.rank)
 
     def _hand_down(self) -> None:
         """Let policy and reference compute as the agent's attributes say now."""
@@ -167,7 +166,7 @@ class SetUp(Drawing):
         if self.env is not None and self.policy.adapter is not None:
             for rules in all_rules(self.env):
                 if isinstance(rules.reference, BaseReference):
-                    rules.reference.bind(self.policy.base)
+                    rules.reference.bind(self.policy.base, wholeness(self.policy))
                     rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
         reference = None if self.env is None else rules_of_vec_env(self.env).reference
         if reference is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -135,7 +136,7 @@ def whole(model: nn.Module | None) -> Iterator[None]:
     if model is None or not is_spread(model):
         yield
         return
-    world().gather(None)  # tells of one that is elsewhere
+    world().gather(None, "weights")  # tells of one that is elsewhere
     parts = _parts(model)
     _whole.add(model)
     try:
@@ -152,6 +153,11 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(_reshards[model] and part is not model, recurse=False)
             part.reshard()
+
+
+def wholeness(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """`whole` of a model that is sharded, for later."""
+    return partial(whole, model) if is_sharded(model) else nullcontext
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

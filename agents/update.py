@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -94,21 +95,22 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
     weights[index] = token_weights(mask, agent.aggregation, agent.rules.max_new_tokens)
     if fresh and rollout.old_logp is None:
         rollout.old_logp = torch.zeros_like(rollout.rewards)
-    own: dict[str, float] = {}
     optimizer.zero_grad()
     parts = own_passes(agent, rollout, rows)
-    idle = max(agent.world.gather(len(parts))) - len(parts) if agent.world.sharded else 0
-    for part_rows in parts:
-        part = rollout.take(part_rows)
-        terms, means = accumulate(agent, part, weights[part_rows], fresh)
-        if fresh and rollout.old_logp is not None and part.old_logp is not None:
-            rollout.old_logp[part_rows, : part.old_logp.shape[1]] = part.old_logp * part.mask
-        share = part.mask.sum() / tokens
-        for key, value in {**terms, **{key: value * share for key, value in means.items()}}.items():
-            own[key] = own.get(key, 0.0) + value.item()
-    for _ in range(idle):
-        help_others(agent, rollout)
-    sums = add_up(agent, rollout, own, fresh)
+
+    def run() -> dict[str, float]:
+        own: dict[str, float] = {}
+        for part_rows in parts:
+            part = rollout.take(part_rows)
+            terms, means = accumulate(agent, part, weights[part_rows], fresh)
+            if fresh and rollout.old_logp is not None and part.old_logp is not None:
+                rollout.old_logp[part_rows, : part.old_logp.shape[1]] = part.old_logp * part.mask
+            share = part.mask.sum() / tokens
+            for key, value in {**terms, **{key: value * share for key, value in means.items()}}.items():
+                own[key] = own.get(key, 0.0) + value.item()
+        return own
+
+    sums = add_up(agent, rollout, run, len(parts), fresh)
     norm = whole_tensor(torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), agent.max_grad_norm))
     if not torch.isfinite(norm):
         optimizer.zero_grad()
@@ -119,30 +121,38 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
     return {**sums, "grad_norm": norm.item()}
 
 
-def help_others(agent: LanguageAgent, rollout: Rollout) -> None:
-    """A pass over an episode that weighs nothing: sharded weights come together for a pass if all processes run one."""
-    nothing = rollout.take([0])
-    accumulate(agent, replace(nothing, old_logp=nothing.sampled_logp), torch.zeros_like(nothing.mask), fresh=False)
-
-
-def add_up(agent: LanguageAgent, rollout: Rollout, own: dict[str, float], fresh: bool) -> dict[str, float]:
+def add_up(
+    agent: LanguageAgent, rollout: Rollout, run: Callable[[], dict[str, float]], passes: int, fresh: bool
+) -> dict[str, float]:
     """Bring together what all processes have for an optimizer step: gradients, old log-probs and statistics, which it gives.
+
+    Sharded weights come together in each pass, so that all processes run as many: those that are left are of an episode that
+    weighs nothing. Where they are not sharded, an error in one process is one in all.
 
     Args:
         agent: has the gradients.
         rollout: has the old log-probs; where they are `fresh`, each process has those of its own episodes, and 0 for others.
-        own: this process's statistics.
+        run: makes this process's passes, and gives its statistics.
+        passes: how many they are.
         fresh: see `optimize`.
     """
     world = agent.world
     if world.size == 1:
-        return own
-    if not world.sharded:  # else the passes have done it
+        return run()
+    if world.sharded:
+        idle = max(world.gather(passes, "passes")) - passes
+        own = run()
+        for _ in range(idle):
+            nothing = rollout.take([0])
+            accumulate(agent, replace(nothing, old_logp=nothing.sampled_logp), torch.zeros_like(nothing.mask), fresh=False)
+        found = world.gather(own, "statistics")
+    else:
+        found = world.together(run)
         world.add_gradients(agent.policy.parameters())
     if fresh and rollout.old_logp is not None:
         world.add([rollout.old_logp])
     sums: dict[str, float] = {}
-    for entry in world.gather(own):
+    for entry in found:
         for key, value in entry.items():
             sums[key] = sums.get(key, 0.0) + value
     return sums

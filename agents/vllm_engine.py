@@ -183,7 +183,7 @@ def own_url(base_url: str | Sequence[str], world: World) -> str:
     Raises:
         ValueError: there are more processes, each of which gives a server its weights, or fewer.
     """
-    urls = [base_url] if isinstance(base_url, str) else list(base_url)
+    urls: list[Any] = list(base_url) if isinstance(base_url, (list, tuple)) else [base_url]
     if len(urls) != world.size:
         raise ValueError(
             f"base_url={base_url!r} names {len(urls)} servers for {world.size} processes, each of which gives its weights to "

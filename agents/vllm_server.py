@@ -43,6 +43,8 @@ class VLLMServer:
             raise ValueError(f"{sorted(others)} are arguments of vllm.LLM; with base_url, give them to the server's command")
         if not isinstance(base_url, str) or not base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url={base_url!r} must be the address of a server, such as 'http://localhost:8000'")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise ValueError(f"timeout={timeout!r} must be a number of seconds above 0")
         self.url = base_url.rstrip("/").removesuffix("/v1")
         self.wanted, self.timeout, self.attempts = model, timeout, whole("attempts", attempts, 1)
         key = api_key or os.environ.get("VLLM_API_KEY")

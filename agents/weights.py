@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.adapters import Adapter
-from agents.distributed import world
+from agents.distributed import placed, world
 from agents.pretrained import files_of
 from agents.sharded import gathered, is_sharded
 
@@ -25,6 +25,7 @@ class Weights(BasePolicy):
     value_head: nn.Linear | None
     tokenizer: Any
 
+    @placed
     def save_pretrained(self, path: str | Path, merge: bool = False) -> None:
         """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind.
 
@@ -45,7 +46,7 @@ class Weights(BasePolicy):
         if merge and is_sharded(self):
             raise ValueError("merge=True, but the weights are sharded: save the agent, and merge it in a single process")
         if is_sharded(self):
-            world().gather(None, "save_pretrained")
+            world().gather(None, "weights")
         weights = None if merge else gathered(self.lm.state_dict() if self.adapter is None else self.adapter.state_dict())
         if not world().main:
             return

@@ -50,7 +50,9 @@ class Recorder:
             self._mend(last)
 
     def beside(self, name: str) -> Recorder:
-        """Another recorder, that writes to `<file>.<name>.<ending>` beside this one's file."""
+        """A recorder that writes to `<file>.<name>.<ending>` beside this one's file; this one, if it does already."""
+        if self.path.stem.endswith(f".{name}"):
+            return self
         return Recorder(self.path.with_suffix(f".{name}{self.path.suffix}"))
 
     def _mend(self, last: bytes) -> None:

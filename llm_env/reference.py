@@ -6,7 +6,8 @@ The shaping is k1, by definition: the reward of token t is r_t - beta * (log pi 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,12 @@ class BaseReference(Reference):
 
     def __init__(self) -> None:
         self.bound = False
+        self._within: Callable[[], AbstractContextManager[None]] = nullcontext
         self._settle(batch_size=64)
 
-    def bind(self, model: PreTrainedModel) -> None:
-        """Take this for the model, which stays the agent's."""
-        self.model, self.bound = model, True
+    def bind(self, model: PreTrainedModel, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Take this for the model, which stays the agent's, and has its weights `within()`."""
+        self.model, self.bound, self._within = model, True, within
         super().check_vocabulary(self._vocab_size)
 
     def place(self, device: torch.device, offload: bool = False) -> None:
@@ -173,7 +175,8 @@ class BaseReference(Reference):
                 "env; give it to one, or make the env with reference=<path or model>, or with the rules.reference of the env "
                 "that the agent trains on"
             )
-        return super().log_probs(prompts, responses, allowed)
+        with self._within():
+            return super().log_probs(prompts, responses, allowed)
 
 
 def as_reference(reference: Any) -> Reference:

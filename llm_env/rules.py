@@ -110,6 +110,11 @@ class Rules:
         """L, the length of an observation: the longest prompt and the longest response together."""
         return self.max_prompt_tokens + self.max_new_tokens
 
+    def record_apart(self, process: int) -> None:
+        """Append episodes, in any but the first of several processes, to a file beside that of the others."""
+        if self.recorder is not None and process:
+            self.recorder = self.recorder.beside(f"process{process}")
+
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
         """The responses as text, without special tokens: what reward functions and people read."""
         return [

@@ -5,13 +5,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import torch
 from gymnasium.wrappers import TransformReward
 from peft import LoraConfig
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from transformers import LlamaForCausalLM
 
@@ -73,8 +74,8 @@ def letters(completions, **kwargs):
 
 def make_text_env(kind="GRPO", reward=letters, **kwargs):
     shaping = {"kl_coef": 0.05} if KINDS[kind][0] is PPO else {}
-    reference = "base" if "adapter" in kind else make_model("llama", len(TOKENIZER), seed=1, scale=2.0)
-    env = make_env(TOKENIZER, reward, tuple("abcdef"), reference=reference, **shaping, **kwargs)
+    kwargs.setdefault("reference", "base" if "adapter" in kind else make_model("llama", len(TOKENIZER), seed=1, scale=2.0))
+    env = make_env(TOKENIZER, reward, tuple("abcdef"), **shaping, **kwargs)
     return TransformReward(env, float) if "by tokens" in kind else env
 
 
@@ -169,6 +170,46 @@ def fault(folder):
     write(found, folder)
 
 
+class Told(BaseCallback):
+    """Does `act` at its second call, and at the third evaluates, which all do together, where there is an `exam`."""
+
+    def __init__(self, act, exam=True):
+        super().__init__()
+        self.act, self.exam = act, exam
+
+    def _on_step(self):
+        if self.n_calls == 3 and self.exam:
+            self.model.evaluate(make_text_env())
+        return self.act() if self.n_calls == 2 else True
+
+
+def told(folder):
+    """One process is told to stop; its callback fails; an update fails; one evaluates alone."""
+    rank = int(os.environ["RANK"])
+
+    def fail(error):
+        raise error
+
+    def said(call):
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    agent = make_agent()
+    agent.learn(150, callback=Told(lambda: rank == 1))
+    found = {"stopped at": agent.num_timesteps}
+    for exam in (False, True):
+        callback = Told(lambda: rank == 1 or fail(OSError("the disk is full")), exam)
+        found[f"error, exam {exam}"] = said(lambda callback=callback: agent.learn(150, callback=callback))
+    found |= learned(agent)
+    with mock.patch.object(GRPO, "loss", lambda *args: fail(MemoryError("no room"))) if rank == 1 else nullcontext():
+        found["in the update"] = said(lambda: agent.learn(10, reset_num_timesteps=False))
+    found["in the end"] = learned(agent, 30)
+    found["apart"] = said(lambda: agent.evaluate(make_text_env()) if rank == 0 else agent.learn(10))
+    write(found, folder)
+
+
 def death(folder):
     """The second process is killed in the third rollout."""
     calls = []
@@ -190,7 +231,10 @@ def mixed(folder):
         agent = make_agent(kind)
         before = agent.policy.evaluate([[3, 4]] * 2, [[4, 5, 6]] * 2)
         found[kind] = {"before": before, "bf16": agent.bf16, **learned(agent)}
-    policy = make_agent("GRPO with an adapter").policy
+    agent = make_agent("GRPO with an adapter")
+    exam = Monitor(make_text_env(reference=agent.rules.reference))  # which asks the base, whole for that long
+    agent.learn(10, callback=EvalCallback(exam, eval_freq=2, n_eval_episodes=2, verbose=0))
+    policy = agent.policy
     base = list(policy.adapter.base.parameters())
     with whole(policy):
         gathered = list(policy.adapter.base.parameters())

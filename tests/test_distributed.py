@@ -120,12 +120,26 @@ def test_where_one_dies_the_others_stop_and_go_on_from_the_last_checkpoint(shard
 
 
 @pytest.mark.slow
+def test_what_one_process_is_told_by_a_callback_all_do(alone, tmp_path):
+    """To stop, or an error: the rollout has not happened in any, and what follows is what one process learns."""
+    found = results("told", tmp_path, 2)
+    for one in found:
+        assert one["stopped at"] == 0 and furthest(one["weights"], alone[0]["GRPO"]["weights"]) < 1e-6
+        assert "at evaluate (results), learn " in one["apart"]
+    for exam, told in (
+        (False, "process 0 of 2 failed, and all stop with it: OSError"),
+        (True, "at learn (results), evaluate ("),
+    ):
+        assert found[0][f"error, exam {exam}"] == "OSError: the disk is full" and told in found[1][f"error, exam {exam}"]
+    assert found[1]["in the update"] == "MemoryError: no room" and "process 1 of 2 failed" in found[0]["in the update"]
+    assert furthest(found[0]["in the end"]["weights"], found[1]["in the end"]["weights"]) == 0
+
+
+@pytest.mark.slow
 def test_sharded_weights_that_one_process_saves_alone_are_not_waited_for(tmp_path):
     """Replicated ones are whole in it."""
     for code, text in launch("apart", tmp_path, 2, **FSDP):
-        assert (
-            code == 1 and "RuntimeError: processes 0 to 1 are at save, learning: they cannot go on together. Call save" in text
-        )
+        assert code == 1 and "OutOfStepError: processes 0 to 1 are at save (weights), learn " in text
     assert not (tmp_path / "agent.zip").exists()
     for code, text in launch("apart", tmp_path, 2):
         assert code == 0, text

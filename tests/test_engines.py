@@ -185,10 +185,14 @@ def test_an_engine_that_the_agent_made_is_closed_when_another_takes_its_place(mo
 def test_bad_arguments(monkeypatch):
     refused(agent_for, "sglang", error=ValueError, match="engine='sglang' is not known")
     refused(agent_for, object(), error=TypeError, match="must have tolerance, start, push, respond and close")
+    refused(agent_for, CopyEngine, error=TypeError, match="must have tolerance, start, push, respond and close")
+    refused(agent_for, "vllm", engine_kwargs="http://x", error=TypeError, match="engine_kwargs='http://x' must be a dict")
+    refused(agent_for, "vllm", engine_kwargs={"base_url": 8000}, error=ValueError, match="base_url=8000 must be the address")
     refused(agent_for, None, engine_kwargs={"base_url": "http://x"}, error=ValueError, match="without an engine")
     refused(agent_for, CopyEngine(), engine_kwargs={"a": 1}, error=ValueError, match="set up your CopyEngine itself")
     server = {"base_url": "http://127.0.0.1:1"}
     refused(agent_for, "vllm", engine_kwargs={**server, "dtype": "float32"}, error=ValueError, match="the server's command")
+    refused(agent_for, "vllm", engine_kwargs={**server, "timeout": 0}, error=ValueError, match="timeout=0 must be a number")
     refused(agent_for, "vllm", engine_kwargs={**server, "attempts": 0}, error=ValueError, match="attempts")
     refused(agent_for, "vllm", engine_kwargs={"base_url": "localhost:8000"}, error=ValueError, match="http://localhost")
     function = make_env(TOKENIZER, allowed_tokens=lambda prompt, response: [0, 2])
@@ -296,6 +300,37 @@ def test_an_engine_draws_ahead_by_the_weights_that_it_was_given(monkeypatch):
         policy.lm.load_state_dict(weights)
         for row, expected in enumerate(policy.log_probs(rollout.prompts, rollout.responses)):
             torch.testing.assert_close(rollout.sampled_logp[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_push_that_fails_loses_no_rollout(overlap, monkeypatch):
+    """With overlap the next rollout is begun before the last one is learned from, which then has not happened either."""
+    seen, original = [], GRPO.train
+
+    def train(self, rollout):
+        seen.append(rollout.prompts)
+        original(self, rollout)
+
+    def fails_at_the_third(push):
+        if push == 3 and failing:
+            raise ConnectionError("the server is gone")
+        return True
+
+    monkeypatch.setattr(GRPO, "train", train)
+    runs = {}
+    for failing in (True, False):
+        seen.clear()
+        agent = agent_for(
+            CopyEngine(fails_at_the_third), env=make_env(TOKENIZER, prompts=tuple("abcdefgh")), overlap=overlap, group_size=4
+        )
+        if failing:
+            with pytest.raises(ConnectionError):
+                agent.learn(1000)
+            tokens, failing = agent.num_timesteps, False
+        while agent._n_updates < 5:
+            agent.learn(1, reset_num_timesteps=False)
+        runs[len(runs)] = [agent._n_updates, *seen]
+    assert runs[0] == runs[1] and tokens > 0
 
 
 def test_chunks_hold_all_weights(monkeypatch):

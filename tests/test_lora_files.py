@@ -178,6 +178,7 @@ def test_without_a_tokenizer_beside_it_an_adapter_has_its_bases(base_path, tmp_p
         (peft.AdaLoraConfig(total_step=10, target_modules="all-linear"), "ADALORA"),
         (lora(target_modules=["no_such_layer"]), "no_such_layer"),
         (lora(bias="all"), "bias='all'"),
+        (lora(alora_invocation_tokens=[4], target_modules=["q_proj"], task_type="CAUSAL_LM"), "alora_invocation_tokens"),
         (lora(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (lora(layer_replication=[[0, 2], [0, 2]]), "layer_replication"),
         ("no/such/adapter", "no adapter can be read from 'no/such/adapter'"),

@@ -1,6 +1,7 @@
 """The keywords that save memory: what they leave as it is, and that they do what they say."""
 
 import copy
+import re
 import sys
 from contextlib import contextmanager
 
@@ -259,6 +260,17 @@ def test_an_optimizer_that_is_not_there_or_unknown(monkeypatch):
         make_agent(optimizer="adam")
     with pytest.raises(ValueError, match=r"optimizer='adamw_8bit' and policy_kwargs\['optimizer_class'\]=.*SGD.* drop one"):
         make_agent(**eight_bit(), policy_kwargs={"optimizer_class": torch.optim.SGD})
+    for kwargs, error, message in (
+        ({"optimizer_class": "SGD"}, TypeError, "optimizer_class'] is 'SGD'; give a torch.optim.Optimizer"),
+        ({"optimizer_class": torch.optim.LBFGS}, TypeError, "closure"),
+        ({"optimizer_kwargs": {"lr": 1.0}}, ValueError, "has lr=1.0; give the agent learning_rate="),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            make_agent(policy_kwargs=kwargs)
+    with pytest.raises(TypeError, match="policy_kwargs='x' must be a dict"):
+        make_agent(policy_kwargs="x")
+    with pytest.raises(ValueError, match=r"importance_cap=.*must be a finite number of at least 1"):
+        make_agent(importance_cap=float)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ImportError, match=r"needs bitsandbytes \(.*\): pip install llm-env\[8bit\]"):
         make_agent(optimizer="adamw_8bit")
