@@ -212,7 +212,7 @@ def test_one_step_of_an_agent(method, monkeypatch):
 
 def test_the_running_mean_of_earlier_rollouts():
     """Nothing is taken off in the first rollout, then the mean of the earlier ones; from ten on it moves by a tenth."""
-    agent = make_agent(REINFORCE, {"baseline": "running_mean", "gamma": GAMMA, "n_envs": 4}, make_env(TOKENIZER))
+    agent = make_agent(REINFORCE, {"baseline": "running_mean", "gamma": GAMMA, "n_envs": 16}, make_env(TOKENIZER))
     means, expected = [], 0.0
     for rollouts in range(1, 13):
         rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler(), {})
