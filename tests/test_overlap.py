@@ -1,8 +1,8 @@
 """Drawing the next rollout while the last one is learned from: what is drawn, by which weights, and what a file has of it."""
 
-import signal
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -187,16 +187,22 @@ def test_ctrl_c_while_a_rollout_is_waited_for(monkeypatch):
         return [0.0 for _ in completions]
 
     agent = make_agent(env=make_env(TOKENIZER, reward), preflight=False)
-    drawn = LanguagePolicy.respond
+    drawn, waited, pressed = LanguagePolicy.respond, Future.result, threading.Event()
 
     def respond(self, *args, **kwargs):
         if len(texts) == 1:
-            time.sleep(0.5)  # until the update is over
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.5)
+            assert pressed.wait(60)
+            time.sleep(0.3)
         return drawn(self, *args, **kwargs)
 
+    def result(self, timeout=None):
+        if not pressed.is_set():
+            pressed.set()
+            raise KeyboardInterrupt
+        return waited(self, timeout)
+
     monkeypatch.setattr(LanguagePolicy, "respond", respond)
+    monkeypatch.setattr(Future, "result", result)
     with pytest.raises(KeyboardInterrupt):
         agent.learn(400)
     assert threading.active_count() == before and len(texts) == 2
