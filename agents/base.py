@@ -26,6 +26,7 @@ from agents.setup import SetUp
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env
 from llm_env.arguments import whole
+from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
 from llm_env.sharing import PrefixSharing
 
@@ -278,6 +279,7 @@ class LanguageAgent(SetUp):
         assert self.env is not None
         callback.on_rollout_start()
         self._fall_in_step()
+        self._tell_rewards_how_far()
         with self.rollout_under_way():
             rollout = self.sample_rollout()
             feed_kl_controllers((self.rules.kl, self.kl_coef), rollout)
@@ -289,6 +291,12 @@ class LanguageAgent(SetUp):
             if self.overlap and self.num_timesteps < self._total_timesteps:
                 self._ahead = Ahead(self)
         return rollout
+
+    def _tell_rewards_how_far(self) -> None:
+        """Keep what reward functions may ask for as `trainer_state`."""
+        done, steps = min(1.0, self.num_timesteps / max(1, self._total_timesteps)), self._n_updates
+        planned = round(steps / done) if done else 1
+        self.rules.rewards.trainer_state = TrainerState(steps, max(1, steps, planned), done, 1, self.num_timesteps)
 
     def sample_rollout(self) -> Rollout:
         """`n_envs` episodes, on the response clock where the env allows it; with `overlap`, those that are under way."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_env.arguments import as_whole, whole
+from llm_env.end_tokens import missing_end_tokens
 from llm_env.reference import BaseReference, Reference, coefficient
 from llm_env.rules import Rules
 
@@ -285,20 +286,28 @@ def check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
 
 
 def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
-    """Refuse an env whose token ids mean something else to the model."""
+    """Raise if the env's token ids mean something else to the model, or the model ends answers by tokens that end no episode.
+
+    Raises:
+        ValueError: If the vocabularies differ; or if the model has an end token that is none of the env's, and the env's were
+            not given with `eos_token_ids`.
+    """
     check_vocabulary(policy.lm, rules.vocab_size)
     mine, theirs = policy.tokenizer, rules.tokenizer
-    if mine is None or mine is theirs:
-        return
-    own, other = mine.get_vocab(), theirs.get_vocab()
-    if own == other and mine.eos_token_id == theirs.eos_token_id:
-        return
-    differing = sorted(set(own.items()) ^ set(other.items()))[:3]
-    detail = f"for instance {differing}" if differing else f"their end tokens are {mine.eos_token_id} and {theirs.eos_token_id}"
-    raise ValueError(
-        f"the env's tokenizer ({len(other)} tokens) is not the model's ({len(own)} tokens), {detail}; make the env with "
-        "tokenizer=<the model's path>"
-    )
+    if mine is not None and mine is not theirs and mine.get_vocab() != theirs.get_vocab():
+        own, other = mine.get_vocab(), theirs.get_vocab()
+        raise ValueError(
+            f"the env's tokenizer ({len(other)} tokens) is not the model's ({len(own)} tokens), for instance "
+            f"{sorted(set(own.items()) ^ set(other.items()))[:3]}; make the env with tokenizer=<the model's path>"
+        )
+    missing = [] if rules.ends_are_given else missing_end_tokens(rules.eos_ids, policy.own_eos_ids, rules.vocab_size)
+    if missing:
+        names = [theirs.convert_ids_to_tokens(token) for token in missing]
+        raise ValueError(
+            f"the model ends answers with {names} ({missing}), too, by its generation config or tokenizer, but the env only "
+            f"with {sorted(rules.eos_ids)}; make the env with eos_token_ids={sorted({*missing, *rules.eos_ids})}, or with "
+            "those of them that are to end an answer"
+        )
 
 
 def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ def sample_responses(
     sampler: Sampler,
     *,
     vocab_size: int,
-    eos_id: int,
+    eos_id: int | Collection[int],
     max_new_tokens: int | Sequence[int],
     group_size: int = 1,
     completes_stop: StopRule | None = None,
@@ -46,7 +46,7 @@ def sample_responses(
         prompts: N lists of token ids.
         sampler: draws a token.
         vocab_size: ids from here on are never drawn.
-        eos_id: the end token; it is part of the response.
+        eos_id: the end token, or several; the one that ends a response is part of it.
         max_new_tokens: the longest response, or that to each of the N prompts.
         group_size: G.
         completes_stop: whether the last token of a response completes a stop string.
@@ -69,6 +69,7 @@ def sample_responses(
         raise ValueError(
             f"max_num_seqs={max_num_seqs} has no room for a group of {group_size} responses; raise it to that at least"
         )
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     responses: list[list[int]] = [[] for _ in limits]
     logps: list[list[float]] = [[] for _ in limits]
     rows: list[int] = []  # under way
@@ -98,7 +99,7 @@ def sample_responses(
             responses[row].append(token)
             logps[row].append(value)
         goes_on = [
-            responses[row][-1] != eos_id
+            responses[row][-1] not in ends
             and len(responses[row]) < limits[row]
             and not (completes_stop is not None and completes_stop(responses[row]))
             for row in rows

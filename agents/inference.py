@@ -17,10 +17,11 @@ from agents.sampler import Sampler
 from agents.sharded import wholeness
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.arguments import check_text
+from llm_env.chat import PromptFormat
 from llm_env.observations import Observation
 from llm_env.reference import BaseReference
 from llm_env.report import Report
+from llm_env.rules import Rules
 
 
 class Inference(Checkpointed):
@@ -58,38 +59,35 @@ class Inference(Checkpointed):
         )
 
     @placed
-    def generate(self, prompts: Sequence[str], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
-        """Answers to prompts, as text.
+    def generate(self, prompts: Sequence[Any], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
+        """Answer prompts, given as text or as chats, with text.
+
+        Prompts become token ids as in training: with the env's chat template and its arguments, or without an env the
+        tokenizer's own.
 
         Args:
-            prompts: list of str.
+            prompts: a list of str, of chats (lists of messages), or of rows as an env takes them (dicts with `prompt`, and
+                perhaps `tools` and `chat_template_kwargs`).
             deterministic: greedy decoding; otherwise drawn at the agent's temperature.
-            max_new_tokens: the env's limit by default, 64 without an env. The env's stop strings apply.
+            max_new_tokens: the env's limit by default, 64 without an env. The env's end tokens and stop strings apply.
 
         Raises:
-            TypeError: the prompts are no list of str.
-            ValueError: a prompt is no valid text, has no tokens, or is too long for the model; the message names it.
+            TypeError: If the prompts are no such list.
+            ValueError: If a prompt is no valid text, has no tokens, or is too long for the model; the message names it.
         """
         check_counts(max_new_tokens=max_new_tokens)
         if isinstance(prompts, str):
             raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
         if not isinstance(prompts, (list, tuple, np.ndarray)):
-            raise TypeError(f"prompts is a {type(prompts).__name__}; give a list of str")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise TypeError(f"prompt {i} is a {type(prompt).__name__}; give a list of str")
-            check_text(prompt, f"prompt {i}")
+            raise TypeError(f"prompts is a {type(prompts).__name__}; give a list of str or of chats")
         if not len(prompts):
             return []
-        tokenizer = self.policy.tokenizer
+        rules = rules_of_vec_env(self.env) if self.env is not None else None
+        tokenizer = self.policy.tokenizer if rules is None else rules.tokenizer
         if tokenizer is None:
             raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
-        rules = rules_of_vec_env(self.env) if self.env is not None else None
+        contexts = self._contexts(prompts, PromptFormat(tokenizer) if rules is None else rules.prompts.format, rules)
         limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
-        contexts = tokenizer(list(prompts), verbose=False)["input_ids"]
-        if not all(contexts):
-            empty = [bool(context) for context in contexts].index(False)
-            raise ValueError(f"prompt {empty} is empty ({prompts[empty]!r} has no tokens); a model needs at least one")
         check_tokens(contexts, limit, self.policy.vocab_size, self.policy.lm)
         responses, _ = self.policy.sample(
             contexts,
@@ -100,7 +98,31 @@ class Inference(Checkpointed):
             generator=self._generator,
             completes_stop=rules.completes_stop if rules is not None and rules.stop else None,
         )
+        if rules is not None:
+            return rules.decode(responses)
         return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @staticmethod
+    def _contexts(prompts: Sequence[Any], format: PromptFormat, rules: Rules | None) -> list[list[int]]:
+        """Return the token ids of prompts; of one of the env's own, rendered, those that it has there."""
+        rows = [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
+        for i, row in enumerate(rows):
+            if "role" in row and not {"prompt", "messages"} & set(row):
+                raise TypeError(f"prompt {i} is a dict, one message of a chat; give a list of chats, [messages]")
+            content = row.get("prompt", "")
+            if not isinstance(content, str) and not (
+                isinstance(content, (list, tuple)) and all(isinstance(message, dict) for message in content)
+            ):
+                raise TypeError(f"prompt {i} is a {type(prompts[i]).__name__}; give a list of str or of chats")
+        rendered = [format.render(row, i, "prompt") for i, row in enumerate(rows)]
+        contexts = format.encode(rendered)
+        if rules is not None:
+            known = [rules.prompts.ids_of_text(prompt.text) for prompt in rendered]
+            contexts = [context if ids is None else ids for context, ids in zip(contexts, known, strict=True)]
+        if not all(contexts):
+            empty = [bool(context) for context in contexts].index(False)
+            raise ValueError(f"prompt {empty} is empty ({rendered[empty].text!r} has no tokens); a model needs at least one")
+        return contexts
 
     @placed
     def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:

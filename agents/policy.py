@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from agents.sharded import is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
 from llm_env.constraints import TokenConstraint
+from llm_env.end_tokens import as_token_ids, end_tokens_of_model
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
 from llm_env.scoring import autocast, response_states, restrict, score
@@ -69,6 +70,8 @@ class LanguagePolicy(Weights):
         tokenizer: the tokenizer, or None.
         vocab_size: V, how many token ids are actions; the env's once there is one.
         constraint: which of them may come next; the env's once there is one, None for all.
+        eos_ids: the tokens that end a response: the tokenizer's end token and those of the model's generation config; the env's
+            once there is one.
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
         gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
@@ -112,11 +115,18 @@ class LanguagePolicy(Weights):
         if tokenizer is not None:
             self.vocab_size = vocabulary_size(tokenizer)
             check_vocabulary(lm, self.vocab_size)
+        self.eos_ids = self.own_eos_ids
         self.value_head: nn.Linear | None = None
         self.critic: PreTrainedModel | None = None
         if value_head:
             self.add_value_head(separate_critic)
         self.train(False)
+
+    @property
+    def own_eos_ids(self) -> frozenset[int]:
+        """The end tokens of the model, whatever an env says: its generation config's and its tokenizer's."""
+        ids = end_tokens_of_model(self.lm.generation_config, self.lm.config)
+        return frozenset([*ids, *as_token_ids(getattr(self.tokenizer, "eos_token_id", None))])
 
     def add_value_head(self, separate_critic: bool = False) -> None:
         """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""
@@ -203,7 +213,7 @@ class LanguagePolicy(Weights):
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 1.0,
         *,
-        eos_id: int | None = None,
+        eos_id: int | Collection[int] | None = None,
         completes_stop: StopRule | None = None,
         **sampler: Any,
     ) -> tuple[list[list[int]], list[np.ndarray]]:
@@ -214,7 +224,7 @@ class LanguagePolicy(Weights):
             group_size: G.
             max_new_tokens: the longest response, in tokens, or that to each of the prompts.
             temperature: divides the logits.
-            eos_id: the end token; the tokenizer's by default.
+            eos_id: the end token, or several; `eos_ids` by default.
             completes_stop: whether the last token of a response completes a stop string.
             sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.sampler.Sampler`.
 
@@ -228,7 +238,7 @@ class LanguagePolicy(Weights):
             prompts,
             Sampler(temperature, **sampler),
             vocab_size=self.vocab_size,
-            eos_id=self._eos_id() if eos_id is None else eos_id,
+            eos_id=self._known_eos_ids() if eos_id is None else eos_id,
             max_new_tokens=max_new_tokens,
             group_size=group_size,
             completes_stop=completes_stop,
@@ -251,7 +261,7 @@ class LanguagePolicy(Weights):
             prompts,
             sampler,
             vocab_size=rules.vocab_size,
-            eos_id=rules.eos_id,
+            eos_id=rules.eos_ids,
             max_new_tokens=rules.max_new_tokens,
             group_size=group_size,
             completes_stop=rules.completes_stop if rules.stop else None,
@@ -344,7 +354,7 @@ class LanguagePolicy(Weights):
         tokens, _ = self.predict(arrays.get("", arrays), deterministic=deterministic)
         return torch.as_tensor(tokens, device=self.device)
 
-    def _eos_id(self) -> int:
-        if self.tokenizer is None or self.tokenizer.eos_token_id is None:
+    def _known_eos_ids(self) -> frozenset[int]:
+        if not self.eos_ids:
             raise ValueError("no end token is known: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}")
-        return int(self.tokenizer.eos_token_id)
+        return self.eos_ids

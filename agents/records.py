@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import explained_variance, safe_mean
 from agents.advantages import equal_groups
 from agents.losses import kl_k3
 from llm_env.reference import coefficient
+from llm_env.rewards import METRIC
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
@@ -35,9 +36,8 @@ def record_rollout(agent: LanguageAgent, rollout: Rollout) -> None:
         record("rollout/zero_std_groups", equal_groups(scores, rollout.group_size).float().mean().item())
     if getattr(agent, "max_resamples", 0):
         record("rollout/resamples", len(rollout) // agent.n_envs - 1)
-    components = {key for info in rollout.infos for key in info if key.startswith("reward/")}
-    for key in sorted(components):
-        record(f"rollout/{key}", safe_mean([info[key] for info in rollout.infos if key in info]))
+    for key in sorted({key for info in rollout.infos for key in info if key.startswith(("reward/", METRIC))}):
+        record(f"rollout/{key.removeprefix(METRIC)}", safe_mean([info[key] for info in rollout.infos if key in info]))
     if agent.rules.rewards.replaces_errors:
         record("rollout/reward_errors", float(np.mean(["reward_error" in info for info in rollout.infos])))
     for name, seconds in agent.rules.rewards.take_seconds().items():

@@ -109,6 +109,7 @@ class SetUp(Drawing):
         if self._window_is_rollout:
             self._stats_window_size = n_envs
         self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
+        self.policy.eos_ids = rules.eos_ids
         if self.policy.tokenizer is None:
             self.policy.tokenizer = rules.tokenizer
         self._hand_down()

@@ -211,13 +211,13 @@ def sampling_settings(rules: Rules, sampler: Sampler) -> dict[str, Any]:
         "min_p": float(sampler.min_p),
         "logprobs": 0,  # of the drawn token alone
         "ignore_eos": True,  # the model's idea of its end tokens; the env's one is
-        "stop_token_ids": [rules.eos_id],
+        "stop_token_ids": sorted({*rules.eos_ids, *rules.stop_strings.token_ids}),
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
     }
-    if rules.stop:
-        settings |= {"stop": rules.stop, "include_stop_str_in_output": True, "skip_special_tokens": True}
+    if rules.stop_strings.texts:  # one with special tokens in it is noticed by `extend`
+        settings |= {"stop": rules.stop_strings.texts, "include_stop_str_in_output": True, "skip_special_tokens": True}
     if rules.constraint is not None and rules.constraint.fixed is not None and not rules.constraint.fixed[0].all():
         settings["allowed_token_ids"] = rules.constraint.fixed[0].nonzero()[0].tolist()
     return settings
@@ -239,7 +239,7 @@ def extend(
     for token, value in zip(ids, values, strict=True):
         response.append(token)
         logps.append(value)
-        if token == rules.eos_id or len(response) == limit or (rules.stop and rules.completes_stop(response)):
+        if token in rules.eos_ids or len(response) == limit or (rules.stop and rules.completes_stop(response)):
             return True
     return False
 

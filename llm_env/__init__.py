@@ -1,5 +1,7 @@
 """A Gymnasium environment whose actions are tokens."""
 
+import warnings
+from importlib import metadata
 from typing import Any
 
 from llm_env.env import TextGenerationEnv
@@ -27,6 +29,22 @@ __all__ = [
 ]
 
 register_tasks()
+
+
+def _warn_of_name_collision() -> None:
+    """Warn where another distribution has installed a package of the name `agents`, too."""
+    try:
+        metadata.distribution("openai-agents")
+    except metadata.PackageNotFoundError:
+        return
+    warnings.warn(
+        "the distribution openai-agents is installed, too. It and llm-env both have a top-level package `agents`, and one has "
+        "overwritten the other's files: use an environment of its own for each (python -m venv), with llm-env installed anew",
+        stacklevel=3,
+    )
+
+
+_warn_of_name_collision()
 
 
 def __getattr__(name: str) -> Any:

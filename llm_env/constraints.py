@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,29 +18,28 @@ class TokenConstraint:
 
     Args:
         allowed: token ids, or a (V,) bool array, for every state; or a function `f(prompt_ids, response_ids)` that returns
-            one of the two for a state. It must depend on its arguments alone: it is asked again in training. The end token
+            one of the two for a state. It must depend on its arguments alone: it is asked again in training. An end token
             is allowed only where it is among them. None allows all.
-        min_new_tokens: the end token is not allowed as one of the first `min_new_tokens` tokens. Stop strings still end.
+        min_new_tokens: no end token is allowed as one of the first `min_new_tokens` tokens. Stop strings still end.
         vocab_size: V.
-        eos_id: the end token.
+        eos_ids: the end tokens; a single one may be given as an int.
 
     Raises:
         ValueError, TypeError: `allowed` holds no token, or what is no token id.
     """
 
-    def __init__(self, allowed: Any, min_new_tokens: int, vocab_size: int, eos_id: int) -> None:
+    def __init__(self, allowed: Any, min_new_tokens: int, vocab_size: int, eos_ids: int | Collection[int]) -> None:
         self._function: AllowedTokens | None = allowed if callable(allowed) else None
         self._vocab_size = vocab_size
-        self._eos_id = eos_id
+        self._eos_ids = [eos_ids] if isinstance(eos_ids, int) else sorted(eos_ids)
         self._min_new_tokens = min_new_tokens
         everything = np.ones(vocab_size, dtype=bool)
         self._always = everything if allowed is None or callable(allowed) else self._as_mask(allowed)
         self._kinds = np.stack([self._always, self._always])  # after and before min_new_tokens
-        self._kinds[1, eos_id] = False
-        if not self._always[eos_id]:
-            logger.warning(
-                "allowed_tokens is without the end token %d: only a stop string or the limit ends a response", eos_id
-            )
+        self._kinds[1, self._eos_ids] = False
+        if not self._always[self._eos_ids].any():
+            names = ", ".join(map(str, self._eos_ids))
+            logger.warning("allowed_tokens is without the end token %s: only a stop string or the limit ends a response", names)
         if min_new_tokens and not self._kinds[1].any():
             raise ValueError(
                 f"min_new_tokens={min_new_tokens} forbids the end token, and allowed_tokens leaves no other; allow more tokens"
@@ -57,7 +56,7 @@ class TokenConstraint:
         Raises:
             ValueError: no token may.
         """
-        return self.along(prompt, [*response, self._eos_id], len(response))[0]
+        return self.along(prompt, [*response, self._eos_ids[0]], len(response))[0]
 
     def masks(self, states: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
         """`next` for B states (prompt, response so far): bool, (B, V), or (1, V) where it is the same for all."""
@@ -77,7 +76,7 @@ class TokenConstraint:
         early = self._min_new_tokens - begin
         if early > 0:
             masks = masks.copy()
-            masks[:early, self._eos_id] = False
+            masks[:early, self._eos_ids] = False
             if self._function is not None and not masks.any(axis=1).all():
                 raise ValueError(
                     f"allowed_tokens leaves only the end token after {begin + int(masks.any(axis=1).argmin())} tokens, but "

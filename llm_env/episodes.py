@@ -187,7 +187,7 @@ class Episodes:
         assert self.rules.constraint is not None
         for row, new, length in zip(rows, tokens, lengths, strict=True):
             before = self.response(row).tolist()
-            ends = np.flatnonzero(new[:length] == self.rules.eos_id)
+            ends = np.flatnonzero(self.rules.are_end_tokens(new[:length]))
             new = new[: ends[0] + 1 if len(ends) else length]  # nothing is asked of what comes after the end
             masks = self.rules.constraint.along(self.prompt(row).tolist(), before + new.tolist(), len(before))
             bad = np.flatnonzero(~masks[np.arange(len(new)), new])
@@ -204,7 +204,7 @@ class Episodes:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Where the tokens just written end an episode: (terminated, truncated), both (R,) bool."""
         position = np.arange(tokens.shape[1])
-        is_end = (tokens == self.rules.eos_id) & (position < lengths[:, None])
+        is_end: Any = self.rules.are_end_tokens(tokens) & (position < lengths[:, None])
         if self.rules.stop:
             for i, row in enumerate(rows):
                 response = self.response(row).tolist()
@@ -255,13 +255,12 @@ class Episodes:
         paid, step_errors = self._paid_steps[rows], {}
         open_rows = np.flatnonzero(~ended & (lengths > 0))
         if self.rules.rewards.stepwise and len(open_rows):
-            so_far = self.rules.rewards.steps_so_far(*self._given(rows[open_rows]))
+            so_far = self.rules.rewards.steps_so_far(*self._reward_inputs(rows[open_rows]))
             for k, i in enumerate(open_rows):
                 paid[i] += self._pay_steps(so_far, k, rows[i], before[i], rewards[i])
             step_errors = {int(rows[open_rows[k]]): error for k, error in so_far.errors.items()}
         if ended.any():
-            given = self._given(rows[ended])
-            scores = self.rules.rewards(*given)
+            scores = self.rules.rewards(*self._reward_inputs(rows[ended]))
             outcome, penalties = self.rules.ends.settle(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
             for k, i in enumerate(np.flatnonzero(ended)):
                 paid[i] += self._pay_steps(scores, k, rows[i], before[i], rewards[i])
@@ -275,8 +274,7 @@ class Episodes:
                     ends[int(rows[i])] = scores.step_ends(k, before[i], last, bool(outcome[k]))
             whole = [sum(score for _, score in steps) for steps in scores.steps]
             self.scores[rows[ended]] = paid[ended] + np.array(whole) + outcome
-            components = {**scores.components, **penalties}
-            infos = self._infos(rows[ended].tolist(), given[0], given[1], components, scores.errors, truncated[ended])
+            infos = self._infos(rows[ended].tolist(), scores, penalties, truncated[ended])
             for row, row_ends in ends.items():
                 infos[row]["step_ends"] = row_ends
         self._paid_steps[rows] = paid
@@ -305,28 +303,27 @@ class Episodes:
             rewards[at] += score
         return owed + sum(score for _, score in new)
 
-    def _given(self, rows: np.ndarray) -> tuple[list[str], list[str], list[list[int]], dict[str, list[Any]]]:
-        """Prompts, completions, their token ids and the columns of `rows`: what rewards are called with."""
-        texts, columns = self.rules.prompts.batch(self.prompt_indexes[rows].tolist())
+    def _reward_inputs(self, rows: np.ndarray) -> tuple[list[Any], list[Any], list[list[int]], dict[str, list[Any]]]:
+        """Return prompts, completions, their token ids and the columns of `rows`: what rewards are called with."""
         responses = [self.response(row).tolist() for row in rows.tolist()]
-        return texts, self.rules.decode(responses), responses, columns
+        indexes = self.prompt_indexes[rows].tolist()
+        prompts, completions, columns = self.rules.prompts.reward_inputs(indexes, self.rules.decode(responses))
+        return prompts, completions, responses, columns
 
     def _infos(
-        self,
-        rows: list[int],
-        prompts: list[str],
-        completions: list[str],
-        components: dict[str, np.ndarray],
-        errors: dict[int, str],
-        truncated: np.ndarray,
+        self, rows: list[int], scores: Scores, penalties: dict[str, np.ndarray], truncated: np.ndarray
     ) -> dict[int, dict[str, Any]]:
-        """The last infos of rows that end."""
+        """Return the last infos of rows that end."""
+        components = {**scores.components, **penalties}
+        completions = self.rules.decode([self.response(row).tolist() for row in rows])
         infos: dict[int, dict[str, Any]] = {}
         for i, row in enumerate(rows):
-            info = {"prompt": prompts[i], "completion": completions[i], "prompt_index": int(self.prompt_indexes[row])}
+            index = int(self.prompt_indexes[row])
+            info = {"prompt": self.rules.prompts.texts[index], "completion": completions[i], "prompt_index": index}
             info.update({f"reward/{name}": float(v[i]) for name, v in components.items() if np.isfinite(v[i])})
-            if i in errors:
-                info["reward_error"] = errors[i]
+            info.update({key: values[i] for key, values in scores.notes.items()})
+            if i in scores.errors:
+                info["reward_error"] = scores.errors[i]
             if self.rules.success is not None:
                 counts = not (truncated[i] and self.rules.ends.length_stop == "zero")
                 info["is_success"] = bool(counts and components[self.rules.success][i] >= 1)

@@ -44,8 +44,9 @@ def known_answers(rules: Rules, gold: Gold) -> dict[int, str]:
     table = rules.prompts
     everything = range(len(table))
     if callable(gold):
-        texts, columns = table.batch(everything)
-        values = [gold({"prompt": texts[i], **{name: columns[name][i] for name in columns}}) for i in everything]
+        values = [
+            gold({**{name: table.column(name, [i])[0] for name in table.columns}, "prompt": table.texts[i]}) for i in everything
+        ]
     else:
         name = gold or next((name for name in GOLD_COLUMNS if name in table.columns), None)
         if name is None:

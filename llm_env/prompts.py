@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.arguments import check_text
+from llm_env.chat import Messages, PromptFormat
 
 logger = logging.getLogger("llm_env")
 
@@ -100,8 +100,8 @@ def as_rows(prompts: Any) -> Sequence[Row]:
         return read_jsonl(prompts)
     if not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")) or isinstance(prompts, (dict, bytes)):
         raise TypeError(
-            f"prompts is a {type(prompts).__name__}; give a list of str, a list of dict with a 'prompt' key, a "
-            "PromptSource, a dataset or the path of a .jsonl file"
+            f"prompts is a {type(prompts).__name__}{_why_no_rows(prompts)}; give a list of str, a list of dict with a 'prompt' "
+            "key, a PromptSource, a dataset or the path of a .jsonl file"
         )
     if len(prompts) == 0:
         raise ValueError("prompts is empty: give at least one prompt")
@@ -118,45 +118,13 @@ def as_rows(prompts: Any) -> Sequence[Row]:
     return prompts
 
 
-def render_row(row: Any, index: int, tokenizer: Any) -> str | None:
-    """The text of a row's prompt, or None where it is a chat that the chat template has yet to turn into text.
-
-    Raises:
-        TypeError, ValueError: the row holds no usable prompt; the message names the row.
-    """
-    if not isinstance(row, dict):
-        raise TypeError(f"row {index} of the prompts is a {type(row).__name__}; rows are str, or dict with a 'prompt' key")
-    if other := [key for key in row if not isinstance(key, str)]:
-        raise TypeError(f"row {index} of the prompts has the key {other[0]!r}; keys are the names of columns, of type str")
-    content = row.get("prompt", row.get("messages"))
-    if content is None:
-        if key := next((key for key in ("prompt", "messages") if key in row), None):
-            raise ValueError(f"row {index} of the prompts holds None as its {key!r}; give a text or messages")
-        raise ValueError(f"row {index} of the prompts has the keys {sorted(row)}, but neither 'prompt' nor 'messages'")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, (list, tuple)):
-        raise TypeError(f"row {index}: 'prompt' is a {type(content).__name__}; it must be a str or a list of messages")
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            f"row {index} holds chat messages, but the tokenizer has no chat template; set tokenizer.chat_template, or "
-            "give the prompt as text"
-        )
-    return None
-
-
-def render_chat(messages: Any, index: int, tokenizer: Any) -> str:
-    """The messages of row `index` as the chat template writes them, with the opening of the answer.
-
-    Raises:
-        TypeError, ValueError: they are no messages, or the template fails on them; the message names the row.
-    """
-    if other := [message for message in messages if not isinstance(message, dict)]:
-        raise TypeError(f"row {index}: a message is a {type(other[0]).__name__}; it must be a dict with 'role' and 'content'")
-    try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except Exception as error:
-        raise ValueError(f"row {index}: the chat template raised {type(error).__name__}: {error}") from error
+def _why_no_rows(prompts: Any) -> str:
+    """Return what is wrong with something that is no sequence of rows, and the remedy, where that is known."""
+    if isinstance(prompts, dict) and prompts and all(hasattr(split, "column_names") for split in prompts.values()):
+        return f" of the splits {list(prompts)}: pick one, prompts=dataset[{next(iter(prompts))!r}]"
+    if hasattr(prompts, "__iter__") and not hasattr(prompts, "__len__"):
+        return ", which has no length: take as many rows as you want, prompts=list(itertools.islice(dataset, 10_000))"
+    return ""
 
 
 class PromptTable:
@@ -164,35 +132,45 @@ class PromptTable:
 
     Args:
         prompts: see `as_rows`.
-        tokenizer: a transformers tokenizer; text is tokenized with its special tokens, a chat by its template.
+        format: how rows become text and token ids; a tokenizer makes one with its own chat template.
         max_prompt_tokens: the longest prompt allowed, in tokens.
         split: `"train"` or `"test"` keeps the rows whose prompt `split_of` assigns there; None keeps all.
         long_prompts: `"error"` refuses a longer prompt, `"drop"` leaves it out, counts it in `dropped` and logs it.
 
     Attributes:
+        format: how rows become text and token ids.
         ids: one int64 array a prompt.
         texts: the prompts as text (chats as their template renders them).
+        messages: the chats as lists of messages; None where a prompt is text.
         dropped: how many prompts were left out for their length.
         columns: names of the columns, "prompt" aside, that any row has.
         incomplete: for each column that some row lacks, the first such row.
     """
 
     def __init__(
-        self, prompts: Any, tokenizer: Any, max_prompt_tokens: int, split: str | None = None, long_prompts: str = "error"
+        self,
+        prompts: Any,
+        format: PromptFormat | Any,
+        max_prompt_tokens: int,
+        split: str | None = None,
+        long_prompts: str = "error",
     ) -> None:
         check_split(split)
         if long_prompts not in ("error", "drop"):
             raise ValueError(f"long_prompts={long_prompts!r} must be 'error' or 'drop'")
+        self.format = format if isinstance(format, PromptFormat) else PromptFormat(format)
         self._rows = as_rows(prompts)
         self._kept: list[int] = []
         self.texts: list[str] = []
+        self.messages: list[Messages | None] = []
         self.ids: list[np.ndarray] = []
         self.dropped = 0
-        texts, chats = self._texts(tokenizer)
-        kept = [i for i, text in enumerate(texts) if split is None or split_of(text) == split]
-        for i, ids in zip(kept, self._encode([texts[i] for i in kept], [i in chats for i in kept], tokenizer), strict=True):
+        rendered = [self.format.render(self._rows[i], i) for i in range(len(self._rows))]
+        kept = [i for i, prompt in enumerate(rendered) if split is None or split_of(prompt.text) == split]
+        for i, ids in zip(kept, self.format.encode([rendered[i] for i in kept]), strict=True):
+            text, messages = rendered[i]
             if len(ids) == 0:
-                raise ValueError(f"row {i} of the prompts is empty ({texts[i]!r} has no tokens); a model needs at least one")
+                raise ValueError(f"row {i} of the prompts is empty ({text!r} has no tokens); a model needs at least one")
             if len(ids) > max_prompt_tokens:
                 if long_prompts == "error":
                     raise ValueError(
@@ -202,16 +180,18 @@ class PromptTable:
                 self.dropped += 1
                 continue
             self._kept.append(i)
-            self.texts.append(texts[i])
+            self.texts.append(text)
+            self.messages.append(messages)
             self.ids.append(np.asarray(ids, dtype=np.int64))
         if self.dropped:
             logger.warning("dropped %d of %d prompts longer than %d tokens", self.dropped, len(kept), max_prompt_tokens)
         if not self.ids:
             raise ValueError(
-                f"no prompt is left of {len(texts)}: {len(texts) - len(kept)} are not in split={split!r}, {self.dropped} have "
-                f"more than max_prompt_tokens={max_prompt_tokens} tokens"
+                f"no prompt is left of {len(rendered)}: {len(rendered) - len(kept)} are not in split={split!r}, {self.dropped} "
+                f"have more than max_prompt_tokens={max_prompt_tokens} tokens"
             )
         self.columns, self.incomplete = self._survey()
+        self._chats: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -220,9 +200,31 @@ class PromptTable:
         """The values of column `name` in the prompts `indexes`."""
         return [self._rows[self._kept[i]].get(name) for i in indexes]
 
-    def batch(self, indexes: Sequence[int]) -> tuple[list[str], dict[str, list[Any]]]:
-        """Texts and columns of the prompts `indexes`: what a reward function is told of them."""
-        return [self.texts[i] for i in indexes], {name: self.column(name, indexes) for name in self.columns}
+    def reward_inputs(
+        self, indexes: Sequence[int], completions: Sequence[str]
+    ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+        """Return prompts, completions and columns as reward functions get them, in TRL's convention.
+
+        Text stays text. Of a chat the prompt is its messages, and the completion one message of the assistant's.
+
+        Args:
+            indexes: B indexes of prompts.
+            completions: B texts.
+        """
+        prompts: list[Any] = []
+        answers: list[Any] = []
+        for i, completion in zip(indexes, completions, strict=True):
+            messages = self.messages[i]
+            prompts.append(self.texts[i] if messages is None else messages)
+            answers.append(completion if messages is None else [{"role": "assistant", "content": completion}])
+        return prompts, answers, {name: self.column(name, indexes) for name in self.columns}
+
+    def ids_of_text(self, text: str) -> list[int] | None:
+        """Return the ids of the chat that its template writes as `text`; None where no prompt is that chat."""
+        if self._chats is None:
+            self._chats = {self.texts[i]: i for i, messages in enumerate(self.messages) if messages is not None}
+        index = self._chats.get(text)
+        return None if index is None else self.ids[index].tolist()
 
     def row(self, index: int) -> Row:
         """The columns of prompt `index` that it has, "prompt" aside."""
@@ -233,30 +235,6 @@ class PromptTable:
         columns = sorted(set().union(*rows.values()))
         lacking = {name: next((i for i, row in rows.items() if name not in row), None) for name in columns}
         return columns, {name: i for name, i in lacking.items() if i is not None}
-
-    def _texts(self, tokenizer: Any) -> tuple[list[str], set[int]]:
-        texts, chats = [], set()
-        for i in range(len(self._rows)):
-            row = self._rows[i]
-            text = render_row(row, i, tokenizer)
-            if text is None:
-                chats.add(i)
-                text = render_chat(row.get("prompt", row.get("messages")), i, tokenizer)
-            check_text(text, f"row {i} of the prompts")
-            texts.append(text)
-        return texts, chats
-
-    @staticmethod
-    def _encode(texts: list[str], is_chat: list[bool], tokenizer: Any) -> list[list[int]]:
-        if not texts:
-            return []
-        if not any(is_chat):
-            return tokenizer(texts, verbose=False)["input_ids"]
-        # A chat template writes its special tokens itself.
-        return [
-            tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
-            for text, chat in zip(texts, is_chat, strict=True)
-        ]
 
 
 class PromptCursor:

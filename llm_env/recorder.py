@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_env.prompts import read_jsonl
-from llm_env.rewards import RewardFunction, RewardSum
+from llm_env.rewards import NOTES, RewardFunction, RewardSum
 
 if TYPE_CHECKING:
     from llm_env.episodes import Episodes
@@ -27,22 +27,26 @@ BEGINNING = b'{"prompt_index": '  # of every record
 class Recorder:
     """Appends one JSON object an episode to a file; give evaluation an env of its own, or its episodes are recorded as well.
 
-    Every object has `prompt_index`, `prompt`, `completion`, `prompt_ids`, `completion_ids`, `columns` (the prompt's),
-    `components` (by name, before weighting), `score` (what rewards and ends paid, without a KL), `terminated`, `truncated`,
-    `logprobs` and `ref_logprobs` (one a completion token, in nats; null where not known), and `is_success` and
-    `reward_error` where the last info has them.
+    Every object has `prompt_index`, `prompt` and `completion` as reward functions get them, `prompt_ids`, `completion_ids`,
+    `columns` (the prompt's), `components` (by name, before weighting), `score` (what rewards and ends paid, without a KL),
+    `terminated`, `truncated`, `logprobs` and `ref_logprobs` (one a completion token, in nats; null where not known), and
+    `is_success`, `reward_error` and what rewards logged (`metric/<name>`, `extra/<column>`) where the last info has them.
 
     Args:
         path: the file; made with its folders if it is not there. A last line that was cut off is taken away.
-        columns: those of a prompt, to see before any episode has ended that they can be written.
+        rows: the columns of all prompts, to see before any episode has ended that they can be written.
 
     Raises:
         TypeError: a prompt's column holds what JSON cannot.
         ValueError: the file ends in the middle of a line that is no record.
     """
 
-    def __init__(self, path: str | Path, columns: dict[str, Any] | None = None) -> None:
-        json.dumps(columns, default=_plain)
+    def __init__(self, path: str | Path, rows: Iterable[dict[str, Any]] = ()) -> None:
+        for i, columns in enumerate(rows):
+            try:
+                json.dumps(columns, default=_plain)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"record={str(path)!r} is not possible: in row {i} of the prompts {error}") from error
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
@@ -92,19 +96,21 @@ def _unfinished_line(path: Path) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    raise TypeError(f"a column of the prompts holds {value!r} ({type(value).__name__}), which JSON cannot; it is not recorded")
+    raise TypeError(f"a column holds {value!r} ({type(value).__name__}), which JSON cannot; give text or numbers, or drop it")
 
 
 def record_of(episodes: Episodes, row: int, info: dict[str, Any], terminated: bool) -> dict[str, Any]:
     """What `Recorder` writes of the episode that has just ended in `row` with the last info `info`."""
+    index, notes = info["prompt_index"], {key: value for key, value in info.items() if key.startswith(NOTES)}
+    (prompt,), (completion,), _ = episodes.rules.prompts.reward_inputs([index], [info["completion"]])
     logp, ref_logp = (x.tolist() if np.isfinite(x).all() else None for x in episodes.log_probs(row))
     return {
-        "prompt_index": info["prompt_index"],
-        "prompt": info["prompt"],
-        "completion": info["completion"],
+        "prompt_index": index,
+        "prompt": prompt,
+        "completion": completion,
         "prompt_ids": episodes.prompt(row).tolist(),
         "completion_ids": episodes.response(row).tolist(),
-        "columns": episodes.rules.prompts.row(info["prompt_index"]),
+        "columns": episodes.rules.prompts.row(index),
         "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
         "score": float(episodes.scores[row]),
         "terminated": terminated,
@@ -112,6 +118,7 @@ def record_of(episodes: Episodes, row: int, info: dict[str, Any], terminated: bo
         "logprobs": logp,
         "ref_logprobs": ref_logp,
         **{key: info[key] for key in ("is_success", "reward_error") if key in info},
+        **notes,
     }
 
 

@@ -110,8 +110,8 @@ class _Lint:
 
     def given(self, sample: Sample) -> tuple[Any, ...]:
         """What the reward is called with: prompts, completions, their ids and the columns."""
-        texts, columns = self.rules.prompts.batch(sample.indexes)
-        return texts, sample.completions, [self._ids(text) for text in sample.completions], columns
+        prompts, completions, columns = self.rules.prompts.reward_inputs(sample.indexes, sample.completions)
+        return prompts, completions, [self._ids(text) for text in sample.completions], columns
 
     def pay(self, given: tuple[Any, ...]) -> np.ndarray:
         """(B,) of the component that says success, or of the weighted sum: the one place that calls the reward."""

@@ -15,22 +15,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from llm_env.chat import Messages, Prompt, encode_prompts
 from llm_env.rules import vocabulary_size
 from llm_env.scoring import pad
 
-Template = str | Callable[[str, str], str]
+Template = str | Callable[[Any, Any], str]
 UNLIMITED = 10**9  # tokenizers without a limit report numbers beyond this
 
 
 class RewardModel:
     """A sequence classifier's logit, as a reward function in TRL's convention.
 
-    The text of row i is the template filled with its prompt and completion; its reward is
-    `(logit - mean) / std`. Texts are tokenized with the tokenizer's special tokens (a chat template writes its own), sorted
-    by length and padded on the right. The score of a text does not depend on what it is batched with: padding is
-    invisible to the model's attention, to its positions and to the place where its head reads. Decoder classifiers read at
-    the last token that is not `config.pad_token_id`, so the padding is that token; where the config has none, or none that
-    the model can embed, the head reads at the last token, and a batch is padded with a token that no text in it ends with.
+    The text of row i is the template filled with its prompt and completion, or, of a chat, what the reward model's own chat
+    template makes of its messages; its reward is `(logit - mean) / std`. Texts are tokenized with the tokenizer's special
+    tokens, each once (a chat template writes its own), sorted by length and padded on the right. The score of a text does not
+    depend on what it is batched with: padding is invisible to the model's attention, to its positions and to the place where
+    its head reads. Decoder classifiers read at the last token that is not `config.pad_token_id`, so the padding is that token;
+    where the config has none, or none that the model can embed, the head reads at the last token, and a batch is padded with
+    a token that no text in it ends with.
 
     The model runs in evaluation mode without gradients, and is left in the mode in which it was found (several threads may
     score at once only with a model that is in evaluation mode, as one from a path is). Non-finite scores
@@ -40,8 +42,9 @@ class RewardModel:
         model: a path, a hub id, or a sequence classification model. An object is used as it is, so that it may be trained
             between two calls; it is copied where `device` or `dtype` is not its own.
         tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's path. A model object needs one.
-        template: a str with `{completion}` and, usually, `{prompt}`; `"chat"` for a user's and an assistant's message under
-            the tokenizer's chat template; or a callable `(prompt, completion) -> str`. Braces in the texts mean nothing.
+        template: for prompts that are text, a str with `{completion}` and, usually, `{prompt}` (both, one after the other, by
+            default), or `"chat"` for a user's and an assistant's message under the tokenizer's chat template. Braces in the
+            texts mean nothing. Or a callable `(prompt, completion) -> str`, which gets chats as lists of messages.
         name: the component's name in infos and logs.
         batch_size: texts per forward pass; bounds the memory.
         device: where the model runs; by default where it is (CPU for a path).
@@ -82,7 +85,7 @@ class RewardModel:
         model: str | Path | PreTrainedModel,
         tokenizer: Any = None,
         *,
-        template: Template = "{prompt}{completion}",
+        template: Template | None = None,
         name: str = "reward_model",
         batch_size: int = 64,
         device: torch.device | str | None = None,
@@ -102,8 +105,7 @@ class RewardModel:
         self.model = _load_classifier(model, device, dtype)
         self.tokenizer = _load_tokenizer(model, tokenizer, truncation)
         self._index = _reward_label(self.model, index)
-        self._chat = template == "chat"
-        self._render = _renderer(template, self.tokenizer)
+        self._render = _Renderer(template, self.tokenizer)
         self._batch_size = batch_size
         self._truncation = truncation
         self._max_tokens = max_tokens or _length_limit(self.model, self.tokenizer)
@@ -116,27 +118,28 @@ class RewardModel:
         self._normalize_by(mean, std)
         self._try_out()
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """One score a completion.
 
         Args:
-            prompts: B texts.
-            completions: B texts.
+            prompts: B texts or chats.
+            completions: B texts, of chats lists of one message.
             columns: not looked at.
 
         Raises:
-            ValueError: a text has no tokens, or more than `max_tokens` and `truncation` is None; the message names the row.
+            ValueError: a chat cannot be rendered; or a text has no tokens, or more than `max_tokens` and `truncation` is None;
+                the message names the row.
         """
         return [(logit - self.mean) / self.std for logit in self._score(prompts, completions)]
 
-    def logits(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+    def logits(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
         """The logits before normalization, (B,), from one forward pass in the mode the model is in, with gradients.
 
         For training the model: it reads its texts here exactly as it does when it pays.
         """
         return self._forward(self._encode(prompts, completions)).logits[:, self._index]
 
-    def calibrate(self, prompts: Sequence[str], completions: Sequence[str]) -> RewardModel:
+    def calibrate(self, prompts: Sequence[Any], completions: Sequence[Any]) -> RewardModel:
         """Set `mean` and `std` so that these completions score 0 in the mean with a standard deviation of 1.
 
         Ziegler et al. 2019 (arXiv 1909.08593, section 2) normalize so over completions of the policy before it is trained.
@@ -179,13 +182,13 @@ class RewardModel:
                 "the model with AutoModelForSequenceClassification"
             )
 
-    def _encode(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
-        texts = [self._render(p, c) for p, c in zip(prompts, completions, strict=True)]
+    def _encode(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:
+        rendered = [self._render(p, c) for p, c in zip(prompts, completions, strict=True)]
         cut = {"truncation": True, "max_length": self._max_tokens} if self._truncation and self._max_tokens else {}
-        rows = self.tokenizer(texts, add_special_tokens=not self._chat, verbose=False, **cut)["input_ids"]
+        rows = encode_prompts(self.tokenizer, rendered, end=True, **cut)
         for i, row in enumerate(rows):
             if len(row) == 0:
-                raise ValueError(f"row {i}: the text {texts[i]!r} has no tokens; a reward model needs at least one")
+                raise ValueError(f"row {i}: the text {rendered[i].text!r} has no tokens; a reward model needs at least one")
             if self._max_tokens is not None and len(row) > self._max_tokens:
                 raise ValueError(
                     f"row {i}: the text has {len(row)} tokens, the reward model takes max_tokens={self._max_tokens}; shorten "
@@ -193,7 +196,7 @@ class RewardModel:
                 )
         return rows
 
-    def _score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def _score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         rows = self._encode(prompts, completions) if len(prompts) or len(completions) else []
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: memory runs out at once or never
         results = [0.0] * len(rows)
@@ -300,22 +303,41 @@ def _length_limit(model: PreTrainedModel, tokenizer: Any) -> int | None:
     return min((int(limit) for limit in limits if limit and 0 < limit < UNLIMITED), default=None)
 
 
-def _renderer(template: Template, tokenizer: Any) -> Callable[[str, str], str]:
+class _Renderer:
     """How a prompt and a completion become one text."""
-    if template == "chat":
-        if tokenizer.chat_template is None:
-            raise ValueError("template='chat', but the tokenizer has no chat template; set tokenizer.chat_template")
-        return lambda prompt, completion: tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], tokenize=False
-        )
-    if not isinstance(template, str):
-        return template
-    if "{completion}" not in template:
-        raise ValueError(f"template={template!r} has no {{completion}}: every answer to a prompt would score the same")
 
-    def fill(prompt: str, completion: str) -> str:
+    def __init__(self, template: Template | None, tokenizer: Any) -> None:
+        if template == "chat" and tokenizer.chat_template is None:
+            raise ValueError("template='chat', but the tokenizer has no chat template; set tokenizer.chat_template")
+        if isinstance(template, str) and template != "chat" and "{completion}" not in template:
+            raise ValueError(f"template={template!r} has no {{completion}}: every answer to a prompt would score the same")
+        self._template, self._tokenizer = template, tokenizer
+
+    def __call__(self, prompt: Any, completion: Any) -> Prompt:
+        """Return the text, and its messages where a chat template has written it."""
+        if callable(self._template):
+            return Prompt(self._template(prompt, completion), None)
+        if not isinstance(prompt, str):
+            return self._chat(prompt, completion)
+        if self._template == "chat":
+            return self._chat([{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}])
         # In one pass: a prompt that speaks of {completion} is not filled in turn.
         values = {"{prompt}": prompt, "{completion}": completion}
-        return re.sub(r"\{prompt\}|\{completion\}", lambda place: values[place[0]], template)
+        template = self._template or "{prompt}{completion}"
+        return Prompt(re.sub(r"\{prompt\}|\{completion\}", lambda place: values[place[0]], template), None)
 
-    return fill
+    def _chat(self, prompt: Messages, completion: Messages) -> Prompt:
+        if self._template not in (None, "chat"):
+            raise ValueError(
+                f"template={self._template!r} is for prompts that are text, but these are chats; leave it out for the "
+                "tokenizer's chat template, or give a callable (prompt, completion) -> str"
+            )
+        if self._tokenizer.chat_template is None:
+            raise ValueError(
+                "the prompts are chats, but the reward model's tokenizer has no chat template; set tokenizer.chat_template, or "
+                "give template= a callable (prompt, completion) -> str"
+            )
+        messages = [*prompt, *completion]
+        if prompt[-1]["role"] == "assistant":  # which the completion goes on from
+            messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}]
+        return Prompt(self._tokenizer.apply_chat_template(messages, tokenize=False), messages)

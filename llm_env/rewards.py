@@ -1,8 +1,11 @@
 """Reward functions in TRL's convention, and how several become one number.
 
 A reward function is any callable `f(prompts, completions, **columns) -> list[float]`: `prompts` and `completions` are
-lists of str of one length, every column of the prompts comes as a keyword with a list of that length, and so does
-`completion_ids` (lists of token ids). Of these it is given what its signature names, or all of them with `**kwargs`.
+lists of one length, every column of the prompts comes as a keyword with a list of that length, and so does
+`completion_ids` (lists of token ids). Of a prompt that is text both are str; of one that is a chat the prompt is its list of
+messages and the completion `[{"role": "assistant", "content": ...}]`. As in TRL there are `trainer_state` (see `TrainerState`),
+`log_metric(name, value)`, whose mean is logged as `rollout/<name>`, and `log_extra(column, values)`, which goes into the last
+infos and the record. Of all these a function is given what its signature names, or all of them with `**kwargs`.
 It returns one number a completion; None says "not applicable to this one". A process reward returns, for a completion, a list
 of steps `(end, score)`, `end` being the index of the step's last token among `completion_ids`; each is paid with that token.
 Functions may be asynchronous. Slow or failing ones are put into a `llm_env.reward_pool.PooledReward`.
@@ -12,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,8 @@ from llm_env.reward_pool import PooledReward
 
 RewardFunction = Callable[..., Sequence[Value]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
+NOT_A_BATCH = ("trainer_state", "log_extra", "log_metric")
+METRIC, EXTRA = NOTES = ("metric/", "extra/")  # what `log_metric` and `log_extra` are called in infos
 LARGEST = float(np.finfo(np.float32).max)
 NAME_LIMIT = 24  # SB3 cuts log keys at 36 characters and refuses two that collide
 
@@ -53,6 +59,49 @@ def process_reward(function: RewardFunction) -> RewardFunction:
 
 
 @dataclass
+class TrainerState:
+    """How far training is, for rewards that change on the way; by the names of transformers' own.
+
+    Attributes:
+        global_step: optimizer steps so far; 0 in an env that no agent trains on.
+        max_steps: how many there will be, extrapolated from the tokens so far; at least 1.
+        epoch: the share of `total_timesteps` that is over, from 0 to 1.
+        num_train_epochs: 1, of which `epoch` is a share.
+        num_input_tokens_seen: action tokens so far.
+    """
+
+    global_step: int = 0
+    max_steps: int = 1
+    epoch: float = 0.0
+    num_train_epochs: int = 1
+    num_input_tokens_seen: int = 0
+
+
+class _Notes:
+    """What reward functions log while they score B completions."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._metrics: dict[str, list[float]] = {}
+        self._extras: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Note a number for the logs; several of one name are averaged."""
+        self._metrics.setdefault(str(name), []).append(float(value))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Note one value a completion."""
+        if len(values) != self._size:
+            raise ValueError(f"log_extra({column!r}, ...) was given {len(values)} values for {self._size} completions")
+        self._extras[str(column)] = list(values)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return everything by its name in infos, B values each."""
+        metrics = {METRIC + name: [float(np.mean(values))] * self._size for name, values in self._metrics.items()}
+        return metrics | {EXTRA + column: values for column, values in self._extras.items()}
+
+
+@dataclass
 class Scores:
     """What B completions are worth.
 
@@ -65,6 +114,7 @@ class Scores:
         lost_steps: rows in which that happened to a function marked with `process_reward`: its steps are not known.
         given_steps: rows of which some function gave steps, if only an empty list.
         given_scores: rows to which some function of a weight other than 0 gave a plain score.
+        notes: what functions logged with `log_metric` and `log_extra`, by its key in infos, B values each.
     """
 
     outcome: np.ndarray
@@ -75,6 +125,7 @@ class Scores:
     lost_steps: set[int]
     given_steps: set[int] = field(default_factory=set)
     given_scores: set[int] = field(default_factory=set)
+    notes: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def total(self) -> np.ndarray:
@@ -130,6 +181,7 @@ class RewardSum:
         names: one name a function, unique and short enough for a log key.
         stepwise: whether some function is marked with `process_reward`.
         replaces_errors: whether some function has a policy that pays a number where it failed.
+        trainer_state: how far training is; agents keep it.
 
     Raises:
         TypeError: a function is not callable.
@@ -162,6 +214,7 @@ class RewardSum:
             raise ValueError(f"reward_weights={weights} must be finite numbers")
         self.weights = np.asarray(weights, dtype=np.float64)
         self.names = _unique_names(self.functions)
+        self.trainer_state = TrainerState()
         self._seconds = dict.fromkeys(self.names, 0.0)
         self._live = [getattr(function, "stepwise", False) for function in self.functions]
         self.stepwise = any(self._live)
@@ -171,7 +224,7 @@ class RewardSum:
         ]
 
     def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
     ) -> Scores:
         """Score a batch of B completions.
 
@@ -197,7 +250,7 @@ class RewardSum:
         return scores
 
     def steps_so_far(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
     ) -> Scores:
         """What the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
@@ -212,8 +265,12 @@ class RewardSum:
         """What the functions number `which` say of a batch."""
         rows = given["prompts"]
         scores = Scores(np.zeros(len(rows)), {}, [[] for _ in rows], [[] for _ in rows], {}, set())
+        notes = _Notes(len(rows))
+        logging = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
+        given = {**given, "trainer_state": replace(self.trainer_state), **logging}
         for k in which:
             scores.add(self.names[k], self._call(k, given), float(self.weights[k]), self._live[k])
+        scores.notes = notes.columns()
         return scores
 
     def _call(self, k: int, given: dict[str, Any]) -> Called:
@@ -224,7 +281,8 @@ class RewardSum:
         begin = time.perf_counter()
         try:
             if isinstance(function, PooledReward):
-                return function.run(wanted, list(zip(prompts, map(tuple, ids), strict=True)), lengths)
+                keys = [prompt if isinstance(prompt, str) else pickle.dumps(prompt) for prompt in prompts]
+                return function.run(wanted, list(zip(keys, map(tuple, ids), strict=True)), lengths)
             return Called(call(function, wanted, lengths))
         except BadValue as error:
             raise ValueError(f"reward {name!r} {error}; the first prompt of the batch is {prompts[0]!r}") from error
@@ -261,7 +319,8 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
 
 def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str], incomplete: dict[str, int]) -> list[str]:
     """The keywords to call `function` with: all on offer if it takes `**kwargs`, else those that it names."""
-    on_offer = [*ALWAYS_GIVEN, *(column for column in columns if column not in ALWAYS_GIVEN)]
+    batches = [*ALWAYS_GIVEN, *(column for column in columns if column not in (*ALWAYS_GIVEN, *NOT_A_BATCH))]
+    on_offer = batches if isinstance(function, PooledReward) else [*batches, *NOT_A_BATCH]
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
@@ -272,7 +331,18 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
             "f(prompts=..., completions=...); wrap it in a function that takes 'completions'"
         )
     needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if missing := [key for key in needed if key not in on_offer]:
+    missing = [key for key in needed if key not in on_offer]
+    if alone := [key for key in missing if key in NOT_A_BATCH]:
+        raise ValueError(
+            f"reward {name!r} needs {alone[0]!r}, which a PooledReward does not hand on: it calls the function for a few "
+            "completions at a time, perhaps in another process; give the function itself as reward"
+        )
+    if singular := [key for key in missing if key in ("prompt", "completion")]:
+        raise ValueError(
+            f"reward {name!r} needs {singular}, but rewards are called with lists, prompts and completions; name its "
+            f"parameters {[f'{key}s' for key in singular]} and return one number for each completion"
+        )
+    if missing:
         raise ValueError(
             f"reward {name!r} needs {missing}, but the prompts have only the columns {list(columns)}; add the column to "
             f"every row (dicts with 'prompt' and {missing[0]!r}) or give the parameter a default"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from llm_env.arguments import as_whole, check_text, whole
+from llm_env.arguments import as_whole, whole
+from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
+from llm_env.end_tokens import resolve_end_tokens
 from llm_env.ends import Ends
 from llm_env.observations import FORMS
 from llm_env.prompts import PromptTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
+from llm_env.stops import StopStrings
 
 if TYPE_CHECKING:
     from llm_env.reference import KLController, Reference
+
+logger = logging.getLogger("llm_env")
 
 
 class Rules:
@@ -31,7 +37,14 @@ class Rules:
         reward_weights: one weight a reward function; all 1 by default.
         max_prompt_tokens: the longest prompt, in tokens; see `long_prompts`.
         max_new_tokens: the length limit of a response, in tokens; reaching it truncates the episode.
-        stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion.
+        stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion, but
+            for the special tokens in it; see `llm_env.stops`.
+        eos_token_ids: an id or several, which are all the tokens that end an episode. By default the tokenizer's end token and
+            those of the model whose files lie beside the tokenizer's; see `llm_env.end_tokens`.
+        chat_template: for chats, a template, the name of one of the tokenizer's, or the path of a `.jinja` file; the
+            tokenizer's own by default. The agent saves it with the model.
+        chat_template_kwargs: keyword arguments of the template, such as `{"enable_thinking": False}`; a column of that name
+            overrides them for its row. A column `tools` goes to the template, too.
         reference: a path, hub id, model or `Reference` that gives log pi_ref of every action; see `llm_env.reference`. "base"
             is, for an agent that trains a LoRA adapter, its policy with the adapter off; see `llm_env.reference.BaseReference`.
         kl_coef: beta of the KL penalty in the reward, in reward per nat: a number or a KL controller. Needs a reference.
@@ -40,7 +53,7 @@ class Rules:
         record: a file to which every episode is appended as a line of JSON; see `llm_env.recorder`.
         allowed_tokens: which tokens may come next: ids, a (V,) bool array or a function of the state; see
             `llm_env.constraints.TokenConstraint`. Action masks, sampling, training and the reference all keep to it.
-        min_new_tokens: the end token is not allowed before this many tokens.
+        min_new_tokens: no end token is allowed before this many tokens.
         length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: what an episode's end does to its score; see
             `llm_env.ends.Ends`.
         observation: `"dict"`, or `"flat"` for agents that want one Box; see `llm_env.observations`.
@@ -49,6 +62,10 @@ class Rules:
 
     Raises:
         ValueError, TypeError: any of them is unusable; the message names the value and the remedy.
+
+    Attributes:
+        eos_ids: the tokens that end an episode.
+        eos_id: one of them: the tokenizer's end token where it is one.
     """
 
     def __init__(
@@ -61,6 +78,9 @@ class Rules:
         max_prompt_tokens: int = 64,
         max_new_tokens: int = 64,
         stop: str | Sequence[str] | None = None,
+        eos_token_ids: int | Sequence[int] | None = None,
+        chat_template: str | Path | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         reference: Any = None,
         kl_coef: float | KLController = 0.0,
         split: str | None = None,
@@ -78,22 +98,25 @@ class Rules:
         self.max_prompt_tokens = whole("max_prompt_tokens", max_prompt_tokens, 1)
         self.max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
         min_new_tokens = whole("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
-        self.tokenizer = _tokenizer(tokenizer)
+        format = PromptFormat(_tokenizer(tokenizer), chat_template, chat_template_kwargs)
+        self.tokenizer = format.tokenizer
         if observation not in FORMS:
             raise ValueError(f"observation={observation!r} must be one of {FORMS}")
         self.observation = observation
         self.ends = Ends(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
-        self.stop = _stop_strings(stop)
-        # A token with text holds at least a byte, so this many hold every stop string, with room for what a decoder strips.
-        self._stop_window = max((len(s.encode()) for s in self.stop), default=0) + 8
-        self.eos_id = int(self.tokenizer.eos_token_id)
-        self._without_text = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special} | {self.eos_id}
-        self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
         self.vocab_size = vocabulary_size(self.tokenizer)
+        self.eos_ids = resolve_end_tokens(eos_token_ids, self.tokenizer, self.vocab_size)
+        self.ends_are_given = eos_token_ids is not None
+        own = int(self.tokenizer.eos_token_id)
+        self.eos_id = own if own in self.eos_ids else min(self.eos_ids)
+        self.special = {id: token.content for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.stop_strings = StopStrings(stop, self.tokenizer, self.special, self.eos_ids)
+        self.stop = self.stop_strings.strings
+        self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
         self.constraint: TokenConstraint | None = None
         if allowed_tokens is not None or min_new_tokens:
-            self.constraint = TokenConstraint(allowed_tokens, min_new_tokens, self.vocab_size, self.eos_id)
-        self.prompts = PromptTable(prompts, self.tokenizer, self.max_prompt_tokens, split, long_prompts)
+            self.constraint = TokenConstraint(allowed_tokens, min_new_tokens, self.vocab_size, self.eos_ids)
+        self.prompts = PromptTable(prompts, format, self.max_prompt_tokens, split, long_prompts)
         self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
         if taken := set(self.ends.names) & set(self.rewards.names):
             raise ValueError(f"a reward function has the name {taken.pop()!r}, under which a penalty is reported; rename it")
@@ -103,12 +126,21 @@ class Rules:
         self.reference, self.kl = _reference_and_kl(reference, kl_coef)
         if self.reference is not None:
             self.reference.check_vocabulary(self.vocab_size)
-        self.recorder = None if record is None else Recorder(record, self.prompts.row(0))
+        self.recorder = None if record is None else Recorder(record, map(self.prompts.row, range(len(self.prompts))))
+        if problem := self.endless_turn():
+            logger.warning("%s", problem)
 
     @property
     def max_tokens(self) -> int:
         """L, the length of an observation: the longest prompt and the longest response together."""
         return self.max_prompt_tokens + self.max_new_tokens
+
+    def are_end_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        """Return where `tokens`, of any shape, are end tokens: bool, of that shape."""
+        found: np.ndarray = np.zeros(tokens.shape, dtype=bool)
+        for token in self.eos_ids:
+            found |= tokens == token
+        return found
 
     def record_apart(self, process: int) -> None:
         """Append episodes, in any but the first of several processes, to a file beside that of the others."""
@@ -119,7 +151,7 @@ class Rules:
         """The responses as text, without special tokens: what reward functions and people read."""
         return [
             self.tokenizer.decode(
-                [token for token in ids if token != self.eos_id],
+                [token for token in ids if token not in self.eos_ids],
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
@@ -152,31 +184,24 @@ class Rules:
         return self.reference.log_probs(contexts, tails, allowed)
 
     def completes_stop(self, response: Sequence[int]) -> bool:
-        """Whether the last token of `response` completes a stop string; always False without any.
+        """Return whether the last token of `response` completes a stop string; always False without any."""
+        return self.stop_strings.completed_by(response)
 
-        Only as many of the last tokens are read as a stop string can need, so that the cost of a response is linear.
+    def endless_turn(self) -> str:
+        """Return what is wrong, with its remedy, where the chat template closes a turn with a token that ends no episode.
+
+        Empty where no prompt is a chat, or an end token or stop string is in what the template writes after a turn.
         """
-        if not self.stop:
-            return False
-        tail: list[int] = []
-        for token in reversed(response):
-            if token not in self._without_text:
-                tail.append(token)
-                if len(tail) == self._stop_window:
-                    break
-        (text,) = self.decode([tail[::-1]])
-        return any(stop in text for stop in self.stop)
-
-
-def _stop_strings(stop: Any) -> list[str]:
-    if stop is None:
-        return []
-    strings: list[Any] = list(stop) if isinstance(stop, (list, tuple, set, frozenset)) else [stop]
-    if not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(f"stop={stop!r} must be a string or a list of strings, none of them empty")
-    for s in strings:
-        check_text(s, f"the stop string {s!r}")
-    return strings
+        if all(messages is None for messages in self.prompts.messages):
+            return ""
+        tokens = self.prompts.format.end_of_turn()
+        closing = [token for token in tokens if token in self.special]
+        if not closing or any(token in self.eos_ids or self.completes_stop(tokens[: i + 1]) for i, token in enumerate(tokens)):
+            return ""
+        return (
+            f"the chat template closes a turn with {self.special[closing[0]]!r}, which is no end token of this env (they are "
+            f"{sorted(self.eos_ids)}): answers go on after it; set eos_token_ids={sorted([*self.eos_ids, closing[0]])}"
+        )
 
 
 def _tokenizer(tokenizer: Any) -> Any:

@@ -35,9 +35,10 @@ TOKENIZER.pad_token = TOKENIZER.eos_token
 RATIO, TRAINER, PADDING = "ratio on fresh data", "sampler against trainer", "gradient under other padding"
 SAMPLED, TRAINED = "sampler against a plain forward", "trainer against a plain forward"
 BATCHES, END, ONLY = "gradient under other micro-batches", "end token in the loss", "only response tokens in the loss"
+TURN = "end of a turn"
 VALUES, DROPOUT, GROUPS = "values before each token", "dropout is off", "groups with equal rewards"
 KL, MEMORY, ENV = "KL to the reference", "memory of the longest step", "env left as it was"
-ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, PADDING, BATCHES, END, ONLY, VALUES, DROPOUT, GROUPS, KL, MEMORY, ENV]
+ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, PADDING, BATCHES, END, TURN, ONLY, VALUES, DROPOUT, GROUPS, KL, MEMORY, ENV]
 
 
 def lengths_and_letters(completions, **kwargs):
@@ -78,7 +79,9 @@ def test_clean_agents_pass(kind, family, capsys):
     assert capsys.readouterr().out == f"{report}\n"
     results = {row.check: row.result for row in report.rows}
     without_groups = {GROUPS: "not applicable"} if kind is not GRPO else {VALUES: "not applicable"}
-    assert results == {**dict.fromkeys(ROWS, "passed"), KL: "not applicable", **without_groups}, str(report)
+    assert results == {**dict.fromkeys(ROWS, "passed"), TURN: "not applicable", KL: "not applicable", **without_groups}, str(
+        report
+    )
 
 
 @pytest.mark.parametrize("kind", [GRPO, PPO])

@@ -86,7 +86,7 @@ def test_the_end_token_ends_when_it_is_the_padding_too():
     assert env.reset()[0]["attention_mask"].sum() in (1, 2, 3)
 
 
-@pytest.mark.parametrize(("stop", "actions"), [("ba", [A, B, A]), (["x", "b"], [A, B]), ("aa", [A, A])])
+@pytest.mark.parametrize(("stop", "actions"), [("ba", [A, B, A]), (["h", "b"], [A, B]), ("aa", [A, A])])
 def test_a_stop_string_terminates_with_the_token_that_completes_it(stop, actions, tokenizer):
     steps = play(make(tokenizer, stop=stop, max_new_tokens=5), actions)
     assert [step[1] for step in steps] == [False] * (len(actions) - 1) + [True]

@@ -223,6 +223,7 @@ def test_bad_sampling_arguments(policy):
             policy.sample([[3]], **kwargs)
     with pytest.raises(ValueError, match="at least one token"):
         policy.sample([[]])
+    policy.lm.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="no end token is known"):
         LanguagePolicy(policy.lm).sample([[3]])
 

@@ -129,8 +129,8 @@ def test_a_cut_off_line_may_be_longer_than_what_is_read_at_once(tmp_path, monkey
 
 
 def test_columns_that_json_cannot_hold_are_refused_at_once(tmp_path):
-    with pytest.raises(TypeError, match=r"a column of the prompts holds .*complex.*, which JSON cannot"):
-        TextGenerationEnv([{"prompt": "a", "z": 1j}], length, TOKENIZER, record=tmp_path / "e.jsonl")
+    with pytest.raises(TypeError, match=r"in row 1 of the prompts a column holds .*complex.*, which JSON cannot"):
+        TextGenerationEnv([{"prompt": "a", "z": 1}, {"prompt": "a", "z": 1j}], length, TOKENIZER, record=tmp_path / "e.jsonl")
     env = TextGenerationEnv(
         [{"prompt": "a", "z": np.arange(2)}], length, TOKENIZER, record=tmp_path / "e.jsonl", max_new_tokens=1
     )
@@ -161,13 +161,16 @@ def test_a_last_line_without_a_line_break_is_kept(tmp_path):
 
 
 def test_an_episode_that_cannot_be_written_is_not_over(tmp_path):
-    steps = process_reward(lambda completion_ids: [[(0, 1.0)] for _ in completion_ids])
-    rows = [{"prompt": "a", "z": 1}, {"prompt": "b", "z": {1, 2}}]
-    env = TextGenerationEnv(rows, steps, TOKENIZER, record=tmp_path / "e.jsonl", max_new_tokens=2)
-    env.reset(options={"index": 1})
+    @process_reward
+    def steps(completion_ids, log_extra):
+        log_extra("z", [{1, 2}] * len(completion_ids))
+        return [[(0, 1.0)] for _ in completion_ids]
+
+    env = TextGenerationEnv(["a"], steps, TOKENIZER, record=tmp_path / "e.jsonl", max_new_tokens=2)
+    env.reset(seed=0)
     assert env.step(3)[1] == 1.0
     for _ in range(2):
-        with pytest.raises(TypeError, match=r"a column of the prompts holds \{1, 2\}"):
+        with pytest.raises(TypeError, match=r"a column holds \{1, 2\}"):
             env.step(EOS)
     env.rules.recorder = None
     assert env.step(EOS)[1:3] == (0.0, True)

@@ -39,7 +39,9 @@ def test_functions_get_what_their_signature_names():
 
     total, _ = score(RewardSum([everything, some], columns=["answer", "level"]), answer=[3, 4], level=[0, 1])
     assert total.tolist() == [3.0, 4.0]
-    assert seen == {"completion_ids": [[1], [1]], "answer": [3, 4], "level": [0, 1]}
+    lists = {key: seen.pop(key) for key in ("completion_ids", "answer", "level")}
+    assert lists == {"completion_ids": [[1], [1]], "answer": [3, 4], "level": [0, 1]}
+    assert set(seen) == {"trainer_state", "log_extra", "log_metric"}  # as in TRL
 
 
 def test_a_column_cannot_take_the_place_of_what_the_model_wrote():

@@ -19,7 +19,8 @@ from agents.rollout import Rollout
 from agents.untouched import replaced, untouched
 from agents.update import score_before_update
 from llm_env.arguments import whole
-from llm_env.report import FAILED, NOT_RUN, NOTE, PASSED, CheckRow, Report
+from llm_env.report import FAILED, NOT_APPLICABLE, NOT_RUN, NOTE, PASSED, CheckRow, Report
+from llm_env.rules import Rules
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
@@ -38,6 +39,7 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     | gradient under other padding | relative change with a longer neighbour in every micro-batch | > 1e-3 |
     | gradient under other micro-batches | relative change with one episode a micro-batch | > 1e-3 |
     | end token in the loss | its weight in responses that it ended | 0 |
+    | end of a turn | whether the token with which the chat template closes a turn ends an episode | it does not |
     | only response tokens in the loss | weights; relative distance to the gradient of a plain loop | > 1e-3 |
     | values before each token | largest gap to a plain forward, of the largest value, with a random head | > 1e-3 |
     | dropout is off | gap of log-probs of two training forwards of one batch, in nats | > 1e-6 |
@@ -81,7 +83,8 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     with untouched(agent, seed):
         rollout, obstacle = fresh_episodes(agent, n)
         audit = _Audit(agent, rollout)
-        rows = [audit.ratio(), *audit.gaps(), *audit.invariance(), audit.end_token(), audit.only_responses()]
+        rows = [audit.ratio(), *audit.gaps(), *audit.invariance(), audit.end_token(), _turn_row(agent.rules)]
+        rows += [audit.only_responses()]
         rows += [values_row(agent, rollout), dropout_row(agent, rollout), groups_row(rollout)]
         rows += [kl_row(agent, rollout, audit.trained), memory_row(agent, optimizer)]
     rows.append(_env_row(obstacle))
@@ -89,6 +92,14 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     if not quiet:
         print(report)
     return report
+
+
+def _turn_row(rules: Rules) -> CheckRow:
+    check = "end of a turn"
+    if all(messages is None for messages in rules.prompts.messages):
+        return CheckRow(check, NOT_APPLICABLE, "no prompt is a chat")
+    problem = rules.endless_turn()
+    return CheckRow(check, FAILED if problem else PASSED, problem)
 
 
 def _env_row(obstacle: str) -> CheckRow:
@@ -225,8 +236,8 @@ class _Audit:
     def end_token(self) -> CheckRow:
         """Whether the end token has a weight in the loss."""
         check = "end token in the loss"
-        lengths, eos = self.rollout.lengths.tolist(), self.rules.eos_id
-        ended = [i for i, response in enumerate(self.rollout.responses) if response[-1] == eos]
+        lengths, ends = self.rollout.lengths.tolist(), self.rules.eos_ids
+        ended = [i for i, response in enumerate(self.rollout.responses) if response[-1] in ends]
         if not ended:
             detail = (
                 f"none of {len(lengths)} responses ended by the end token within {self.rules.max_new_tokens}; try a larger n"
@@ -237,8 +248,8 @@ class _Audit:
             return CheckRow(check, PASSED, f"in all {len(ended)} responses that it ended")
         detail = (
             f"{len(without)} of {len(ended)} responses that the end token ended have no weight at it, so that nobody learns to "
-            f"stop. A mask made by comparing ids with pad_token_id={self.rules.pad_id} does that where it is the end token "
-            f"({eos}); make the mask from the responses' lengths"
+            f"stop. A mask made by comparing ids with pad_token_id={self.rules.pad_id} does that where it is an end token "
+            f"({sorted(ends)}); make the mask from the responses' lengths"
         )
         return CheckRow(check, FAILED, detail)
 
@@ -272,14 +283,14 @@ class _Audit:
         return CheckRow(check, FAILED, detail)
 
     def _wrong_weights(self) -> str:
-        lengths, eos = self.rollout.lengths.tolist(), self.rules.eos_id
+        lengths, ends = self.rollout.lengths.tolist(), self.rules.eos_ids
         for i, n in enumerate(lengths):
             weights = self._weights(i)
             if weights[n:].any():
                 after = n + int(weights[n:].nonzero()[0])
                 return f"episode {i} has {n} response tokens, but there is a weight at position {after}, after them"
             left_out = getattr(self.agent, "mask_truncated", False) and bool(self.rollout.truncated[i])
-            body = n - 1 if self.rollout.responses[i][-1] == eos else n  # the end token has a row of its own
+            body = n - 1 if self.rollout.responses[i][-1] in ends else n  # the end token has a row of its own
             if not left_out and not (weights[:body] > 0).all():
                 return f"response token {int((weights[:body] <= 0).nonzero()[0])} of episode {i} has no weight in the loss"
         return ""

@@ -1,0 +1,256 @@
+"""Prompts as text or chat messages, and the token ids that a model sees of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm_env.arguments import check_text
+
+Messages = list[dict[str, Any]]
+RESERVED = ("conversation", "chat_template", "tools", "tokenize", "return_dict", "return_tensors", "padding", "truncation")
+PLACEHOLDER = "placeholder-7f3a"  # stands for an assistant's message while a template's end of a turn is looked for
+
+
+class Prompt(NamedTuple):
+    """A prompt as it is rendered.
+
+    Attributes:
+        text: what is tokenized; of a chat, as the template writes it.
+        messages: the chat; None where the prompt is text.
+    """
+
+    text: str
+    messages: Messages | None
+
+
+class PromptFormat:
+    """How prompts become text, and text token ids.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat_template: a template, the name of one of the tokenizer's, or the path of a `.jinja` file; the tokenizer's own by
+            default.
+        chat_template_kwargs: keyword arguments of the template for all prompts, such as `{"enable_thinking": False}`.
+
+    Attributes:
+        tokenizer: the tokenizer; where another template is used, a copy that has it, to be saved with the model.
+
+    Raises:
+        TypeError, ValueError: If an argument is unusable.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | Path | None = None, chat_template_kwargs: Any = None) -> None:
+        self.chat_template = _template(tokenizer, chat_template)
+        self.tokenizer = tokenizer if self.chat_template is None else _with_template(tokenizer, self.chat_template)
+        self.chat_template_kwargs = _checked_kwargs(chat_template_kwargs, "chat_template_kwargs")
+
+    # --- text ------------------------------------------------------------------------------------------------------------
+
+    def render(self, row: Any, index: int, kind: str = "row") -> Prompt:
+        """Return the prompt of a row as text, and as messages where it is a chat.
+
+        A chat under `prompt` that ends in an assistant's message is continued, as in TRL; one under `messages` is an example of
+        supervised training, whose answer does not belong in the prompt.
+
+        Args:
+            row: a dict with `prompt` (text or messages) or `messages`, and perhaps `tools` and `chat_template_kwargs`.
+            index: the row's number, for error messages.
+            kind: what rows are called in error messages.
+
+        Raises:
+            TypeError, ValueError: If the row holds no usable prompt, or the template fails on it; the message names the row.
+        """
+        name = f"{kind} {index}"
+        long_name = f"row {index} of the prompts" if kind == "row" else name
+        if not isinstance(row, dict):
+            raise TypeError(f"{long_name} is a {type(row).__name__}; rows are str, or dict with a 'prompt' key")
+        if other := [key for key in row if not isinstance(key, str)]:
+            raise TypeError(f"{long_name} has the key {other[0]!r}; keys are the names of columns, of type str")
+        key = next((key for key in ("prompt", "messages") if key in row), None)
+        if key is None:
+            raise ValueError(f"{long_name} has the keys {sorted(row)}, but neither 'prompt' nor 'messages'")
+        content = row[key]
+        if content is None:
+            raise ValueError(f"{long_name} holds None as its {key!r}; give a text or messages")
+        if isinstance(content, str):
+            prompt = Prompt(content, None)
+        elif isinstance(content, (list, tuple)):
+            prompt = self._render_chat(list(content), key, row, name)
+        else:
+            raise TypeError(f"{name}: {key!r} is a {type(content).__name__}; it must be a str or a list of messages")
+        check_text(prompt.text, long_name)
+        return prompt
+
+    def _render_chat(self, messages: Messages, key: str, row: dict[str, Any], name: str) -> Prompt:
+        if self.chat_template is None and getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"{name} holds chat messages, but the tokenizer has no chat template; set chat_template= (or "
+                "tokenizer.chat_template), or give the prompt as text"
+            )
+        if other := [message for message in messages if not isinstance(message, dict)]:
+            raise TypeError(f"{name}: a message is a {type(other[0]).__name__}; it must be a dict with 'role' and 'content'")
+        own = _checked_kwargs(row.get("chat_template_kwargs"), f"{name}: 'chat_template_kwargs'")
+        # A column of a data set holds every key in every row, with None where a row has none.
+        kwargs = {**self.chat_template_kwargs, **{key: value for key, value in own.items() if value is not None}}
+        answered = bool(messages) and messages[-1].get("role") == "assistant"
+        goes_on = kwargs.pop("continue_final_message", answered and key == "prompt")
+        if answered and not goes_on and key == "messages":
+            raise ValueError(
+                f"{name}: 'messages' ends in an assistant's message, which would put the answer into the prompt; drop that "
+                "message, or have it continued: give the list as 'prompt', or "
+                "chat_template_kwargs={'continue_final_message': True}"
+            )
+        begins = kwargs.pop("add_generation_prompt", not goes_on)
+        kwargs |= {"add_generation_prompt": begins, "continue_final_message": goes_on}
+        try:
+            text = self._apply(messages, tools=_tools(row.get("tools")), **kwargs)
+        except Exception as error:
+            raise ValueError(f"{name}: the chat template raised {type(error).__name__}: {error}") from error
+        return Prompt(text, messages)
+
+    def _apply(self, messages: Messages, **kwargs: Any) -> str:
+        # Keywords that are off are left out: tokenizers of others' making do not know them all.
+        used = {key: value for key, value in kwargs.items() if value is not None and (key, value) != OFF}
+        if self.chat_template is not None:
+            used["chat_template"] = self.chat_template
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **used)
+
+    # --- token ids -------------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the token ids of prompts: text with the tokenizer's beginning and no end; a chat as its template wrote it."""
+        return encode_prompts(self.tokenizer, prompts)
+
+    def end_of_turn(self) -> list[int]:
+        """Return the tokens that the chat template writes after an assistant's message; empty where that is none or unknown."""
+        turn = [{"role": "user", "content": PLACEHOLDER}, {"role": "assistant", "content": PLACEHOLDER}]
+        try:
+            text = self._apply(turn, **self.chat_template_kwargs)
+        except Exception:  # a template that wants other messages: the end of its turns is not known
+            return []
+        return encode_texts(self.tokenizer, [text.rpartition(PLACEHOLDER)[2]], special=False)[0]
+
+
+def _tools(tools: Any) -> Any:
+    """Return the column `tools`, which may be JSON text; None for no tools, since some templates write about an empty list."""
+    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+
+
+OFF = ("continue_final_message", False)
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], end: bool = False, **kwargs: Any) -> list[list[int]]:
+    """Tokenize rendered prompts: text with the tokenizer's special tokens, a chat with those that its template wrote.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompts: N prompts.
+        end: whether texts are whole; see `encode_texts`.
+        kwargs: further arguments of the tokenizer.
+    """
+    rows: list[list[int]] = [[]] * len(prompts)
+    for is_text in (True, False):
+        numbers = [i for i, prompt in enumerate(prompts) if (prompt.messages is None) == is_text]
+        encoded = encode_texts(tokenizer, [prompts[i].text for i in numbers], special=is_text, end=end, **kwargs)
+        for i, ids in zip(numbers, encoded, strict=True):
+            rows[i] = ids
+    return rows
+
+
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], special: bool = True, end: bool = False, **kwargs: Any
+) -> list[list[int]]:
+    """Tokenize texts, with each special token once.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: N texts.
+        special: add the tokenizer's special tokens: those before a text, unless it begins with them (a rendered chat that has a
+            BOS); and with `end` those after it.
+        end: whether the texts are whole. Without it nothing is added after a text: a prompt goes on.
+        kwargs: further arguments of the tokenizer.
+    """
+    if not len(texts):
+        return []
+    if not special:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False, **kwargs)["input_ids"]
+    encoded = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False, **kwargs)
+    if "special_tokens_mask" not in encoded:  # a tokenizer of somebody's own, which does not tell what it adds
+        return encoded["input_ids"]
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [_once(list(ids), list(added), tokenizer.eos_token_id, end) for ids, added in pairs]
+
+
+def _once(ids: list[int], added: list[int], eos_id: int | None, end: bool) -> list[int]:
+    """Return the ids of a text without what was added to it twice, or (unless `end`) after it.
+
+    Args:
+        ids: (n,) token ids.
+        added: (n,) 1 where the tokenizer has added a special token.
+        eos_id: the end token, to tell before from after in a text that is empty.
+        end: whether what was added after the text stays.
+    """
+    begin = next((i for i, is_added in enumerate(added) if not is_added), None)
+    if begin is None:
+        while ids and ids[-1] == eos_id and not end:
+            ids = ids[:-1]
+        return ids
+    stop = len(ids) - next(i for i, is_added in enumerate(reversed(added)) if not is_added)
+    before, text, after = ids[:begin], ids[begin:stop], ids[stop:]
+    if before == text[: len(before)]:
+        before = []
+    return before + text + (after if end and after != text[len(text) - len(after) :] else [])
+
+
+def _template(tokenizer: Any, chat_template: Any) -> str | None:
+    """Return the template that is meant.
+
+    Raises:
+        TypeError, ValueError: If it is none: no text, a file that is not there, or a name that the tokenizer does not know.
+    """
+    if chat_template is None:
+        return None
+    if isinstance(chat_template, Path) or (isinstance(chat_template, str) and chat_template.endswith(".jinja")):
+        try:
+            return Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"chat_template={str(chat_template)!r} cannot be read ({error}); give the path of a file"
+            ) from error
+    if not isinstance(chat_template, str):
+        raise TypeError(
+            f"chat_template is a {type(chat_template).__name__}; give a template, the name of one, or a .jinja file's path"
+        )
+    named = getattr(tokenizer, "chat_template", None)
+    if isinstance(named, dict) and chat_template in named:
+        return named[chat_template]
+    if "{" not in chat_template:
+        known = sorted(named) if isinstance(named, dict) else []
+        raise ValueError(
+            f"chat_template={chat_template!r} is neither a template nor the name of one of the tokenizer's, which are {known}"
+        )
+    return chat_template
+
+
+def _with_template(tokenizer: Any, template: str) -> Any:
+    """Return a copy of a tokenizer whose chat template is another; the tokenizer itself is somebody else's."""
+    tokenizer, named = copy.copy(tokenizer), tokenizer.chat_template
+    tokenizer.chat_template = {**named, "default": template} if isinstance(named, dict) else template
+    return tokenizer
+
+
+def _checked_kwargs(kwargs: Any, name: str) -> dict[str, Any]:
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, dict):
+        raise TypeError(f"{name} is a {type(kwargs).__name__}; give a dict, such as {{'enable_thinking': False}}")
+    if reserved := [key for key in RESERVED if key in kwargs]:
+        raise ValueError(
+            f"{name} has the key {reserved[0]!r}, which is no variable of a template; tools are a column, the template is "
+            "chat_template="
+        )
+    return dict(kwargs)

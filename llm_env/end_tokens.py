@@ -1,0 +1,92 @@
+"""Which tokens end a response: the tokenizer's end token and all that the model's generation config names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from llm_env.arguments import as_whole
+
+
+def as_token_ids(value: Any) -> list[int]:
+    """Return `eos_token_id` of a config, which may be None, a number or a list of numbers, as a list."""
+    if value is None:
+        return []
+    return [int(token) for token in (value if isinstance(value, (list, tuple, set, frozenset)) else [value])]
+
+
+def end_tokens_of_model(generation_config: Any, config: Any) -> list[int]:
+    """Return the end tokens that a model's generation config names.
+
+    A number that nobody has set does not count: the default of the config's class (2 for Llama, 50256 for GPT-2), where
+    transformers made the generation config from that config.
+
+    Args:
+        generation_config: `model.generation_config`; None for a model without one.
+        config: `model.config`.
+    """
+    ids = as_token_ids(getattr(generation_config, "eos_token_id", None))
+    derived = getattr(generation_config, "_from_model_config", False)
+    return [] if derived and ids == _class_default(config) else ids
+
+
+def _class_default(config: Any) -> list[int]:
+    try:
+        default = type(config)().get_text_config(decoder=True)
+    except Exception:  # a config class of somebody's own that needs arguments has no default
+        return []
+    return as_token_ids(getattr(default, "eos_token_id", None))
+
+
+def end_tokens_beside(path: str) -> list[int]:
+    """Return the end tokens of the model whose files lie at a path or hub id; none where there is no model."""
+    try:
+        generation_config = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):  # no such file, or no such model
+        generation_config = None
+    if generation_config is not None and not getattr(generation_config, "_from_model_config", False):
+        return as_token_ids(generation_config.eos_token_id)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return [] if generation_config is None else as_token_ids(generation_config.eos_token_id)
+    return end_tokens_of_model(generation_config or GenerationConfig.from_model_config(config), config)
+
+
+def resolve_end_tokens(eos_token_ids: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
+    """Return the tokens that end a response.
+
+    Args:
+        eos_token_ids: what the user says: an id or several, which are all end tokens then. None takes the tokenizer's end token
+            and those of the model beside whose files the tokenizer was loaded (`tokenizer.name_or_path`).
+        tokenizer: a transformers tokenizer with an end token.
+        vocab_size: V; ids from here on are no actions.
+
+    Raises:
+        ValueError: If `eos_token_ids` is empty or holds what is no token id.
+    """
+    if eos_token_ids is None:
+        path = getattr(tokenizer, "name_or_path", "")
+        beside = end_tokens_beside(str(path)) if path else []
+        return frozenset([int(tokenizer.eos_token_id), *(token for token in beside if 0 <= token < vocab_size)])
+    given: Sequence[Any] = [eos_token_ids] if as_whole(eos_token_ids) is not None else _listed(eos_token_ids)
+    ids = [as_whole(token) for token in given]
+    if not ids or not all(token is not None and 0 <= token < vocab_size for token in ids):
+        raise ValueError(
+            f"eos_token_ids={eos_token_ids!r} must be a token id or a list of them, from 0 to {vocab_size - 1}; for a token's "
+            "text use tokenizer.convert_tokens_to_ids(text)"
+        )
+    return frozenset(token for token in ids if token is not None)
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__"):
+        return [None]
+    return list(value)
+
+
+def missing_end_tokens(mine: Collection[int], of_model: Collection[int], vocab_size: int) -> list[int]:
+    """Return the end tokens of a model that are not among `mine`, in order."""
+    return sorted(token for token in set(of_model) - set(mine) if 0 <= token < vocab_size)
