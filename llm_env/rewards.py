@@ -22,6 +22,7 @@ import numpy as np
 from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts
 from llm_env.answers import final_answer as final_answer
 from llm_env.answers import parse_number as parse_number
+from llm_env.math_verifier import math_gold, math_verifier
 from llm_env.reward_calls import BadValue, Called, Steps, Value, call
 from llm_env.reward_pool import PooledReward
 
@@ -339,7 +340,44 @@ def numeric_answer(
     for reference, gold in zip(answer, golds, strict=True):
         if gold is None:
             raise ValueError(
-                f"the column 'answer' holds {reference!r}, which ends in no number; try exact_match"
+                f"the column 'answer' holds {reference!r}, which ends in no number; try math_answer or exact_match"
             )
     texts = answer_texts(completions, prompts, think_tags)
     return [float(parse_number(text, ()) == gold) for text, gold in zip(texts, golds, strict=True)]
+
+
+def math_answer(
+    completions: Texts,
+    answer: list[Any],
+    prompts: Texts | None = None,
+    think_tags: ThinkTags = THINK_TAGS,
+    timeout: float = 10.0,
+    **_: Any,
+) -> list[float]:
+    r"""1.0 where Math-Verify finds the completion's answer equal to the column `answer`, else 0.0.
+
+    For answers that are more than numbers: fractions, roots, sets, intervals, equations (github.com/huggingface/Math-Verify).
+    Math-Verify extracts the answer of a completion: LaTeX in `$...$`, `\[...\]` or `\boxed{...}`, or a plain expression. A
+    completion without any scores 0.0, and so does one that takes longer than the time-out.
+
+    Worker processes compare and are killed at the time-out, so this works in any thread. A script that uses it must start its
+    work under `if __name__ == "__main__":`.
+
+    Args:
+        completions: B texts or lists of chat messages.
+        answer: B references: numbers, LaTeX with or without `$...$`, or solutions; see `llm_env.math_verifier.math_gold`.
+        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+        timeout: seconds for one completion.
+
+    Raises:
+        ImportError: If math-verify is not installed.
+        ValueError: If a reference parses to nothing, or no worker process can be started.
+    """
+    texts = answer_texts(completions, prompts, think_tags)
+    golds = [math_gold(reference, think_tags) for reference in answer]
+    scores = math_verifier(timeout)(completions=texts, golds=golds)
+    for reference, score in zip(answer, scores, strict=True):
+        if score is None:
+            raise ValueError(f"the column 'answer' holds {reference!r}, in which math-verify finds no mathematical expression")
+    return scores  # type: ignore[return-value]

@@ -180,7 +180,7 @@ def test_golds_are_exact(gold, right, wrong):
 )
 def test_golds_that_are_no_numbers_are_refused(gold):
     with pytest.raises(
-        ValueError, match=r"the column 'answer' holds .*, which ends in no number; try exact_match"
+        ValueError, match=r"the column 'answer' holds .*, which ends in no number; try math_answer or exact_match"
     ):
         numeric_answer(completions=["3"], answer=[gold])
 
