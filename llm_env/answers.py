@@ -215,12 +215,12 @@ _PLAIN = (
     (re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), lambda m: "^" + m[0].translate(_SUPERSCRIPTS)),
     (re.compile(r"\\\\(?=\s{1,9}\S|[-0-9])"), " & "),  # the end of a row
     (re.compile(r"\\[!,]|\\(?=[$%])|\\(?:left|right)(?![A-Za-z])\.?"), ""),
-    (re.compile(r"\\[;:>()\[\] ]"), " "),
+    (re.compile(r"\\[;:>()\[\] ]|\\(?:displaystyle|textstyle|q?quad|therefore|because)(?![A-Za-z])"), " "),
+    (re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]+)\}|([0-9]))\s?(?:\{([^{}]+)\}|([0-9]))"), r"\\frac{\1\2}{\3\4}"),
     (re.compile(r"(?<=[0-9]) ?\\frac\{([^{}]+)\}\{([^{}]+)\}"), r" \1/\2"),  # a mixed number
     (re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}"), r"\1/\2"),
-    (re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
     (re.compile(rf"\\({'|'.join(_SYMBOLS)})(?![A-Za-z])"), lambda m: _SYMBOLS[m[1]]),
     (re.compile(r"\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))|\s?°"), " "),
     (re.compile(r"(?<=[A-Za-z])[ ]{0,2}\^(?:\{-?[0-9]+\}|-?[0-9]+)"), ""),  # the square of a unit
@@ -247,7 +247,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 LARGEST_EXPONENT = 1000  # of a number in scientific notation, and of a power
 LONGEST_POWER = 4300  # digits
 
-_VARIABLE = r"(?:[xyz]{1,3}|[ne]|a[bc]|bc|abc|[α-ω])(?!\w)"
+_VARIABLE = r"(?:[xyz]{1,3}|[ne]|a[bc]|bc|abc|[α-ω])(?!\w|-[A-Za-z]{2})"  # but 5 x-rays
 _FUNCTION = r"(?:log|ln|lg|exp|sin|cos|tan|sec|csc|cot|sinh|cosh|tanh|arcsin|arccos|arctan|sqrt|cbrt|mod)"
 _GOES_ON = re.compile(  # what follows a number that is only a part of something
     r"!|:[0-9]|\s:\s?[0-9]|,[0-9]|,\s?[-+]?∞|\.[0-9]|\.\\[a-z]"
@@ -255,13 +255,13 @@ _GOES_ON = re.compile(  # what follows a number that is only a part of something
     r"|\((?=[-0-9a-zπ√])(?![a-z]{3})"
     r"|[)\]}%*_\"'`$| ]{0,6}(?:"
     r"\{?[0-9]|[-+]\s?[-($\[{]{0,2}[0-9.√π]|[-+]\s?[b-hj-zB-HJ-Z](?![A-Za-z])"
-    rf"|{_VARIABLE}|{_FUNCTION}(?!\w)|pi(?!\w)|[×÷·√π∞^±&∑∫≤≥≠]"
+    rf"|{_VARIABLE}|pi(?!\w)|{_FUNCTION}(?:_\{{?[0-9]+\}}?)?\s?[({{]?(?:[0-9√π\\]|[A-Za-z](?![A-Za-z]))|[×÷·√π∞^±&∑∫≤≥≠]"
     rf"|/\s?[-(\[]?(?:[0-9√π(\\]|{_VARIABLE})"
     r"|[<>](?:\s|[-0-9])"
-    r"|(?:times|over|to|through|x|plus|minus|divided by|multiplied by)\s[-$(]?[0-9]"
-    r"|(?:squared|cubed|factorial|choose|to the power|plus|minus)\b"
+    r"|(?:times|over|to|through|x|choose|divided by|multiplied by)\s[-$(]?[0-9]"
+    r"|(?:squared|cubed|factorial|to the power|plus|minus)\b"
     r"|\\\\\s*\S"
-    r"|\\(?!(?:quad|qquad|right|checkmark|blacksquare|square|qed|therefore|because|dots|ldots|cdots|hline|end|text|rm|bf)"
+    r"|\\(?!(?:checkmark|blacksquare|square|qed|dots|ldots|cdots|hline|end|text|rm|bf)"
     r"(?![A-Za-z]))[A-Za-z]"
     r")"
     r"|\)\s?\(|\s?[A-Za-z]+\s?[-+×÷*]\s?[$(]?[0-9]"  # 5 apples + 3 apples
@@ -274,9 +274,9 @@ _LEADS_IN = re.compile(  # what precedes such a number
     r"|[0-9)%}](?:\s?\*\s|\*{1,2})[($]*|[A-Za-z]\*[($]*"
     r"|[\w)]\s?<\s?|[\w)]\s>\s?|(?<![<\w/])[A-Za-z]>\s?"
     rf"|(?<![A-Za-z]){_FUNCTION}(?:_?\{{?[0-9]*\}}?)?\s?[({{]*\s?|\b(?:root|factorial|logarithm|square|cube) of\s[($]*"
-    r"|\}\{|[A-Za-z]\(|[0-9]\s(?:or|x|times|plus|minus|over|divided by|multiplied by)\s[$(]*"
+    r"|\}\{|[A-Za-z]\(|[0-9]\s(?:or|x|times|plus|minus|over|choose|divided by|multiplied by)\s[$(]*"
     r"|\bbetween\s(?:[$0-9.,]{1,20}\sand\s)?[$(]*"
-    r"|\\(?!(?:boxed|fbox|left|quad|qquad|displaystyle|textstyle|therefore|because|mathbf|bm|boldsymbol|underline|emph)"
+    r"|\\(?!(?:boxed|fbox|mathbf|bm|boldsymbol|underline|emph)"
     r"(?![A-Za-z]))[A-Za-z]{1,20}\s?[{(\[]{0,2}\s?"
     r")$"
 )

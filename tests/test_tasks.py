@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import llm_env
 from llm_env.prompts import split_of
+from llm_env.tasks.continuation import word_count
 from llm_env.tasks.countdown import CountdownProblems, countdown, countdown_at_most_once, evaluate
 
 
@@ -301,6 +302,11 @@ def test_reasoning_gym_errors(gymnastics, monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r"pip install llm-env\[reasoning-gym\]"):
         make()
+
+
+def test_words_of_a_chat_are_the_assistants():
+    chat = [{"role": "user", "content": "one two three"}, {"role": "assistant", "content": "one two"}]
+    assert word_count(completions=[chat, "one"]) == [2.0, 1.0]
 
 
 def test_the_ids_are_registered():
