@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts
 from llm_env.answers import final_answer as final_answer
 from llm_env.answers import parse_number as parse_number
+from llm_env.math_verifier import math_gold, math_verifier
 from llm_env.reward_calls import BadValue, Called, Steps, Value, call
 from llm_env.reward_pool import PooledReward
 
@@ -307,7 +309,8 @@ def _own(value: Any) -> Any:
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     names: list[str] = []
     for function in functions:
-        full = getattr(function, "__name__", type(function).__name__).strip("<>")
+        bound = function.func if isinstance(function, functools.partial) else function
+        full = getattr(bound, "__name__", type(bound).__name__).strip("<>")
         name, count = full[:NAME_LIMIT], 1
         while name in names:
             count += 1
@@ -359,26 +362,92 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
 
 
 # --- reward functions that ship ---------------------------------------------------------------------------------------
+#
+# All read a completion with `llm_env.answers.answer_text`: as text or as chat messages, without its thoughts. Bind other think
+# tags with `functools.partial(exact_match, think_tags=("<plan>", "</plan>"))`.
 
 
-def exact_match(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
-    """1.0 where the completion, stripped of white space, is the final answer of the column `answer`, else 0.0."""
-    return [float(c.strip() == final_answer(str(a))) for c, a in zip(completions, answer, strict=True)]
+def exact_match(
+    completions: Texts, answer: list[Any], prompts: Texts | None = None, think_tags: ThinkTags = THINK_TAGS, **_: Any
+) -> list[float]:
+    """1.0 where the completion without its thoughts and outer white space is the column's final answer, else 0.0.
 
+    Args:
+        completions: B texts or lists of chat messages.
+        answer: B references; their final answer (see `llm_env.answers.final_answer`) is compared as text.
+        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
 
-def numeric_answer(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
-    r"""1.0 where the completion's final answer is the number that the column `answer` ends in, else 0.0.
-
-    The column holds a number, or a solution in GSM8K's form (`... #### 72`). Which number of a completion counts, and which
-    forms are understood, says `llm_env.answers.parse_number`.
-
-    >>> numeric_answer(completions=["So she sold 1,072.00 clips."], answer=["... #### 1072"])
-    [1.0]
+    >>> exact_match(completions=["<think>40+6</think>46", "<think>46"], answer=["46", "46"])
+    [1.0, 0.0]
     """
-    scores = []
-    for completion, reference in zip(completions, answer, strict=True):
-        expected = parse_number(str(reference))
-        if expected is None:
-            raise ValueError(f"the column 'answer' holds {reference!r}, which ends in no number")
-        scores.append(float(parse_number(completion) == expected))
-    return scores
+    golds = [final_answer(str(reference), think_tags) for reference in answer]
+    texts = answer_texts(completions, prompts, think_tags)
+    return [float(text.strip() == gold) for text, gold in zip(texts, golds, strict=True)]
+
+
+def numeric_answer(
+    completions: Texts, answer: list[Any], prompts: Texts | None = None, think_tags: ThinkTags = THINK_TAGS, **_: Any
+) -> list[float]:
+    r"""1.0 where the completion's final answer equals the number that the column `answer` ends in, else 0.0.
+
+    `llm_env.answers.parse_number` says which number of a text counts and which forms are read. Values are compared exactly.
+
+    Args:
+        completions: B texts or lists of chat messages.
+        answer: B numbers (int, float, NumPy, Fraction, Decimal; a float is the decimal number that it prints as), or texts that
+            end in one, such as solutions in GSM8K's form (`... #### 72`).
+        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+
+    Raises:
+        ValueError: If a reference is no number (a word, `2\sqrt{3}`, NaN, infinity).
+
+    >>> numeric_answer(completions=["She sold 1,072.00 clips.", "<think>5?</think> 0.00001"], answer=["... #### 1072", 1e-05])
+    [1.0, 1.0]
+    """
+    golds = [parse_number(str(reference), think_tags) for reference in answer]
+    for reference, gold in zip(answer, golds, strict=True):
+        if gold is None:
+            raise ValueError(
+                f"the column 'answer' holds {reference!r}, which ends in no number; try math_answer or exact_match"
+            )
+    texts = answer_texts(completions, prompts, think_tags)
+    return [float(parse_number(text, ()) == gold) for text, gold in zip(texts, golds, strict=True)]
+
+
+def math_answer(
+    completions: Texts,
+    answer: list[Any],
+    prompts: Texts | None = None,
+    think_tags: ThinkTags = THINK_TAGS,
+    timeout: float = 10.0,
+    **_: Any,
+) -> list[float]:
+    r"""1.0 where Math-Verify finds the completion's answer equal to the column `answer`, else 0.0.
+
+    For answers that are more than numbers: fractions, roots, sets, intervals, equations (github.com/huggingface/Math-Verify).
+    Math-Verify extracts the answer of a completion: LaTeX in `$...$`, `\[...\]` or `\boxed{...}`, or a plain expression. A
+    completion without any scores 0.0, and so does one that takes longer than the time-out.
+
+    Worker processes compare and are killed at the time-out, so this works in any thread. A script that uses it must start its
+    work under `if __name__ == "__main__":`.
+
+    Args:
+        completions: B texts or lists of chat messages.
+        answer: B references: numbers, LaTeX with or without `$...$`, or solutions; see `llm_env.math_verifier.math_gold`.
+        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+        timeout: seconds for one completion.
+
+    Raises:
+        ImportError: If math-verify is not installed.
+        ValueError: If a reference parses to nothing, or no worker process can be started.
+    """
+    texts = answer_texts(completions, prompts, think_tags)
+    golds = [math_gold(reference, think_tags) for reference in answer]
+    scores = math_verifier(timeout)(completions=texts, golds=golds)
+    for reference, score in zip(answer, scores, strict=True):
+        if score is None:
+            raise ValueError(f"the column 'answer' holds {reference!r}, in which math-verify finds no mathematical expression")
+    return scores  # type: ignore[return-value]

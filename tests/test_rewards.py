@@ -1,3 +1,7 @@
+import copy
+import functools
+import pickle
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -78,6 +82,7 @@ def test_names_are_unique_and_fit_a_log_key():
             Judge(),
         ]
     ).names
+    assert RewardSum(functools.partial(exact_match, think_tags=()), columns=["answer"]).names == ["exact_match"]
     assert names == ["a_very_long_name_of_a_re", "a_very_long_name_of_a__2", "lambda", "Judge", "Judge_2"]
 
 
@@ -148,9 +153,74 @@ def test_numeric_answer_takes_numbers_and_refuses_a_column_without():
         numeric_answer(completions=["3"], answer=["none"])
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (1e-05, "0.00001", "5"),
+        (1e16, "10000000000000000", "16"),
+        (1e22, "1e22", "22"),
+        (0.1, "1/10", "0.1000000000000000055511151231257827"),
+        (-0.5, r"\boxed{-\frac12}", "0.5"),
+        (np.float32(1e-05), "1e-5", "5"),
+        (np.float64(2.5), "2.5", "2"),
+        (np.int64(72), "72", "71"),
+        (Fraction(1, 3), "1/3", "0.3333333333333333"),
+        (Decimal("1E+10"), "10^10", "10"),
+        (Decimal("0.10"), "0.1", "0.2"),
+        (10**30, "1" + "0" * 30, "1e31"),
+        ("2e3", "2000", "3"),
+        ("<think>2</think> #### 3", "3", "2"),
+    ],
+)
+def test_golds_are_exact(gold, right, wrong):
+    assert numeric_answer(completions=[right, wrong], answer=[gold, gold]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [float("nan"), float("inf"), -np.inf, np.float32("nan"), Decimal("NaN"), True, None, 3j, r"2\sqrt{3}", "x^2+1", "3–5"],
+)
+def test_golds_that_are_no_numbers_are_refused(gold):
+    with pytest.raises(
+        ValueError, match=r"the column 'answer' holds .*, which ends in no number; try math_answer or exact_match"
+    ):
+        numeric_answer(completions=["3"], answer=[gold])
+
+
 def test_exact_match():
     answers = ["46", "46", "x #### 46", "46"]
     assert exact_match(completions=["46", " 46\n", "46", "46."], answer=answers) == [1.0, 1.0, 1.0, 0.0]
+
+
+CHATS = [
+    "46",
+    [{"role": "assistant", "content": "46"}],
+    [{"role": "assistant", "content": [{"type": "text", "text": "46"}]}],
+    [{"role": "assistant", "content": "<think>So 45?</think>\n46"}],
+    [{"role": "assistant", "content": "45"}, {"role": "user", "content": "46"}],
+    [{"role": "tool", "content": "46"}],
+    [{"role": "assistant", "content": None}],
+    "<think>46",
+    "46</think>",
+]
+PAID = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", [exact_match, numeric_answer])
+def test_chats_and_thoughts(reward):
+    assert reward(completions=CHATS, answer=["46"] * len(CHATS)) == PAID
+    asked = [[{"role": "user", "content": "12+34= #### 46"}]] * len(CHATS)
+    assert reward(completions=CHATS, answer=["46"] * len(CHATS), prompts=asked) == PAID
+    begun = ["assistant\n<think>\n"] * 3  # the template opens the thought
+    assert reward(completions=["46", "45</think>46", "46</think>"], answer=["46"] * 3, prompts=begun) == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", [exact_match, numeric_answer])
+def test_think_tags_are_bound_with_partial(reward):
+    bound = functools.partial(reward, think_tags=("<plan>", "</plan>"))
+    for function in (bound, copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
+        total, components = score(RewardSum(function, columns=["answer"]), ["<plan>7</plan>8", "<plan>8"], answer=["8", "8"])
+        assert total.tolist() == [1.0, 0.0] and list(components) == [reward.__name__]
 
 
 def test_every_gold_answer_of_gsm8k_is_worth_one(gsm8k):
@@ -161,6 +231,13 @@ def test_every_gold_answer_of_gsm8k_is_worth_one(gsm8k):
     assert numeric_answer(completions=answers, answer=answers) == [1.0] * len(answers)
     bare = [answer.split("####")[1] for answer in answers]
     assert numeric_answer(completions=bare, answer=answers) == [1.0] * len(answers)
+    marked = [
+        text
+        for answer in answers[::4]
+        for body, number in [answer.split("\n#### ")]
+        for text in (f"{body}\nA: {number}", f"<think>{body} The answer is 1.</think>{number}", rf"{body} \boxed{{{number}.0}}")
+    ]
+    assert numeric_answer(completions=marked, answer=[a for a in answers[::4] for _ in range(3)]) == [1.0] * len(marked)
     off_by_one = [str(parse_number(answer) + 1) for answer in answers]
     assert sum(numeric_answer(completions=off_by_one, answer=answers)) == 0
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import llm_env
 from llm_env.prompts import split_of
+from llm_env.tasks.continuation import word_count
 from llm_env.tasks.countdown import CountdownProblems, countdown, countdown_at_most_once, evaluate
 
 
@@ -33,6 +34,13 @@ def pays(answer, numbers=(2, 3, 5), target=16, reward=countdown):
         ("<think>3*5+2 is 17</think><answer>(3+5)*2</answer>", True),
         ("<answer>3*5+2</answer> <answer>(3+5)*2 = 16</answer> done", True),
         ("<answer>(3+5)*2</answer><answer>16</answer>", False),
+        ("<think>2*8</think>(3+5)*2", True),
+        ("2*8?</think> <answer>(3+5)*2</answer>", True),
+        ("<think><answer>(3+5)*2</answer>", False),
+        ("<think><answer>(3+5)*2</answer></think>", False),
+        ([{"role": "assistant", "content": "(3+5)*2"}], True),
+        ([{"role": "assistant", "content": "16"}, {"role": "user", "content": "(3+5)*2"}], False),
+        ([{"role": "tool", "content": "(3+5)*2"}], False),
         ("I say (3+5)*2", False),
         ("16", False),
         ("3*5+2-1", False),  # a number that is not given
@@ -61,6 +69,16 @@ def pays(answer, numbers=(2, 3, 5), target=16, reward=countdown):
 )
 def test_countdown_pays_for_solutions_only(answer, expected):
     assert pays(answer) is expected
+
+
+@pytest.mark.parametrize("reward", [countdown, countdown_at_most_once])
+def test_countdown_with_other_think_tags_and_begun_thoughts(reward):
+    row = {"numbers": [[2, 3, 5]], "target": [16]}
+    completions = ["<plan>2*8</plan>(3+5)*2"]
+    assert reward(completions=completions, **row) == [0.0]
+    assert reward(completions=completions, **row, think_tags=("<plan>", "</plan>")) == [1.0]
+    assert reward(completions=["(3+5)*2"], **row, prompts=["<think>\n"]) == [0.0]
+    assert reward(completions=["2*8</think>(3+5)*2"], **row, prompts=["<think>\n"]) == [1.0]
 
 
 def test_countdown_is_exact_and_may_pass_through_fractions():
@@ -235,6 +253,9 @@ def test_only_full_scores_pay_unless_told_otherwise(gymnastics):
         "",
     ]
     assert scores(env, completions) == [1, 1, 1, 0, 0, 0]
+    chat = [{"role": "assistant", "content": f"<think>No <answer>1</answer></think><answer>{answer}</answer>"}]
+    asked = [{"role": "user", "content": answer}]
+    assert scores(env, [chat, asked, [*chat, *asked], f"<think>{answer}", f"{answer}</think>"]) == [1, 0, 1, 0, 0]
     assert scores(lax, completions)[:3] == [1, 1, 1] and 0 < scores(lax, completions)[3] < 1  # a substring
 
 
@@ -281,6 +302,11 @@ def test_reasoning_gym_errors(gymnastics, monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r"pip install llm-env\[reasoning-gym\]"):
         make()
+
+
+def test_words_of_a_chat_are_the_assistants():
+    chat = [{"role": "user", "content": "one two three"}, {"role": "assistant", "content": "one two"}]
+    assert word_count(completions=[chat, "one"]) == [2.0, 1.0]
 
 
 def test_the_ids_are_registered():

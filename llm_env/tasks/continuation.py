@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_env.answers import Texts, completion_text
 from llm_env.pupil import PUPIL
 
 
-def word_count(completions: list[str], **_: Any) -> list[float]:
+def word_count(completions: Texts, **_: Any) -> list[float]:
     """The number of words of each completion: a reward to start from, to be replaced by one's own."""
-    return [float(len(completion.split())) for completion in completions]
+    return [float(len(completion_text(completion).split())) for completion in completions]
 
 
 def continuation(**overrides: Any) -> dict[str, Any]:

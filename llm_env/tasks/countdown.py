@@ -10,7 +10,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from llm_env.answers import tagged_answer
+from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
 from llm_env.arguments import as_whole, whole
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
@@ -147,8 +147,12 @@ def evaluate(expression: str) -> Fraction | None:
     return values[0] if not pending else None
 
 
-def _solves(completion: str, numbers: Sequence[int], target: int, at_most_once: bool) -> bool:
-    answer = tagged_answer(completion)
+def _scores(texts: list[str], numbers: list[list[int]], target: list[int], at_most_once: bool) -> list[float]:
+    return [float(_solves(*row, at_most_once)) for row in zip(texts, numbers, target, strict=True)]
+
+
+def _solves(text: str, numbers: Sequence[int], target: int, at_most_once: bool) -> bool:
+    answer = tagged_answer(text, ())
     if len(answer) > LONGEST_ANSWER:
         return False
     expression, equals, right = answer.partition("=")
@@ -161,26 +165,47 @@ def _solves(completion: str, numbers: Sequence[int], target: int, at_most_once: 
     return evaluate(expression) == target
 
 
-def countdown(completions: list[str], numbers: list[list[int]], target: list[int], **_: Any) -> list[float]:
+def countdown(
+    completions: Texts,
+    numbers: list[list[int]],
+    target: list[int],
+    prompts: Texts | None = None,
+    think_tags: ThinkTags = THINK_TAGS,
+    **_: Any,
+) -> list[float]:
     """1.0 where the answer is an expression that uses every number exactly once and equals the target, else 0.0.
 
-    The answer is what stands in the last `<answer>...</answer>`, or the whole completion; `= target` may follow. Stricter
-    than TinyZero's rules (github.com/Jiayi-Pan/TinyZero): parsed rather than evaluated by Python, exact rather than within
-    1e-5, without powers, decimals and signs, and nothing is paid for the form alone.
+    The answer is what stands in the last `<answer>...</answer>`, or the whole completion, without thoughts; `= target` may
+    follow. Stricter than TinyZero's rules (github.com/Jiayi-Pan/TinyZero): parsed rather than evaluated by Python, exact rather
+    than within 1e-5, without powers, decimals and signs, and nothing is paid for the form alone.
+
+    Args:
+        completions: B texts or lists of chat messages.
+        numbers: B lists of the numbers to use.
+        target: B targets.
+        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
 
     >>> countdown(completions=["(3+5)*2", "(3+5)*2 = 16", "3+5+8"], numbers=[[2, 3, 5]] * 3, target=[16] * 3)
     [1.0, 1.0, 0.0]
     """
-    return [float(_solves(*row, at_most_once=False)) for row in zip(completions, numbers, target, strict=True)]
+    return _scores(answer_texts(completions, prompts, think_tags), numbers, target, at_most_once=False)
 
 
-def countdown_at_most_once(completions: list[str], numbers: list[list[int]], target: list[int], **_: Any) -> list[float]:
+def countdown_at_most_once(
+    completions: Texts,
+    numbers: list[list[int]],
+    target: list[int],
+    prompts: Texts | None = None,
+    think_tags: ThinkTags = THINK_TAGS,
+    **_: Any,
+) -> list[float]:
     """Like `countdown`, but numbers may be left out.
 
     >>> countdown_at_most_once(completions=["3+5", "3+5+3"], numbers=[[2, 3, 5], [2, 3, 5]], target=[8, 11])
     [1.0, 0.0]
     """
-    return [float(_solves(*row, at_most_once=True)) for row in zip(completions, numbers, target, strict=True)]
+    return _scores(answer_texts(completions, prompts, think_tags), numbers, target, at_most_once=True)
 
 
 def countdown_task(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from llm_env.answers import tagged_answer
+from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
 from llm_env.prompts import PromptSource, Row, check_split, split_of
 from llm_env.pupil import PUPIL
 
@@ -58,25 +58,33 @@ class ReasoningGymScore:
     """The scorer of a data set as a reward function.
 
     The answer is what stands in the last `<answer>...</answer>`, as in reasoning-gym's own examples, or the whole completion
-    where there are no tags. What a scorer raises (some do, on an answer that they cannot read) is raised.
+    where there are no tags, without thoughts. What a scorer raises (some do, on an answer that they cannot read) is raised.
 
     Args:
         dataset: a data set of reasoning-gym.
         strict: pay 1.0 for a full score and 0.0 for anything less. The default scorer of reasoning-gym pays for an answer
             that merely contains the right one, by their lengths, and others pay for the form; False passes that on.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
     """
 
     __name__ = "reasoning_gym"
 
-    def __init__(self, dataset: Any, strict: bool = True) -> None:
+    def __init__(self, dataset: Any, strict: bool = True, think_tags: ThinkTags = THINK_TAGS) -> None:
         self.dataset = dataset
         self.strict = strict
+        self.think_tags = think_tags
 
-    def __call__(self, completions: list[str], entry: list[dict[str, Any]], **_: Any) -> list[float]:
-        """The scores, each from 0 to 1."""
+    def __call__(
+        self,
+        completions: Texts,
+        entry: list[dict[str, Any]],
+        prompts: Texts | None = None,
+        **_: Any,
+    ) -> list[float]:
+        """The scores, each from 0 to 1, of B texts or lists of chat messages."""
+        texts = answer_texts(completions, prompts, self.think_tags)
         scores = [
-            float(self.dataset.score_answer(tagged_answer(completion), row))
-            for completion, row in zip(completions, entry, strict=True)
+            float(self.dataset.score_answer(tagged_answer(text, ()), row)) for text, row in zip(texts, entry, strict=True)
         ]
         return [float(score >= 1) for score in scores] if self.strict else scores
 
