@@ -349,6 +349,8 @@ def _is_heading(kind: str, content: str) -> bool:
 
 def _marked_values(kind: str, content: str) -> list[Fraction | None]:
     """The different values that a mark's content gives, None for what is no number; empty if it does not speak of numbers."""
+    if kind == "answer":  # in a sentence, which may end with an exclamation mark
+        content = re.sub(r"!+(?=[\s*_]*$|[*_]*\s+[A-Z])", ".", content)
     stated = _ASIDE.sub(lambda aside: aside[0] if _NUMBER.fullmatch(aside[0][2:-1].strip()) else "", content)
     if not _NUMBER.search(stated):
         stated = content

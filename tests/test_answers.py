@@ -276,7 +276,7 @@ def test_what_explains_a_number_does_not_replace_it(text, value):
         r"3\pi", r"3 \pi", "3π", "3 pi", "3pi", r"\frac{\pi}{2}", r"\frac{3\pi}{4}", "3/4π", r"\frac{10}{3}\pi",
         "x^2+1", "x² + 1", "2x", "2x + 3", "y = 2x + 3",
         "3n", "3a", "3xy", "x/2", "5/x", "x - 5", "2^n", "n^2 + 3", r"\frac{x}{2}",
-        "5!", "log 5", r"\log_{10} 5", r"\ln 2", r"3\ln 2", r"\sin 30^\circ", "log(5)", "f(5)", r"\binom{5}{2}",
+        "5! ", "log 5", r"\log_{10} 5", r"\ln 2", r"3\ln 2", r"\sin 30^\circ", "log(5)", "f(5)", r"\binom{5}{2}",
         "2e", "e^2", "2e^3",
         "3+4", "3 + 4", "3 * 4", "3 × 4", r"3 \times 4", "3 x 4", "3 times 4", "3 plus 4", "7 minus 5", "12 - 5",
         "2(3+4)", "(3)(4)",
@@ -291,10 +291,16 @@ def test_what_explains_a_number_does_not_replace_it(text, value):
     ],
 )  # fmt: skip
 def test_a_text_that_contains_a_number_is_not_that_number(text):
-    for completion in (text, f"The answer is {text}", f"#### {text}", rf"So \boxed{{{text}}} it is."):
+    sentence = f"The answer is {text}" + ("ways" if text == "5! " else "")  # "The answer is 5!" is a sentence
+    for completion in (text, sentence, f"#### {text}", rf"So \boxed{{{text}}} it is."):
         assert parse_number(completion) is None, completion
     with pytest.raises(ValueError, match="ends in no number"):
         numeric_answer(completions=["5"], answer=[text])
+
+
+@pytest.mark.parametrize("text", ["The answer is 5!", "**The answer is 5!**", "The answer is 5! Well done.", "Answer: 5!!"])
+def test_a_sentence_may_end_with_an_exclamation_mark(text):
+    assert parse_number(text) == 5
 
 
 # --- thoughts ---------------------------------------------------------------------------------------------------------
