@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_env.scoring import model_inputs, only_last, pad
+from llm_env.inputs import model_inputs, only_last, pad
 from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_of
 
 BLOCK = 64  # tokens by which the responses' keys and values get more room

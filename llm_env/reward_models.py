@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from llm_env.inputs import pad
 from llm_env.rules import vocabulary_size
-from llm_env.scoring import pad
 
 Template = str | Callable[[str, str], str]
 UNLIMITED = 10**9  # tokenizers without a limit report numbers beyond this
