@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llm_env.capabilities import agree, describable, plain_outputs, takes_left_padding, token, trial, trial_rows
-from llm_env.inputs import model_inputs, only_last, pad, without_cache
+from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
@@ -31,10 +31,10 @@ def cached_logits(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Dyna
 @torch.no_grad()
 def plain_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
     """Logits (B, V) after each of B rows, which are computed as a whole, padded on the right."""
-    ids, mask = pad(rows, "right", model.device)
-    shortest = min(map(len, rows))
-    outputs = model(input_ids=ids, **only_last(model, ids.shape[1] - shortest + 1), **without_cache(model)).logits
-    return outputs[torch.arange(len(rows), device=ids.device), mask.sum(1) - 1 - (ids.shape[1] - outputs.shape[1])]
+    ids, lengths = pad_with_tokens(rows, model.device), torch.tensor([len(row) for row in rows], device=model.device)
+    last = only_last(model, ids.shape[1] - min(map(len, rows)) + 1)
+    outputs = model(input_ids=ids, **last, **without_cache(model)).logits
+    return outputs[torch.arange(len(rows), device=ids.device), lengths - 1 - (ids.shape[1] - outputs.shape[1])]
 
 
 _decodes: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()

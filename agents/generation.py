@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from agents.caching import cached_logits, decodes_with_cache, new_cache, plain_logits, skips_hidden_slots
-from agents.decoding import SharedDecoding
+from agents.decoding import SharedDecoding, decodes_shared
 from agents.sampler import Sampler
 from llm_env.arguments import whole
 from llm_env.capabilities import takes_left_padding
@@ -118,7 +118,7 @@ def _decoding(
     model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing
 ) -> SharedDecoding | PlainDecoding:
     """For prompts and responses of up to `longest` tokens together."""
-    shares = prefix_sharing is not False and shares_prompts(model.base_model, longest)
+    shares = prefix_sharing is not False and shares_prompts(model.base_model, longest) and decodes_shared(model)
     if prefix_sharing is True and not shares:
         raise ValueError(
             f"prefix_sharing=True, but {type(model).__name__} cannot decode several responses to one prompt of up to {longest} "

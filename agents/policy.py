@@ -21,7 +21,7 @@ from agents.sampler import Sampler
 from agents.sharded import is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
-from llm_env.capabilities import trial
+from llm_env.capabilities import trial, vocabulary_of
 from llm_env.constraints import TokenConstraint
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
@@ -91,8 +91,9 @@ class LanguagePolicy(Weights):
         base: Any = None,
     ) -> None:
         lm, tokenizer, adapter = load(model, tokenizer, peft_config, base)
-        size = len(lm.get_input_embeddings().weight)
+        size = vocabulary_of(lm)
         length = getattr(lm.config, "max_position_embeddings", None) or 1024
+        length = length if length > 0 else 1024  # -1 means that there is no limit (XLNet)
         super().__init__(
             spaces.Dict(
                 {

@@ -2,8 +2,8 @@
 
 A forward pass over B rows has one of two layouts:
 
-- "left": `[prompt, padded on the left | response, padded on the right]` under an attention mask, with position ids. The model has
-  to ignore what the mask hides, and to count positions without it: RWKV, xLSTM and BART's decoders do not.
+- "left": `[prompt, padded on the left | response, padded on the right]` under an attention mask, with position ids. The model
+  has to ignore what the mask hides, and to count positions without it: RWKV, xLSTM and BART's decoders do not.
 - "right": whole rows, padded on the right, and nothing but token ids. It suits every causal model: no token sees a later one.
 
 A model whose log-probs of a token depend on later tokens is refused: sampling, which does not have them yet, would draw from
@@ -18,7 +18,7 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_env.inputs import model_inputs, pad, without_cache
@@ -63,10 +63,32 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
-def trial_rows(model: PreTrainedModel) -> list[list[int]]:
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many token ids a language model, or one without its head, embeds.
+
+    Raises:
+        ValueError: If it embeds no ids, or several codebooks of them.
+    """
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # decoders of encoder-decoder models without their heads; ids are embedded before positions
+        embeddings = next(module for module in model.modules() if isinstance(module, nn.Embedding))
+    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        raise ValueError(
+            f"{type(model).__name__} computes nothing from token ids alone: it embeds them by a {type(embeddings).__name__}; "
+            "give a causal language model with one table of embeddings"
+        )
+    return len(embeddings.weight)
+
+
+def trial_rows(model: PreTrainedModel, short: bool = False) -> list[list[int]]:
     """Rows of different lengths, of tokens from the middle of the vocabulary: special tokens stand at its ends."""
-    lengths = LENGTHS if _room(model) > LENGTHS[0] else SHORT
-    return [[token(model, 5 * i + 3 * row) for i in range(length)] for row, length in enumerate(lengths)]
+    lengths = LENGTHS if _room(model) > LENGTHS[0] and not short else SHORT
+    rows = [[token(model, 5 * i + 3 * row) for i in range(length)] for row, length in enumerate(lengths)]
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    if isinstance(padding, int) and 0 <= padding < vocabulary_of(model):
+        rows[0][1] = padding  # RoBERTa gives it no position, XLM hides it; it may be drawn all the same
+    return rows
 
 
 def _room(model: PreTrainedModel) -> int:
@@ -79,7 +101,7 @@ def _room(model: PreTrainedModel) -> int:
 
 def token(model: PreTrainedModel, number: int) -> int:
     """A token id from the middle third of the vocabulary, another one for the next number."""
-    size = len(model.get_input_embeddings().weight)
+    size = vocabulary_of(model)
     span = max(size // 3, min(size, 3))
     return min(size // 3, size - span) + number % span
 
@@ -151,8 +173,8 @@ def _try_padding(model: PreTrainedModel) -> bool | None:
     early = [other[:-1], first, *([] if long is None else [long])]
     if not agree(early, [alone[0][: len(outputs)] for outputs in early], noise):
         raise ValueError(
-            f"{type(model).__name__} is not causal: its outputs at a token depend on later tokens, which sampling does not have "
-            "yet; give a causal language model (BERT and its kin need config.is_decoder=True, XLM config.causal=True)"
+            f"{type(model).__name__} is not causal: its outputs at a token depend on later tokens, which sampling does not "
+            "have yet; give a causal language model (BERT and its kin need config.is_decoder=True)"
         )
     cuts = [-(-len(row) // 2) for row in rows]
     prompts, mask = pad([row[:cut] for row, cut in zip(rows, cuts, strict=True)], "left", model.device)
@@ -205,7 +227,8 @@ def _describes(base: PreTrainedModel) -> bool:
     except Exception:  # an error that is the model's own comes again where it is computed in earnest
         return False
     found = {seen for seen in probe.windows if seen is not None}
-    return len(probe.windows) == getattr(config, "num_hidden_layers", None) and found == (set() if window is None else {window})
+    layers = range(getattr(config, "num_hidden_layers", 0))  # a layer that is computed twice keeps two sets of keys
+    return sorted(probe.layers) == list(layers) and found == (set() if window is None else {window})
 
 
 def padding_side(model: PreTrainedModel) -> Literal["left", "right"]:

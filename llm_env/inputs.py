@@ -24,6 +24,12 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple
     return ids.to(device), mask.to(device)
 
 
+def pad_with_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of token ids, (B, longest row), padded on the right with the first token of each, to which no model does a thing."""
+    ids, mask = pad(rows, "right", device)
+    return torch.where(mask.bool(), ids, ids[:, :1])
+
+
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
     """Keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
 

@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm_env.capabilities import padding_side, refusing, trial, width_of
-from llm_env.inputs import model_inputs, only_last, pad, without_cache
+from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
 from llm_env.shared_prompt import NotShareable, Rows, group_states
 from llm_env.sharing import Extent, PrefixSharing, groups_of, way_to_share, ways_to_share
 
@@ -209,7 +209,7 @@ def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[st
         ids, mask = pad(fed, "right", model.device)
         inputs = model_inputs(model, torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1))
         return inputs, lambda outputs: outputs[:, -width - 1 :]
-    ids, _ = pad([[*prompt, *row] for prompt, row in zip(prompts, fed, strict=True)], "right", model.device)
+    ids = pad_with_tokens([[*prompt, *row] for prompt, row in zip(prompts, fed, strict=True)], model.device)
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
     at = (first[:, None] + torch.arange(width + 1, device=ids.device)).clamp(max=ids.shape[1] - 1)
 
@@ -226,9 +226,20 @@ def _plain_outputs(model: PreTrainedModel, prompts: Rows, responses: Rows, with_
     inputs, taken = _laid_out(model, prompts, responses if with_last else [row[:-1] for row in responses])
     before = min(map(len, prompts)) if padding_side(model) == "right" else max(map(len, prompts))  # the first that is taken
     last = only_last(model, inputs["input_ids"].shape[1] - before + 1)
-    outputs = model(**inputs, **last, **without_cache(model), output_hidden_states=with_last)
-    logits = taken(outputs.logits)
-    return taken(outputs.hidden_states[-1]) if with_last else logits, logits
+    arguments = {**inputs, **last, **without_cache(model)}
+    if not with_last:
+        logits = taken(model(**arguments).logits)
+        return logits, logits
+    if model.base_model is model:  # no part of it ends where its head begins (Llama 4)
+        outputs = model(**arguments, output_hidden_states=True)
+        return taken(outputs.hidden_states[-1]), taken(outputs.logits)
+    read: list[Tensor] = []  # by the head; the last of `hidden_states` may be another one (Gemma 3n)
+    hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: read.append(outputs.last_hidden_state))
+    try:
+        logits = taken(model(**arguments).logits)
+    finally:
+        hook.remove()
+    return taken(read[-1]), logits
 
 
 _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -244,11 +255,20 @@ def head_of(model: PreTrainedModel) -> Head | None:
         return None
     if model not in _heads:
         ids = torch.arange(3, device=model.device)[None] % len(model.get_input_embeddings().weight)
-        with trial(model), refusing(model):
-            logits = model(input_ids=ids, **without_cache(model)).logits
-            alone = head(model.base_model(input_ids=ids, **without_cache(model.base_model)).last_hidden_state)
-        _heads[model] = torch.equal(logits, alone)  # bit for bit: a soft cap hardly shows on small logits
+        with trial(model):
+            with refusing(model):
+                logits = model(input_ids=ids, **without_cache(model)).logits
+                states = model.base_model(input_ids=ids, **without_cache(model.base_model)).last_hidden_state
+            # Bit for bit: a soft cap hardly shows on small logits. RemBERT's last states are of another width.
+            fits = _inputs_of(head) in (None, states.shape[-1])
+            _heads[model] = fits and torch.equal(logits, head(states))
     return head if _heads[model] else None
+
+
+def _inputs_of(head: nn.Module) -> int | None:
+    """How wide the states are that a head multiplies, from its weight (V, H); None if it has none."""
+    weight = getattr(head, "weight", None)
+    return None if weight is None else weight.shape[-1]
 
 
 def _identity(logits: Tensor) -> Tensor:
