@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_env.scoring import model_inputs, only_last, pad
-from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_of
+from llm_env.capabilities import Verdicts, agree, passes_once, plain_outputs, token, trial_rows
+from llm_env.inputs import model_inputs, only_last, pad
+from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_of, window_of
 
 BLOCK = 64  # tokens by which the responses' keys and values get more room
 COMPACT = 0.8  # rows are moved together when at most this share of the slots is left by it
@@ -188,6 +190,42 @@ class SharedDecoding:
         kinds = torch.arange(next(iter(self.prompts.values()))[1].shape[1], device=prompts.device)
         at = (slice(None), prompts[:, None, None], kinds[None, :, None], order[:, None])
         self.own = {layer: own[at] for layer, own in self.own.items()}
+
+
+_decodes: Verdicts = WeakKeyDictionary()
+
+
+def decodes_shared(model: PreTrainedModel) -> bool:
+    """Whether `SharedDecoding` gives what plain forward passes give; found out by a trial, once a model.
+
+    A body that shares prompts is not enough: a language model around it may take no positions (Whisper).
+    """
+    return passes_once(model, _decodes, _passes_trial)
+
+
+def _passes_trial(model: PreTrainedModel) -> bool:
+    window = window_of(model.base_model)
+    first, second, third = trial_rows(model, short=window is not None and window < 32)
+    decoding = SharedDecoding(model, 2)
+    decoding.captures = False
+    found, rows = [decoding.add([first, second])], [first, first, second, second]
+    expected = [plain_outputs(model, [row])[0, -1:] for row in rows]
+
+    def step() -> None:
+        tokens = [token(model, 11 * i + 5 * len(found)) for i in range(len(rows))]
+        rows[:] = [[*row, new] for row, new in zip(rows, tokens, strict=True)]
+        found.append(decoding(torch.tensor(tokens, device=model.device)))
+        expected.extend(plain_outputs(model, [row])[0, -1:] for row in rows)
+
+    step()
+    rows[:] = [rows[0], *rows[2:]]
+    decoding.keep(torch.tensor([0, 2, 3], device=model.device))
+    step()
+    found.append(decoding.add([third]))
+    rows += [third, third]
+    expected += [plain_outputs(model, [row])[0, -1:] for row in rows[-2:]]
+    step()
+    return agree(list(torch.cat(found)[:, None]), expected)
 
 
 class CapturedStep:

@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from agents.decoding import SharedDecoding
+from agents.caching import cached_logits, decodes_with_cache, new_cache, plain_logits, skips_hidden_slots
+from agents.decoding import SharedDecoding, decodes_shared
 from agents.sampler import Sampler
 from llm_env.arguments import whole
+from llm_env.capabilities import takes_left_padding
 from llm_env.constraints import TokenConstraint
-from llm_env.scoring import model_inputs, pad, restrict
+from llm_env.inputs import model_inputs, pad
+from llm_env.scoring import restrict
 from llm_env.sharing import PrefixSharing, shares_prompts
 
 StopRule = Callable[[Sequence[int]], bool]
@@ -116,7 +119,7 @@ def _decoding(
     model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing
 ) -> SharedDecoding | PlainDecoding:
     """For prompts and responses of up to `longest` tokens together."""
-    shares = prefix_sharing is not False and shares_prompts(model.base_model, longest)
+    shares = prefix_sharing is not False and shares_prompts(model.base_model, longest) and decodes_shared(model)
     if prefix_sharing is True and not shares:
         raise ValueError(
             f"prefix_sharing=True, but {type(model).__name__} cannot decode several responses to one prompt of up to {longest} "
@@ -136,54 +139,110 @@ def _limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarray:
 
 
 class PlainDecoding:
-    """What `SharedDecoding` does, for any model: a row a response, over transformers' own cache, or over none."""
+    """What `SharedDecoding` does, for any model: a row a response, over transformers' own cache, or over none.
+
+    Prompts of different lengths have caches of their own where the model takes no padding on the left.
+    """
 
     refills = False
 
     def __init__(self, model: PreTrainedModel, group_size: int) -> None:
         self.model, self.group_size, self.begun = model, group_size, 0
+        self.numbers: list[Tensor] = []  # of the responses, one tensor a part
+        self.parts: list[CachedRows | RecomputedRows] = []
 
     def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Begin responses to n prompts, numbered from the last on, once all others have ended: logits (n * G, V)."""
-        cache = DynamicCache(config=self.model.config) if _has_cache(self.model) else None
-        ids, mask = pad(prompts, "left", self.model.device)
-        logits = _forward(self.model, ids, mask, cache).repeat_interleave(self.group_size, 0)
-        self.ids, self.mask = (table.repeat_interleave(self.group_size, 0) for table in (ids, mask))
-        self.numbers = self.begun + torch.arange(len(logits), device=ids.device)
-        self.begun += len(logits)
-        self.cache = cache
-        if cache is not None and self.group_size > 1:
-            cache.batch_repeat_interleave(self.group_size)
-        return logits
+        kind = CachedRows if decodes_with_cache(self.model) else RecomputedRows
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        apart = kind is CachedRows and not takes_left_padding(self.model)
+        keys = lengths if apart else torch.zeros_like(lengths)
+        group = torch.arange(self.group_size)
+        self.numbers, self.parts, logits = [], [], []
+        for key in keys.unique():
+            chosen = (keys == key).nonzero()[:, 0]
+            self.parts.append(kind(self.model))
+            self.numbers.append((self.begun + chosen[:, None] * self.group_size + group).flatten().to(self.model.device))
+            logits.append(self.parts[-1].begin([prompts[i] for i in chosen], self.group_size))
+        self.begun += len(prompts) * self.group_size
+        return self._in_order(logits)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (R, V) after the next token of each response that is left, `tokens` (R,), in the order of their numbers."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        if self.cache is None:
-            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
-        return _forward(self.model, tokens[:, None] if self.cache is not None else self.ids, self.mask, self.cache)
+        if len(self.parts) == 1:
+            return self.parts[0](tokens)
+        order = torch.cat(self.numbers).argsort()
+        given = torch.empty_like(tokens)
+        given[order] = tokens
+        split = given.split([len(numbers) for numbers in self.numbers])
+        return self._in_order([part(new) for part, new in zip(self.parts, split, strict=True)])
+
+    def _in_order(self, logits: list[Tensor]) -> Tensor:
+        return logits[0] if len(logits) == 1 else torch.cat(logits)[torch.cat(self.numbers).argsort()]
 
     def keep(self, numbers: Tensor) -> None:
         """Go on with these responses only, (R,) int64 in ascending order."""
-        left = torch.isin(self.numbers, numbers).nonzero()[:, 0]
-        self.numbers, self.mask = self.numbers[left], self.mask[left]
-        if self.cache is None:
-            self.ids = self.ids[left]
-        else:
-            self.cache.batch_select_indices(left)
+        left = [torch.isin(own, numbers) for own in self.numbers]
+        self.numbers = [own[kept] for own, kept in zip(self.numbers, left, strict=True) if kept.any()]
+        for part, kept in zip(self.parts, left, strict=True):
+            if kept.any():
+                part.keep(kept.nonzero()[:, 0])
+        self.parts = [part for part, kept in zip(self.parts, left, strict=True) if kept.any()]
 
 
-def _has_cache(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values that can be selected by row; state-space models do not."""
-    return not getattr(model, "_is_stateful", False)
+class CachedRows:
+    """Rows over one cache: padded on the left, or, for a model that does not take that, of one length."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def begin(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
+        """Logits (n * G, V) after n prompts, each of which becomes G rows."""
+        self.cache = new_cache(self.model)
+        ids, mask = pad(prompts, "left", self.model.device)
+        logits = _forward(self.model, ids, mask, self.cache).repeat_interleave(group_size, 0)
+        self.mask = mask.repeat_interleave(group_size, 0)
+        if group_size > 1:
+            self.cache.batch_repeat_interleave(group_size)
+        return logits
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) after one more token of each row, `tokens` (R,)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        return _forward(self.model, tokens[:, None], self.mask, self.cache)
+
+    def keep(self, left: Tensor) -> None:
+        """Go on with these rows only, (R,) int64."""
+        self.mask = self.mask[left]
+        self.cache.batch_select_indices(left)
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
+class RecomputedRows:
+    """Rows that are computed from the beginning for each token: for state spaces and models with caches of their own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def begin(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
+        """Logits (n * G, V) after n prompts, each of which becomes G rows."""
+        self.rows = [list(prompt) for prompt in prompts for _ in range(group_size)]
+        return plain_logits(self.model, prompts).repeat_interleave(group_size, 0)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (R, V) after one more token of each row, `tokens` (R,)."""
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+        return plain_logits(self.model, self.rows)
+
+    def keep(self, left: Tensor) -> None:
+        """Go on with these rows only, (R,) int64."""
+        self.rows = [self.rows[i] for i in left.tolist()]
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
     """Logits (B, V) after the last of the new tokens `ids` (B, n); `mask` (B, S + n) covers the cache's S slots as well."""
-    inputs = model_inputs(model, ids, mask)
-    if "position_ids" in inputs:
-        inputs["position_ids"] = inputs["position_ids"][:, -ids.shape[1] :]
-    return model(**inputs, past_key_values=cache, use_cache=cache is not None).logits[:, -1]
+    padded = takes_left_padding(model)
+    return cached_logits(model, model_inputs(model, ids, mask) if padded else {"input_ids": ids}, cache)
 
 
 @dataclass
@@ -237,14 +296,17 @@ def next_logits(
     known = [state.rows[i] if state is not None and goes_on[i] else [] for i in range(len(rows))]
     fresh, fresh_mask = pad([row[len(old) :] for row, old in zip(rows, known, strict=True)], "left", model.device)
     full = 2 * max(map(len, rows))
-    if state is None or not any(known) or state.slots.shape[1] + fresh.shape[1] > full:
+    has_gaps = not (all(known) and fresh_mask.all())  # slots in the middle of a row that are hidden
+    too_wide = state is not None and state.slots.shape[1] + fresh.shape[1] > full
+    if state is None or not any(known) or too_wide or (has_gaps and not skips_hidden_slots(model)):
         ids, mask = pad(rows, "left", model.device)
-        cache = DynamicCache(config=model.config) if _has_cache(model) else None
+        if not decodes_with_cache(model) or not (takes_left_padding(model) or mask.all()):
+            return plain_logits(model, rows), StepState(None, mask, rows, version, lengths)
+        cache = new_cache(model)
         logits = _forward(model, ids, mask, cache)
         # A sliding window counts slots, not positions, so that masked slots within it would shorten it.
-        if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            cache = None
-        return logits, StepState(cache, mask, rows, version, lengths)
+        plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+        return logits, StepState(cache if plain else None, mask, rows, version, lengths)
     begun = torch.tensor([bool(old) for old in known], device=model.device)
     slots = torch.cat([state.slots * begun[:, None], fresh_mask], 1)
     logits = _forward(model, fresh, slots, state.cache)

@@ -21,6 +21,7 @@ from agents.sampler import Sampler
 from agents.sharded import is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
+from llm_env.capabilities import trial, vocabulary_of
 from llm_env.constraints import TokenConstraint
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
 from llm_env.observations import Observation, pick
@@ -79,7 +80,8 @@ class LanguagePolicy(Weights):
 
     Raises:
         TypeError: `model` is none of these.
-        ValueError: the model's vocabulary is smaller than the tokenizer's.
+        ValueError: the model's vocabulary is smaller than the tokenizer's, its config asks for an auxiliary loss of routers, or
+            it is not causal.
     """
 
     def __init__(
@@ -92,8 +94,9 @@ class LanguagePolicy(Weights):
         base: Any = None,
     ) -> None:
         lm, tokenizer, adapter = load(model, tokenizer, peft_config, base)
-        size = len(lm.get_input_embeddings().weight)
+        size = vocabulary_of(lm)
         length = getattr(lm.config, "max_position_embeddings", None) or 1024
+        length = length if length > 0 else 1024  # -1 means that there is no limit (XLNet)
         super().__init__(
             spaces.Dict(
                 {
@@ -103,6 +106,7 @@ class LanguagePolicy(Weights):
             ),
             spaces.Discrete(size),
         )
+        _check_auxiliary_loss(lm)
         self.lm = lm
         self.adapter = adapter
         self.tokenizer = tokenizer
@@ -133,9 +137,19 @@ class LanguagePolicy(Weights):
         if separate_critic and self.critic is None:
             self.critic = with_frozen_in_common(self.lm.base_model)
         if self.value_head is None:
-            self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1, device=self.lm.device)
+            self.value_head = nn.Linear(self._state_width(), 1, device=self.lm.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+
+    def _state_width(self) -> int:
+        """H of the hidden states that V is read from, by one forward pass: configs name other widths (OPT-350m)."""
+        if self.critic is not None:
+            with trial(self.critic):
+                return response_states(self.critic, [[0]], [[0]]).shape[-1]
+        with trial(self.lm):
+            states = score(self.lm, [[0]], [[0]], self.vocab_size, states=True).states
+        assert states is not None
+        return states.shape[-1]
 
     def train(self, mode: bool = True) -> LanguagePolicy:
         """Set the training mode; the language model stays in evaluation mode, for dropout must be off (see the class)."""
@@ -358,3 +372,18 @@ class LanguagePolicy(Weights):
         if not self.eos_ids:
             raise ValueError("no end token is known: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}")
         return self.eos_ids
+
+
+def _check_auxiliary_loss(lm: PreTrainedModel) -> None:
+    """Refuse a config that asks for a loss on the routers of a mixture of experts: no algorithm here adds it.
+
+    Raises:
+        ValueError: If `output_router_logits` is on and the loss has a weight.
+    """
+    for name, config in (("config", lm.config), ("config.text_config", getattr(lm.config, "text_config", None))):
+        coefficient = getattr(lm, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
+        if getattr(config, "output_router_logits", False) and coefficient:
+            raise ValueError(
+                f"{name}.output_router_logits=True asks for an auxiliary loss of the routers, weight {coefficient}, which is "
+                f"not a part of the training losses; set {name}.output_router_logits=False to train without it"
+            )

@@ -23,8 +23,8 @@ from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env.prompts import PromptCursor
 from llm_env.reference import BaseReference
 from llm_env.rules import Rules
-from llm_env.scoring import head_of
-from llm_env.sharing import PrefixSharing, ways_to_share
+from llm_env.scoring import try_out
+from llm_env.sharing import PrefixSharing
 
 
 class SetUp(Drawing):
@@ -131,13 +131,17 @@ class SetUp(Drawing):
         if is_sharded(policy):
             return
 
+        def try_out_all() -> None:
+            for model in (policy.lm, policy.critic):
+                if model is not None:
+                    try_out(model)
+
         def run() -> None:
-            for base in (policy.lm.base_model, policy.critic):
-                if base is not None:
-                    ways_to_share(base, 2, "auto")
+            try_out_all()
             policy._evaluate([[0]], [[0]], None, 1.0)
 
         world.spread(policy)
+        try_out_all()
         if world.sharded and policy.adapter is not None:
             _ = policy.adapter.base_hash  # which files have, of the base as it is now
             if policy.critic is not None:  # it has the base in common with the policy, and each is spread by itself
@@ -151,8 +155,7 @@ class SetUp(Drawing):
             model = reference.model
 
             def run() -> None:
-                ways_to_share(model.base_model, 2, "auto")
-                head_of(model)
+                try_out(model)
                 model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
 
             if not is_sharded(model):

@@ -7,6 +7,7 @@ from functools import reduce
 
 from transformers import PreTrainedModel
 
+from llm_env.capabilities import width_of
 from llm_env.scoring import head_of
 from llm_env.shared_prompt import Rows
 from llm_env.sharing import Extent, PrefixSharing, ways_to_share
@@ -18,7 +19,7 @@ def positions_of(model: PreTrainedModel, length: int, prefix_sharing: PrefixShar
     """How many positions a forward pass over rows of up to `length` tokens has, padding included, prompts as it shares them."""
     base = model.base_model
     able = ways_to_share(base, length, prefix_sharing) if head_of(model) is not None else ()
-    width = base.config.get_text_config().hidden_size
+    width = width_of(base) if able else 1
     return lambda extent: extent.positions(extent.way(able, width, prefix_sharing is True) is not None)
 
 

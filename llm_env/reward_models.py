@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from llm_env.chat import Messages, Prompt, encode_prompts
+from llm_env.inputs import pad
 from llm_env.rules import vocabulary_size
-from llm_env.scoring import pad
 
 Template = str | Callable[[Any, Any], str]
 UNLIMITED = 10**9  # tokenizers without a limit report numbers beyond this

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llm_env.capabilities import padding_side, refusing, trial, width_of
+from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
 from llm_env.shared_prompt import NotShareable, Rows, group_states
-from llm_env.sharing import Extent, PrefixSharing, groups_of, way_to_share
+from llm_env.sharing import Extent, PrefixSharing, groups_of, way_to_share, ways_to_share
 
 FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stays finite in the entropy
 CHUNK_BYTES = 2**28  # of logits at a time, in float32
@@ -30,36 +31,6 @@ Head = Callable[[Tensor], Tensor]
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     """Matrix products in bfloat16 within, if `bf16`; weights stay as they are, float32."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
-def pad(rows: Rows, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one int64 tensor (B, longest row), and the 0/1 mask of the same shape and type.
-
-    The padding is token 0; nothing may depend on its value.
-    """
-    width = max((len(row) for row in rows), default=0)
-    ids, mask = torch.zeros((2, len(rows), width), dtype=torch.int64).unbind()
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, at] = torch.as_tensor(row, dtype=torch.int64)
-        mask[i, at] = 1
-    return ids.to(device), mask.to(device)
-
-
-def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
-
-    GPT-2's absolute positions need them; models without `position_ids` (ALiBi) count by the mask themselves.
-    """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs
-
-
-def only_last(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """Keyword arguments of a forward pass that makes logits at the last positions alone, if the model knows how to."""
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def log_probs_and_entropies(
@@ -216,23 +187,59 @@ def response_states(
         except NotShareable:
             if prefix_sharing is True:
                 raise
-    inputs, width = _inputs(base, prompts, fed)
-    return base(**inputs, use_cache=False).last_hidden_state[:, -width - 1 :]
+    inputs, taken = _laid_out(base, prompts, fed)
+    return taken(_last_states(base, **inputs))
 
 
-def _inputs(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], int]:
-    """`[prompt padded left | response padded right]` for a forward pass, and the width of the responses."""
-    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
-    ids, mask = pad(fed, "right", model.device)
-    return model_inputs(model, torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)), ids.shape[1]
+def _last_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """The last hidden states, of a model that has no head, or whose head is a part of it (Llama 4)."""
+    if model.get_output_embeddings() is None:
+        return model(**inputs, **without_cache(model)).last_hidden_state
+    return model(**inputs, **without_cache(model), output_hidden_states=True).hidden_states[-1]
+
+
+def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """Rows `[prompt | response]` for a forward pass in the model's layout, and what takes (B, T + 1, X) from its outputs.
+
+    These are at the last token of each prompt and at those of each response. See `llm_env.capabilities`.
+    """
+    width = max(map(len, fed))
+    if padding_side(model) == "left":
+        prompt_ids, prompt_mask = pad(prompts, "left", model.device)
+        ids, mask = pad(fed, "right", model.device)
+        inputs = model_inputs(model, torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1))
+        return inputs, lambda outputs: outputs[:, -width - 1 :]
+    ids = pad_with_tokens([[*prompt, *row] for prompt, row in zip(prompts, fed, strict=True)], model.device)
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
+    at = (first[:, None] + torch.arange(width + 1, device=ids.device)).clamp(max=ids.shape[1] - 1)
+
+    def taken(outputs: Tensor) -> Tensor:
+        """Where a model gives only the last outputs, the others come before them."""
+        places = at - (ids.shape[1] - outputs.shape[1])
+        return outputs.gather(1, places[..., None].expand(-1, -1, outputs.shape[-1]))
+
+    return {"input_ids": ids}, taken
 
 
 def _plain_outputs(model: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool) -> tuple[Tensor, Tensor]:
     """Hidden states and logits before each response token, from the whole language model: for a head that stands not alone."""
-    inputs, width = _inputs(model, prompts, responses if with_last else [row[:-1] for row in responses])
-    outputs = model(**inputs, **only_last(model, width + 1), use_cache=False, output_hidden_states=with_last)
-    hidden = outputs.hidden_states[-1][:, -width - 1 :] if with_last else outputs.logits
-    return hidden, outputs.logits[:, -width - 1 :]
+    inputs, taken = _laid_out(model, prompts, responses if with_last else [row[:-1] for row in responses])
+    before = min(map(len, prompts)) if padding_side(model) == "right" else max(map(len, prompts))  # the first that is taken
+    last = only_last(model, inputs["input_ids"].shape[1] - before + 1)
+    arguments = {**inputs, **last, **without_cache(model)}
+    if not with_last:
+        logits = taken(model(**arguments).logits)
+        return logits, logits
+    if model.base_model is model:  # no part of it ends where its head begins (Llama 4)
+        outputs = model(**arguments, output_hidden_states=True)
+        return taken(outputs.hidden_states[-1]), taken(outputs.logits)
+    read: list[Tensor] = []  # by the head; the last of `hidden_states` may be another one (Gemma 3n)
+    hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: read.append(outputs.last_hidden_state))
+    try:
+        logits = taken(model(**arguments).logits)
+    finally:
+        hook.remove()
+    return taken(read[-1]), logits
 
 
 _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -248,12 +255,34 @@ def head_of(model: PreTrainedModel) -> Head | None:
         return None
     if model not in _heads:
         ids = torch.arange(3, device=model.device)[None] % len(model.get_input_embeddings().weight)
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            logits = model(input_ids=ids, use_cache=False).logits
-            alone = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        _heads[model] = torch.equal(logits, alone)  # bit for bit: a soft cap hardly shows on small logits
+        with trial(model):
+            with refusing(model):
+                logits = model(input_ids=ids, **without_cache(model)).logits
+                states = model.base_model(input_ids=ids, **without_cache(model.base_model)).last_hidden_state
+            # Bit for bit: a soft cap hardly shows on small logits. RemBERT's last states are of another width.
+            fits = _inputs_of(head) in (None, states.shape[-1])
+            _heads[model] = fits and torch.equal(logits, head(states))
     return head if _heads[model] else None
+
+
+def _inputs_of(head: nn.Module) -> int | None:
+    """How wide the states are that a head multiplies, from its weight (V, H); None if it has none."""
+    weight = getattr(head, "weight", None)
+    return None if weight is None else weight.shape[-1]
 
 
 def _identity(logits: Tensor) -> Tensor:
     return logits
+
+
+def try_out(model: PreTrainedModel) -> None:
+    """Run the trials on which scoring relies, of a language model or of one without its head, before the first batch.
+
+    Raises:
+        ValueError: If the model cannot be trained on token ids; see `llm_env.capabilities.takes_left_padding`.
+    """
+    alone = head_of(model) is not None or model.get_output_embeddings() is None
+    padding_side(model.base_model if alone else model)
+    if alone:
+        width_of(model.base_model)
+        ways_to_share(model.base_model, 2)

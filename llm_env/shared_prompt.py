@@ -40,13 +40,15 @@ class NotShareable(Exception):
 
 
 class Probe:
-    """In the place of an attention computes nothing, and notes the windows of the layers that go through the interface.
+    """In the place of an attention computes nothing, and notes the layers that go through the interface.
 
     Attributes:
+        layers: their numbers, in the order in which they are computed.
         windows: one a layer, None where there is none.
     """
 
     def __init__(self) -> None:
+        self.layers: list[int] = []
         self.windows: list[int | None] = []
 
 
@@ -81,6 +83,7 @@ def attention(
     _, rows = attending
     window = kwargs.get("sliding_window")
     if isinstance(rows, Probe):
+        rows.layers.append(module.layer_idx)  # type: ignore[arg-type]
         rows.windows.append(window)
         return torch.zeros_like(query).transpose(1, 2), None
     too_far = window is not None and rows.reach >= window

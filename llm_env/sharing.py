@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from llm_env.shared_prompt import Probe, Rows, attention_by, group_states, window_of
+from llm_env.capabilities import agree, describable, plain_outputs, trial, width_of
+from llm_env.shared_prompt import Rows, group_states, window_of
 
 SAVES = 0.95  # prompts are shared where that leaves at most this share of the work
 
 WAYS = ("flex", "split", "dense")  # in the order in which they are preferred
 FLEX_DEVICES = ("cuda",)
-LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
 
 PrefixSharing = bool | Literal["auto"]
 
@@ -121,7 +121,7 @@ def way_to_share(base: PreTrainedModel, extent: Extent, prefix_sharing: PrefixSh
     if extent.group < 2:
         return None
     able = ways_to_share(base, extent.longest_prompt + extent.longest, prefix_sharing)
-    return extent.way(able, base.config.get_text_config().hidden_size, prefix_sharing is True)
+    return extent.way(able, width_of(base) if able else 1, prefix_sharing is True)
 
 
 _ways: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
@@ -141,34 +141,9 @@ def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bo
         return False  # transformers would compute attention again when the layout is gone
     if base not in _ways:
         ways = WAYS if base.device.type in FLEX_DEVICES else WAYS[1:]
-        modes = [(module, module.training) for module in base.modules()]
-        try:
-            base.eval()
-            with torch.autocast(base.device.type, enabled=False):
-                _ways[base] = {name for name in ways if _describable(base) and _passes_trial(base, name)}
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with trial(base):
+            _ways[base] = {name for name in ways if describable(base) and _passes_trial(base, name)}
     return way in _ways[base]
-
-
-def _describable(base: PreTrainedModel) -> bool:
-    """Whether all layers say what they see: by the interface, and nothing but windows that are the config's.
-
-    A trial on a few tokens would not show a window that is hidden in a model's own attention.
-    """
-    config = base.config.get_text_config()
-    if not set(getattr(config, "layer_types", None) or LAYERS) <= LAYERS or getattr(config, "attention_chunk_size", None):
-        return False
-    probe = Probe()
-    try:
-        with torch.no_grad(), attention_by(base, probe):
-            base(input_ids=torch.tensor([[1, 2, 0]], device=base.device), use_cache=False)
-    except Exception:  # plain rows are taken, where an error that is the model's own comes again
-        return False
-    window = window_of(base)
-    found = {seen for seen in probe.windows if seen is not None}
-    return len(probe.windows) == config.num_hidden_layers and found == (set() if window is None else {window})
 
 
 def _passes_trial(base: PreTrainedModel, way: str) -> bool:
@@ -181,12 +156,11 @@ def _passes_trial(base: PreTrainedModel, way: str) -> bool:
             states = group_states(base, prompts, groups, way)
             if with_gradient and not torch.autograd.grad(states.sum(), trained[0])[0].isfinite().all():
                 return False
-        with torch.no_grad():
-            alone = [
-                base(input_ids=torch.tensor([prompt + row], device=base.device), use_cache=False).last_hidden_state[0]
-                for prompt, row in rows
-            ]
-        pairs = [(a[: len(row) + 1], b[-len(row) - 1 :]) for a, b, (_, row) in zip(states, alone, rows, strict=True)]
-        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+        alone = [plain_outputs(base, [prompt + row])[0] for prompt, row in rows]
+        ends = [len(row) + 1 for _, row in rows]
+        return agree(
+            [outputs[:n] for outputs, n in zip(states, ends, strict=True)],
+            [outputs[-n:] for outputs, n in zip(alone, ends, strict=True)],
+        )
     except Exception:  # plain rows are taken, where an error that is the model's own comes again
         return False
