@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from agents.quantization import is_quantized, quantized_modules
+
 CONFIG, BASE_HASH = "adapter_config.json", "base.sha256"
 NAME = "default"  # of the adapter, for peft
 INITS = (True, False, "gaussian")  # of `init_lora_weights`, that leave the base's weights alone
@@ -60,6 +62,7 @@ class Adapter:
         wrapper: likewise.
         base: the model without the adapter. Its parameters are the very ones of the model with it: a reference that is no
             second model in memory, and whose passes do not have to turn anything off.
+        quantized: whether the base's weights are, which the adapter can then not be merged into.
 
     Raises:
         ValueError: the adapter is of a kind beside which the base does not stay as it is.
@@ -85,6 +88,7 @@ class Adapter:
         for part in twin.modules():
             if isinstance(part, peft().utils.ModulesToSaveWrapper):
                 part.modules_to_save[NAME] = part.original_module  # for peft unloads the trained one
+        self.quantized = is_quantized(self.model)
         self.base: PreTrainedModel = twin.unload().requires_grad_(False).eval()
 
     @property
@@ -115,8 +119,38 @@ class Adapter:
         """Write the adapter with these weights as peft does, for `peft.PeftModel.from_pretrained(base, path)`."""
         self.wrapper.save_pretrained(str(path), state_dict=weights, save_embedding_layers=False)
 
+    def changes(self) -> int:
+        """Return how many modules compute something else with the adapter than without."""
+        lora, copied = peft().tuners.lora.LoraLayer, peft().utils.ModulesToSaveWrapper
+        count = 0
+        for module in self.wrapper.modules():
+            if isinstance(module, lora):
+                count += bool(module.get_delta_weight(NAME).any())
+            elif isinstance(module, copied):
+                mine, base = (part.state_dict() for part in (module.modules_to_save[NAME], module.original_module))
+                count += not all(torch.equal(mine[name], base[name]) for name in base)
+        return count
+
+    def check_mergeable(self) -> None:
+        """Raise if the adapter cannot be merged into the base without rounding what was trained.
+
+        Raises:
+            ValueError: If the base is quantized.
+        """
+        if self.quantized:
+            raise ValueError(
+                "the adapter cannot be merged: its base is quantized, and what was trained would be rounded away. Save the "
+                "adapter, save_pretrained(path), load the base without quantization, and give both: LanguagePolicy(base, "
+                "peft_config=path).save_pretrained(merged, merge=True)"
+            )
+
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of the model without an adapter that computes the same, by their names in `base`, one at a time."""
+        """The weights of the model without an adapter that computes the same, by their names in `base`, one at a time.
+
+        Raises:
+            ValueError: If the base is quantized.
+        """
+        self.check_mergeable()
         for name, weight in self.base.state_dict().items():
             path, _, leaf = name.rpartition(".")
             module: Any = self.model
@@ -134,8 +168,9 @@ class Adapter:
         """A model of its own, without an adapter, that computes the same; the live one stays as it is.
 
         Raises:
-            ValueError: there is none, since the base has one weight in two places and the adapter changes one of them.
+            ValueError: If there is none: the base is quantized, or has one weight in two places and the adapter changes one.
         """
+        self.check_mergeable()
         model = copy.deepcopy(self.base)
         weights = model.state_dict()
         for name, weight in self.merged_weights():
@@ -154,8 +189,9 @@ def _of_adapter(name: str) -> bool:
 
 
 def with_frozen_in_common(module: Module) -> Module:
-    """A deep copy that has those parameters that are not trained in common with the original."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+    """A deep copy that has those parameters that are not trained in common with the original, and its quantized modules."""
+    parameters = [p for p in module.parameters() if not p.requires_grad]
+    return copy.deepcopy(module, {id(part): part for part in [*parameters, *quantized_modules(module)]})
 
 
 def check_config(config: Any) -> None:

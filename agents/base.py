@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.checks import check_computation, check_counts, check_groups, check_numbers, sort_out
+from agents.checks import check_computation, check_counts, check_groups, check_numbers, check_optimizer, sort_out
 from agents.distributed import placed, world
 from agents.losses import token_weights
 from agents.optimizers import class_of
@@ -45,7 +45,8 @@ class LanguageAgent(SetUp):
     `batch_size` episodes, one optimizer step each.
 
     Args:
-        policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`; or a LoRA adapter's folder, to train it on.
+        policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`; or a LoRA adapter's folder, to train it on. Of a
+            model object, parameters with `requires_grad=False` stay as they are; a quantized model needs an adapter.
         env: a text env, its id, or an SB3 VecEnv over text envs; may be given to `learn` instead.
         learning_rate: a number or an SB3 schedule. None takes 3e-4 for a model of a million parameters, 1e-6 for one of a
             billion, and a power law between them, divided by `n_epochs`: passes over the same episodes add up; ten times that
@@ -197,6 +198,7 @@ class LanguageAgent(SetUp):
         self._reference_weights: dict[str, Any] | None = None
         self._tokens_left_over = 0
         self._has_had_env = False
+        self._algorithm = type(self).__name__
         if _init_setup_model:
             self._setup_model()
             if env is not None:
@@ -243,6 +245,7 @@ class LanguageAgent(SetUp):
             self._attach(as_vec_env(env, self.n_envs))
         self._hand_down()
         check_overlap(self)
+        check_optimizer(self.policy)
         preflight(self)
         asked = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         total_timesteps, callback = self._setup_learn(

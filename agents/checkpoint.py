@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import struct
 import zipfile
@@ -19,6 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.checks import check_optimizer
 from agents.distributed import ALONE, World, placed, world
 from agents.overlap import Ahead
 from agents.policy import LanguagePolicy
@@ -43,6 +45,7 @@ class Checkpointed(BaseAlgorithm):
     """
 
     policy: LanguagePolicy
+    _algorithm: str  # the class that wrote the file
     world: World = ALONE
     _ahead: Ahead | None = None
     np_random: np.random.Generator
@@ -66,7 +69,10 @@ class Checkpointed(BaseAlgorithm):
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write the agent to one zip file: weights, optimizer, counts and random states, but not the env.
 
-        Of a policy with an adapter, weights are the adapter's and the critic's; the base is known by its path and a hash.
+        Of a policy with an adapter, weights are the adapter's and the critic's; the base is known by its path and a hash. The
+        file also says which parameters are trained, of which class the model is, and which algorithm wrote it. Of a model that
+        transformers does not rebuild from its config (a class of your own, `trust_remote_code`, images and text, replaced
+        modules) `save` warns that `load` will need `policy=<model>`.
 
         A file is first written beside its name and put in its place when it is whole and on the disk, so that a run that is
         cut off here, even killed, leaves the old one. A callback that saves in the middle of a rollout saves the agent as it
@@ -74,7 +80,9 @@ class Checkpointed(BaseAlgorithm):
 
         Of several processes, all of which call it, the main one writes the file; it is the same however many there are.
         """
+        check_optimizer(self.policy)
         carried = self._position
+        self._algorithm = type(self).__name__
         self._policy_data = self.policy._get_constructor_parameters()
         self._position = self._began or self._standing()
         try:
@@ -258,17 +266,24 @@ class Checkpointed(BaseAlgorithm):
             path: the zip file.
             env: the env to go on with; its order of prompts goes on where it was if it has as many prompts and rows.
             device: where to put it.
-            policy: the base of a saved adapter, a path, a hub id or a `PreTrainedModel`, where it was a model object or is not
-                where it was. That it is the right one is checked by its weights.
+            policy: the model whose place the weights take, a path, a hub id or a `PreTrainedModel`: one of the saved class and
+                config, where these do not come back from the file (see `save`), or the base of a saved adapter, where it was a
+                model object or is not where it was. The weights of a whole model come from the file; those of an adapter's base
+                are checked to be the right ones.
             kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file was cut off or damaged; or it is an adapter, and its base is not there or has other weights.
+            FileNotFoundError: If there is no such file.
+            TypeError: If `policy` is no causal language model.
+            ValueError: If the file was cut off or damaged, another algorithm wrote it, its model cannot be rebuilt, `policy` is
+                another one, or an adapter's base is not there or has other weights.
         """
         with world().at("load"):
             world().gather(None)  # whoever wrote the file has done so
         check_whole(path)
+        check_algorithm(path, cls)
+        if isinstance(policy, LanguagePolicy):
+            raise TypeError("policy is a LanguagePolicy; give the model, such as LanguagePolicy.lm, or its path")
         agent = super().load(path, None, device, **kwargs, **({} if policy is None else {"_model": policy}))
         agent._policy_data = {}
         if env is not None:
@@ -301,6 +316,22 @@ def put_in_place(target: Path) -> Iterator[io.BufferedWriter]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_algorithm(path: Any, kind: type[Checkpointed]) -> None:
+    """Raise if an agent's file was written by another algorithm; those of version 0.1 do not say by which.
+
+    Raises:
+        ValueError: If it was written by neither `kind` nor a class that it is made from.
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrote = json.loads(archive.read("data")).get("_algorithm")
+    finally:
+        file.seek(0) if file is path else file.close()
+    if wrote is not None and wrote not in [parent.__name__ for parent in kind.__mro__]:
+        raise ValueError(f"{path} was saved by {wrote}, not by {kind.__name__}; load it with {wrote}.load(...)")
 
 
 def check_whole(path: Any) -> None:

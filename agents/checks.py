@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from llm_env.arguments import as_whole, whole
 from llm_env.end_tokens import missing_end_tokens
+from llm_env.models import check_length
 from llm_env.reference import BaseReference, Reference, coefficient
 from llm_env.rules import Rules
 
@@ -75,7 +77,7 @@ def sort_out(env_or_timesteps: Any, callback: Any, total_timesteps: Any, env: An
     return env, callback, None if total_timesteps is None else int(total_timesteps)
 
 
-def check_tokens(rows: Sequence[Sequence[int]], new: int, vocab_size: int, model: PreTrainedModel) -> None:
+def check_tokens(rows: Sequence[Sequence[int]], new: int, vocab_size: int, max_positions: int | None) -> None:
     """Refuse contexts that the model cannot read, or after which it has not room for `new` more tokens.
 
     Raises:
@@ -85,13 +87,7 @@ def check_tokens(rows: Sequence[Sequence[int]], new: int, vocab_size: int, model
         if not 0 <= min(row) <= max(row) < vocab_size:
             bad = next(token for token in row if not 0 <= token < vocab_size)
             raise ValueError(f"token {bad} in row {i} is not a token id: the vocabulary is 0..{vocab_size - 1}")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, rows))
-    if limit is not None and longest + new > limit:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens and max_new_tokens={new}, together more than the model's {limit} "
-            "positions; shorten it or lower max_new_tokens"
-        )
+    check_length(max_positions, max(map(len, rows)), new)
 
 
 def checked_masks(action_masks: Any, shape: tuple[int, int]) -> np.ndarray:
@@ -180,13 +176,7 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
     """
     check_groups(agent.group_size, n_envs)
     check_tokenizers(agent.policy, rules)
-    limit = getattr(agent.policy.lm.config, "max_position_embeddings", None)
-    needed = max(map(len, rules.prompts.ids)) + rules.max_new_tokens
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"the longest prompt and max_new_tokens={rules.max_new_tokens} need {needed} positions, the model has "
-            f"{limit}; lower max_new_tokens to {max(1, limit - needed + rules.max_new_tokens)} or shorten the prompts"
-        )
+    check_positions(agent.policy, rules)
     check_budget(agent.max_tokens_per_batch, rules)
     kl_coef = coefficient(agent.kl_coef)
     if kl_coef and rules.kl is not None:
@@ -206,6 +196,15 @@ def check_fit(agent: LanguageAgent, rules: Rules, n_envs: int) -> None:
             "but trained on as if from the whole one: off-policy; leave them off unless that is what you want",
             stacklevel=4,
         )
+
+
+def check_positions(policy: LanguagePolicy, rules: Rules) -> None:
+    """Refuse an env whose longest prompt and response have more tokens than the model has positions.
+
+    Raises:
+        ValueError: If they have.
+    """
+    check_length(policy.max_positions, max(map(len, rules.prompts.ids)), rules.max_new_tokens)
 
 
 def check_reference(reference: Reference, policy: LanguagePolicy, offload: bool) -> None:
@@ -285,6 +284,57 @@ def check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
         )
 
 
+def check_trainable(policy: LanguagePolicy) -> None:
+    """Refuse a policy of which nothing is trained.
+
+    Raises:
+        ValueError: If all of the model's parameters are frozen.
+    """
+    if not any(parameter.requires_grad for parameter in policy.lm.parameters()):
+        raise ValueError(
+            f"all parameters of the {type(policy.lm).__name__} have requires_grad=False, so that nothing would be trained; "
+            "call model.requires_grad_(True), unfreeze some layers, or train an adapter with policy_kwargs={'peft_config': ...}"
+        )
+
+
+def check_optimizer(policy: LanguagePolicy) -> None:
+    """Refuse a policy of which other parameters are trained than those that its optimizer was made for.
+
+    Raises:
+        ValueError: If `requires_grad` was changed since.
+    """
+    stepped = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad != (id(parameter) in stepped):
+            raise ValueError(
+                f"{name}.requires_grad was set to {parameter.requires_grad} after the agent was made, and its optimizer does "
+                "not know; set it on the model or the LanguagePolicy before an agent is made with it, such as with agent.policy"
+            )
+
+
+def with_chat_templates_of(tokenizer: Any, other: Any) -> Any:
+    """A tokenizer with the chat templates of another one where that has some: those that the env's prompts are rendered by.
+
+    Args:
+        tokenizer: the policy's, or None, which takes the other one.
+        other: the env's.
+
+    Returns:
+        The tokenizer itself where nothing differs, and otherwise a copy. Named templates that the other has not are kept.
+    """
+    if tokenizer is None or tokenizer is other:
+        return other
+    mine, theirs = getattr(tokenizer, "chat_template", None), getattr(other, "chat_template", None)
+    if theirs is None or mine == theirs:
+        return tokenizer
+    if isinstance(mine, dict) or isinstance(theirs, dict):
+        mine, theirs = ({"default": value} if isinstance(value, str) else value or {} for value in (mine, theirs))
+        theirs = mine | theirs
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = theirs
+    return tokenizer
+
+
 def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
     """Raise if the env's token ids mean something else to the model, or the model ends answers by tokens that end no episode.
 
@@ -316,10 +366,13 @@ def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:
     Divided by the passes over a rollout. PPO's four on the pupil at 3e-4 move by 0.06 nats a token and drift away from what
     was learned (0.88 right after 12,000 tokens, at best 0.96); at a quarter of that they stay (0.98 to 0.99).
 
+    All parameters count, also frozen and quantized ones: the rate is chosen by the model's size, and a model of which some
+    layers are frozen computes as before.
+
     Ten times that for a LoRA adapter, whose best rate was found to be about ten times that of all weights, in policy gradients
     too: Schulman et al. 2025, "LoRA without regret", https://thinkingmachines.ai/blog/lora/. (GRPO on the pupil, rank 8, alpha
     16, one seed: 0.993 right after 30,000 tokens, at a tenth of the rate 0.794.)
     """
-    parameters = sum(p.numel() for p in policy.base.parameters())
+    parameters = policy.base.num_parameters()
     rate = float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826))) / n_epochs
     return rate if policy.adapter is None else ADAPTER_RATE * rate

@@ -66,7 +66,7 @@ def sample_responses(
     Raises:
         ValueError: `max_num_seqs`, `max_new_tokens` or `prefix_sharing` is unusable.
     """
-    limits = _limits(max_new_tokens, len(prompts)).repeat(whole("group_size", group_size, 1))
+    limits = response_limits(max_new_tokens, len(prompts)).repeat(whole("group_size", group_size, 1))
     places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
     if len(prompts) and places < 1:
         raise ValueError(
@@ -128,7 +128,7 @@ def _decoding(
     return (SharedDecoding if shares else PlainDecoding)(model, group_size)
 
 
-def _limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarray:
+def response_limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarray:
     """The longest response to each of `count` prompts, (count,) int64."""
     limits = np.asarray(max_new_tokens)
     if limits.dtype.kind not in "iu" or limits.shape not in ((), (count,)) or (limits < 1).any():

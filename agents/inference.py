@@ -9,7 +9,7 @@ import numpy as np
 
 from agents.audit import check_agent
 from agents.checkpoint import Checkpointed
-from agents.checks import check_counts, check_tokenizers, check_tokens
+from agents.checks import check_counts, check_positions, check_tokenizers, check_tokens
 from agents.distributed import placed
 from agents.generation import StepState
 from agents.rollout import clock_of, collect, collect_by_tokens
@@ -88,7 +88,7 @@ class Inference(Checkpointed):
             raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
         contexts = self._contexts(prompts, PromptFormat(tokenizer) if rules is None else rules.prompts.format, rules)
         limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
-        check_tokens(contexts, limit, self.policy.vocab_size, self.policy.lm)
+        check_tokens(contexts, limit, self.policy.vocab_size, self.policy.max_positions)
         responses, _ = self.policy.sample(
             contexts,
             1,
@@ -136,10 +136,14 @@ class Inference(Checkpointed):
         Returns:
             Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
             and `reward/<name>` for every component.
+
+        Raises:
+            ValueError: If the env's tokens or lengths do not fit the model.
         """
         vec_env = as_vec_env(env, 1)
         rules = rules_of_vec_env(vec_env)
         check_tokenizers(self.policy, rules)
+        check_positions(self.policy, rules)
         rules.record_apart(self.world.rank)
         if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
             rules.reference.bind(self.policy.base, wholeness(self.policy))

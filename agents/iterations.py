@@ -47,6 +47,11 @@ class Iterations(LanguageAgent):
                 f"reference_every={self.reference_every} makes the policy the reference, but the env's reference='base' is the "
                 "adapter's base, which cannot move; drop reference_every, or give the env reference=<path or model>"
             )
+        if self.policy.adapter is not None and self.policy.adapter.quantized:
+            raise ValueError(
+                f"reference_every={self.reference_every} makes the policy the reference, but its base is quantized, and the "
+                "adapter cannot be merged into it; drop reference_every"
+            )
         mine, theirs = (
             {name: tuple(value.shape) for name, value in model.state_dict().items()}
             for model in (self.policy.base, rules.reference.model)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from agents.adapters import with_frozen_in_common
 from agents.checks import check_tokens, check_vocabulary, checked_masks, checked_starts
-from agents.generation import StepState, StopRule, next_logits, sample_responses
-from agents.pretrained import PretrainedFiles, load
+from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
+from agents.pretrained import PretrainedFiles, load, processor_of, record_of
 from agents.recomputing import recomputing
 from agents.sampler import Sampler
 from agents.sharded import is_spread, whole
@@ -24,6 +24,7 @@ from agents.weights import Weights
 from llm_env.capabilities import trial, vocabulary_of
 from llm_env.constraints import TokenConstraint
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
+from llm_env.models import check_length, max_positions
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules, vocabulary_size
 from llm_env.scoring import autocast, response_states, restrict, score
@@ -50,18 +51,23 @@ class Evaluation:
 class LanguagePolicy(Weights):
     """pi(token | tokens so far), by any causal language model that transformers loads.
 
-    Weights are held and trained in float32. Dropout is off, while sampling and in training alike.
+    Weights are held and trained in float32. Dropout is off, while sampling and in training alike. Of a model object, parameters
+    with `requires_grad=False` stay as they are; a model from a path is trained whole. A quantized model (bitsandbytes, GPTQ,
+    ...) needs an adapter, and keeps its quantized weights; its other weights (norms, embeddings, head) are held in float32.
 
     Args:
         model: a path, a hub id, a `PreTrainedModel`, or the config and tokenizer files of one, by name (weights to be loaded).
             Or a LoRA adapter, to be trained on: its folder or hub id, its files, or a `peft.PeftModel`.
-        tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's weights. A model object has none.
+        tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's weights. A model object has none. An
+            agent gives its policy the env's where it has none, and the chat templates of the env's where that has some: what
+            training used is what is saved.
         value_head: add V(s), a linear map from the last hidden state, zero at the beginning.
         separate_critic: read V from the hidden states of a network of its own, begun as a copy of the model's; with an adapter
             a copy of that, on the same base.
         peft_config: a `peft.LoraConfig`, or the path or hub id of a saved adapter: the model's weights stay as they are, and an
             adapter is trained. A model object gets it in its place. See `agents.adapters`.
-        base: of a `model` that is an adapter, if it is not where it was: a path, a hub id or a `PreTrainedModel`.
+        base: of a `model` that is an adapter, its base if it is not where it was: a path, a hub id or a `PreTrainedModel`. Of a
+            whole model's files, a model of its class to take over the weights.
 
     Attributes:
         lm: the language model, with the adapter if there is one.
@@ -69,6 +75,8 @@ class LanguagePolicy(Weights):
         value_head: `nn.Linear(H, 1)`, or None.
         critic: the network that V is read from, or None where it is the language model.
         tokenizer: the tokenizer, or None.
+        processor: the files of a processor (of images, sound) that belongs to the model; `save_pretrained` writes them again.
+        max_positions: tokens that the model can read, prompt and response together; None where it has no limit.
         vocab_size: V, how many token ids are actions; the env's once there is one.
         constraint: which of them may come next; the env's once there is one, None for all.
         eos_ids: the tokens that end a response: the tokenizer's end token and those of the model's generation config; the env's
@@ -79,9 +87,9 @@ class LanguagePolicy(Weights):
         max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
 
     Raises:
-        TypeError: `model` is none of these.
-        ValueError: the model's vocabulary is smaller than the tokenizer's, its config asks for an auxiliary loss of routers, or
-            it is not causal.
+        TypeError: If `model` is none of these, or not a causal language model.
+        ValueError: If the model's vocabulary is smaller than the tokenizer's, it is quantized and has no adapter, its config
+            asks for an auxiliary loss of routers, or it is not causal.
     """
 
     def __init__(
@@ -93,10 +101,11 @@ class LanguagePolicy(Weights):
         peft_config: Any = None,
         base: Any = None,
     ) -> None:
+        processor = processor_of(model, tokenizer)
         lm, tokenizer, adapter = load(model, tokenizer, peft_config, base)
         size = vocabulary_of(lm)
-        length = getattr(lm.config, "max_position_embeddings", None) or 1024
-        length = length if length > 0 else 1024  # -1 means that there is no limit (XLNet)
+        limit = max_positions(lm)
+        length = limit or 1024
         super().__init__(
             spaces.Dict(
                 {
@@ -108,6 +117,7 @@ class LanguagePolicy(Weights):
         )
         _check_auxiliary_loss(lm)
         self.lm = lm
+        self.max_positions = limit
         self.adapter = adapter
         self.tokenizer = tokenizer
         self.vocab_size = size
@@ -122,14 +132,17 @@ class LanguagePolicy(Weights):
         self.eos_ids = self.own_eos_ids
         self.value_head: nn.Linear | None = None
         self.critic: PreTrainedModel | None = None
+        self.processor = processor
         if value_head:
             self.add_value_head(separate_critic)
+        if adapter is None and isinstance(model, dict):
+            self._train_only(record_of(model))
         self.train(False)
 
     @property
     def own_eos_ids(self) -> frozenset[int]:
         """The end tokens of the model, whatever an env says: its generation config's and its tokenizer's."""
-        ids = end_tokens_of_model(self.lm.generation_config, self.lm.config)
+        ids = end_tokens_of_model(getattr(self.lm, "generation_config", None), self.lm.config)
         return frozenset([*ids, *as_token_ids(getattr(self.tokenizer, "eos_token_id", None))])
 
     def add_value_head(self, separate_critic: bool = False) -> None:
@@ -170,7 +183,12 @@ class LanguagePolicy(Weights):
             prompts: B lists of token ids.
             responses: B lists of token ids.
             temperature: divides the logits, as in sampling.
+
+        Raises:
+            ValueError: If a row has more tokens than the model has positions.
         """
+        longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
+        check_length(self.max_positions, longest, 0)
         allowed = None
         if self.constraint is not None:
             allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
@@ -284,14 +302,29 @@ class LanguagePolicy(Weights):
         )
 
     def _draw(
-        self, prompts: Sequence[Sequence[int]], sampler: Sampler, *, group_size: int, **settings: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        *,
+        group_size: int,
+        max_new_tokens: int | Sequence[int],
+        **settings: Any,
     ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Sample with the model.
+
+        Raises:
+            ValueError: If a prompt and its longest response have more tokens than the model has positions.
+        """
+        limits = response_limits(max_new_tokens, len(prompts))
+        for prompt, new in set(zip(map(len, prompts), limits.tolist(), strict=True)):
+            check_length(self.max_positions, prompt, new)
         with whole(self), autocast(self.device, self.bf16):
             return sample_responses(
                 self.lm,
                 prompts,
                 sampler,
                 group_size=group_size,
+                max_new_tokens=max_new_tokens,
                 max_num_seqs=self.max_num_seqs,
                 prefix_sharing=self.prefix_sharing,
                 **settings,
@@ -356,7 +389,7 @@ class LanguagePolicy(Weights):
         batch = pick(observation, None) if single else observation
         sampler = Sampler(temperature, deterministic=deterministic, generator=generator)
         rows = rows_of(batch)
-        check_tokens(rows, 0, self.vocab_size, self.lm)
+        check_tokens(rows, 0, self.vocab_size, self.max_positions)
         masks = None if action_masks is None else checked_masks(action_masks, (len(rows), self.vocab_size))
         starts = None if episode_start is None else checked_starts(episode_start, len(rows))
         tokens, _, state = self.next_tokens(rows, state, sampler, starts, masks)

@@ -10,7 +10,16 @@ import torch
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.checks import check_fit, check_processes, check_reference, check_sharding, default_learning_rate, episodes_of
+from agents.checks import (
+    check_fit,
+    check_processes,
+    check_reference,
+    check_sharding,
+    check_trainable,
+    default_learning_rate,
+    episodes_of,
+    with_chat_templates_of,
+)
 from agents.drawing import Drawing
 from agents.engines import check_engine
 from agents.optimizers import make_optimizer
@@ -56,6 +65,7 @@ class SetUp(Drawing):
         """Build the policy (from what the user gave, or from a saved agent), its optimizer and the random generator."""
         settings = {key: value for key, value in self.policy_kwargs.items() if not key.startswith("optimizer_")}
         self.policy = self._made_policy(settings)
+        check_trainable(self.policy)
         if self.needs_values:
             self.policy.add_value_head(self.separate_critic)
         check_recomputing(self.policy.lm, self.gradient_checkpointing)
@@ -110,8 +120,7 @@ class SetUp(Drawing):
             self._stats_window_size = n_envs
         self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
         self.policy.eos_ids = rules.eos_ids
-        if self.policy.tokenizer is None:
-            self.policy.tokenizer = rules.tokenizer
+        self.policy.tokenizer = with_chat_templates_of(self.policy.tokenizer, rules.tokenizer)
         self._hand_down()
         self._share_env(rules)
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)

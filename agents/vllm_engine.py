@@ -92,10 +92,12 @@ class VLLMEngine:
 
         Raises:
             ImportError: vLLM is not installed, or too old.
-            ValueError: vLLM refuses the model, or serves another one.
+            ValueError: vLLM refuses the model, or serves another one; or an adapter's base is quantized.
             ConnectionError: there is no server.
         """
         self._version = None
+        if policy.adapter is not None:
+            policy.adapter.check_mergeable()
         self.vllm.open(policy, rules)
         found = self.vllm.call("llm_env_begin", rules.vocab_size)[0]
         if "error" in found:

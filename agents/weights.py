@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from transformers import PreTrainedModel
 
 from agents.adapters import Adapter
 from agents.distributed import placed, world
-from agents.pretrained import files_of
+from agents.identity import is_rebuilt, qualified_name
+from agents.pretrained import RECORD, PretrainedFiles, files_of, write
 from agents.sharded import gathered, is_sharded
 
 
@@ -24,10 +27,15 @@ class Weights(BasePolicy):
     critic: PreTrainedModel | None
     value_head: nn.Linear | None
     tokenizer: Any
+    processor: PretrainedFiles
+    _told_of_class = False
 
     @placed
     def save_pretrained(self, path: str | Path, merge: bool = False) -> None:
         """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind.
+
+        With them go the generation config, the chat templates that training used, the files of a processor, and the code of a
+        model that was loaded with `trust_remote_code=True`.
 
         Of a model with an adapter that is the adapter, in peft's format, for `peft.PeftModel.from_pretrained(base, path)`.
 
@@ -37,12 +45,14 @@ class Weights(BasePolicy):
                 needed for another model.
 
         Raises:
-            ValueError: there is no adapter to merge, or it cannot be merged.
+            ValueError: If there is no adapter to merge, or it cannot be merged, as into a quantized base.
 
         Of several processes, all of which call it, the main one writes.
         """
         if merge and self.adapter is None:
             raise ValueError("merge=True, but the policy has no adapter: save_pretrained(path) writes the whole model")
+        if merge and self.adapter is not None:
+            self.adapter.check_mergeable()
         if merge and is_sharded(self):
             raise ValueError("merge=True, but the weights are sharded: save the agent, and merge it in a single process")
         if is_sharded(self):
@@ -53,11 +63,15 @@ class Weights(BasePolicy):
         if self.adapter is None:
             self.lm.save_pretrained(path, state_dict=weights)
         elif weights is None:
-            self.adapter.merged().save_pretrained(path)
+            merged = self.adapter.merged()
+            merged.generation_config = self.lm.generation_config
+            merged.save_pretrained(path)
         else:
             self.adapter.save(path, weights)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
+        if self.adapter is None or merge:
+            write({name: content for name, content in self.processor.items() if not (Path(path) / name).exists()}, path)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -80,10 +94,17 @@ class Weights(BasePolicy):
         """Take over weights as `state_dict` gives them.
 
         Raises:
-            ValueError: others are trained here than those that were.
+            ValueError: If the weights are those of another model, or an adapter trains others.
         """
         if self.adapter is None:
-            return super().load_state_dict(state_dict, strict, assign)
+            try:
+                return super().load_state_dict(state_dict, strict, assign)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the weights do not fit the policy, a {type(self.lm).__name__} ({str(error).splitlines()[-1].strip()}); "
+                    "load the file with the algorithm that saved it, and give a model of the same class and config: load(path, "
+                    "policy=<model>)"
+                ) from error
         if strict and (differing := sorted(self.state_dict().keys() ^ state_dict.keys())):
             raise ValueError(
                 f"{len(differing)} weights are trained here and not there, or there and not here, such as {differing[0]}; load "
@@ -92,6 +113,40 @@ class Weights(BasePolicy):
         return super().load_state_dict(state_dict, False, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
+        """What makes the policy again, weights aside: its files, and in them what is trained.
+
+        Warns where `load` will need a model, because its class does not come back from its config.
+        """
         critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
-        files = files_of(self.lm, self.tokenizer)
-        return {"model": files if self.adapter is None else files | self.adapter.files(), **critic}
+        files = files_of(self.lm, self.tokenizer, self.base, self.processor)
+        if not self._told_of_class and not is_rebuilt(self.base):
+            self._told_of_class = True
+            warnings.warn(
+                f"transformers does not rebuild this {qualified_name(self.base)} from its config: keep the code that makes it, "
+                "and give one when the file is loaded: load(path, policy=<model>)",
+                stacklevel=3,
+            )
+        if self.adapter is not None:
+            return {"model": files | self.adapter.files(), **critic}
+        record = json.loads(files[RECORD]) | self._trained()
+        return {"model": {**files, RECORD: json.dumps(record).encode()}, **critic}
+
+    def _trained(self) -> dict[str, list[str]]:
+        """The names of the parameters that are frozen, and of those of the critic that it has in common with the model."""
+        own = {id(parameter) for parameter in self.lm.parameters()}
+        critic = {} if self.critic is None else dict(self.critic.named_parameters(remove_duplicate=False))
+        return {
+            "frozen": [name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad],
+            "shared": [name for name, p in critic.items() if id(p) in own],
+        }
+
+    def _train_only(self, record: dict[str, Any]) -> None:
+        """Freeze, and have in common, what `_trained` named; nothing for files of version 0.1, of which all is trained."""
+        if self.critic is not None and (shared := record.get("shared")):
+            of_model = dict(self.lm.base_model.named_parameters(remove_duplicate=False))
+            for name in shared:
+                path, _, leaf = name.rpartition(".")
+                self.critic.get_submodule(path)._parameters[leaf] = of_model[name]
+        frozen = set(record.get("frozen", ()))
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name not in frozen)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from llm_env.models import check_causal, check_length, load_causal_lm, max_positions
 from llm_env.passes import passes
 from llm_env.scoring import autocast, score
 from llm_env.shared_prompt import Rows
@@ -32,12 +33,18 @@ class Reference:
         batch_size: responses per forward pass; bounds the memory.
         copy_model: whether a model object is copied.
 
+    Raises:
+        TypeError: If `model` is not a causal language model.
+
     Attributes:
+        max_positions: tokens that it can read, prompt and response together; None without a limit.
         visited: the device that its weights are on during a pass only; None where they stay, see `place`.
         temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
         bf16, prefix_sharing: how it is computed, set by the agent likewise; see `agents.policy.LanguagePolicy`.
         max_tokens_per_batch: positions per forward pass, set by the agent likewise; see `llm_env.passes.passes`.
     """
+
+    max_positions: int | None = None
 
     def __init__(
         self,
@@ -47,14 +54,17 @@ class Reference:
         copy_model: bool = True,
     ) -> None:
         if isinstance(model, (str, Path)):
-            model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+            model = load_causal_lm(model, "reference", dtype=torch.float32).requires_grad_(False)
         elif not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"reference is a {type(model).__name__}; give a path, a hub id or a transformers causal language model"
             )
-        elif copy_model:
-            model = copy.deepcopy(model)
-        self.model = model.requires_grad_(False).eval()
+        else:
+            check_causal(model, "reference")
+            if copy_model:  # an object that is kept may be the one that is trained
+                model = copy.deepcopy(model).requires_grad_(False)
+        self.model = model.eval()
+        self.max_positions = max_positions(model)
         if device is not None:
             self.model.to(device)
         self._settle(batch_size)
@@ -83,6 +93,18 @@ class Reference:
             raise ValueError(f"the reference's vocabulary has {size} tokens, the tokenizer's {vocab_size}; they must match")
         self._vocab_size = vocab_size
 
+    def check_length(self, prompt: int, new: int) -> None:
+        """Raise if the longest prompt and response of an env have more tokens than the model has positions.
+
+        Args:
+            prompt: tokens of the longest prompt.
+            new: `max_new_tokens`.
+
+        Raises:
+            ValueError: If they have.
+        """
+        check_length(self.max_positions, prompt, new, "the reference")
+
     @torch.no_grad()
     def log_probs(
         self,
@@ -96,9 +118,13 @@ class Reference:
             prompts: token ids, one row each.
             responses: token ids, one row each.
             allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
+
+        Raises:
+            ValueError: If a row has more tokens than the model has positions.
         """
         if not len(prompts):
             return []
+        self.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)), 0)
         if self.visited is None:
             return self._log_probs(prompts, responses, allowed)
         with visiting([*self.model.parameters(), *self.model.buffers()], self.visited):
@@ -147,6 +173,7 @@ class BaseReference(Reference):
     def bind(self, model: PreTrainedModel, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Take this for the model, which stays the agent's, and has its weights `within()`."""
         self.model, self.bound, self._within = model, True, within
+        self.max_positions = max_positions(model)
         super().check_vocabulary(self._vocab_size)
 
     def place(self, device: torch.device, offload: bool = False) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from llm_env.chat import Messages, Prompt, encode_prompts
 from llm_env.inputs import pad
+from llm_env.models import evaluation_mode, max_positions
 from llm_env.rules import vocabulary_size
 
 Template = str | Callable[[Any, Any], str]
@@ -172,7 +172,7 @@ class RewardModel:
 
     def _try_out(self) -> None:
         """Score a text, so that a model that is no sequence classifier is noticed before it is needed."""
-        with _evaluation_mode(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad():
             logits = getattr(self._forward(self._encode(["a"], ["b"])), "logits", None)
         labels = self.model.config.num_labels
         if logits is None or logits.shape != (1, labels):
@@ -200,7 +200,7 @@ class RewardModel:
         rows = self._encode(prompts, completions) if len(prompts) or len(completions) else []
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: memory runs out at once or never
         results = [0.0] * len(rows)
-        with _evaluation_mode(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad():
             for begin in range(0, len(rows), self._batch_size):
                 batch = order[begin : begin + self._batch_size]
                 logits = self._forward([rows[i] for i in batch]).logits[:, self._index]
@@ -235,19 +235,6 @@ def _twin_that_skips(model: PreTrainedModel, pad_id: int) -> tuple[PreTrainedMod
     twin.config = copy.deepcopy(model.config)
     twin.config.get_text_config().pad_token_id = pad_id
     return twin, pad_id
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards in the one it was in."""
-    trained = [module for module in model.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 def _load_classifier(
@@ -299,7 +286,7 @@ def _reward_label(model: PreTrainedModel, index: int | None) -> int:
 
 
 def _length_limit(model: PreTrainedModel, tokenizer: Any) -> int | None:
-    limits = (getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+    limits = (max_positions(model), tokenizer.model_max_length)
     return min((int(limit) for limit in limits if limit and 0 < limit < UNLIMITED), default=None)
 
 

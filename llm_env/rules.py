@@ -126,6 +126,7 @@ class Rules:
         self.reference, self.kl = _reference_and_kl(reference, kl_coef)
         if self.reference is not None:
             self.reference.check_vocabulary(self.vocab_size)
+            self.reference.check_length(max(map(len, self.prompts.ids)), self.max_new_tokens)
         self.recorder = None if record is None else Recorder(record, map(self.prompts.row, range(len(self.prompts))))
         if problem := self.endless_turn():
             logger.warning("%s", problem)

@@ -53,7 +53,11 @@ def nothing_changes():
         ([{"role": "user", "content": "a"}], TypeError, "prompt 0 is a dict"),
         (["a", "a\ud800"], ValueError, "prompt 1 is no valid text: character 1"),
         (["a", ""], ValueError, "prompt 1 is empty"),
-        (["a", "a" * LIMIT], ValueError, "longest prompt has 128 tokens and max_new_tokens=4, together more than .* 128"),
+        (
+            ["a", "a" * LIMIT],
+            ValueError,
+            "longest prompt, of 128 tokens, .* need 132 positions, the model has 128",
+        ),
     ],
 )
 def test_prompts_of_generate(prompts, error, message):
@@ -63,7 +67,12 @@ def test_prompts_of_generate(prompts, error, message):
 def test_limits_of_generate():
     for limit in NOT_WHOLE:
         refused(AGENT.generate, ["a"], max_new_tokens=limit, error=ValueError, match="max_new_tokens=")
-    refused(AGENT.generate, ["a"], max_new_tokens=LIMIT, match="max_new_tokens=128, together more than the model's 128")
+    refused(
+        AGENT.generate,
+        ["a"],
+        max_new_tokens=LIMIT,
+        match="need 129 positions, the model has 128; lower .* to 127",
+    )
     assert AGENT.generate([]) == []
     assert len(AGENT.generate(np.array(["a", "b"]), deterministic=True)) == 2
 

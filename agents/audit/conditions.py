@@ -18,7 +18,10 @@ from agents.update import score_before_update
 from llm_env.report import FAILED, NOT_APPLICABLE, NOTE, PASSED, CheckRow
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from agents.base import LanguageAgent
+    from agents.policy import LanguagePolicy
 
 VALUE_TOLERANCE = 1e-3  # of the largest value
 REPEAT_TOLERANCE = 1e-6  # nats
@@ -102,10 +105,9 @@ def kl_row(agent: LanguageAgent, rollout: Rollout, trained: list[Tensor]) -> Che
     per_token = kl_k3(torch.cat(trained), torch.cat(refs)).mean().item()
     per_episode = sum((logp - ref).sum().item() for logp, ref in zip(trained, refs, strict=True)) / len(refs)
     seen = f"{per_token:.3g} nats a token (k3), {per_episode:.3g} an episode"
-    theirs = reference.model.state_dict()
-    same = {name: _same(weight, theirs.get(name)) for name, weight in agent.policy.weights()}
-    if differing := len(same) - sum(same.values()) + len(theirs.keys() - same.keys()):
-        detail = f"{seen}; the reference is not the policy: {differing} of {len(same)} weight tensors differ"
+    differing, total = _differing(agent.policy, reference.model)
+    if differing:
+        detail = f"{seen}; the reference is not the policy: {differing} of {total} weight tensors differ"
         return CheckRow(check, NOTE, detail)
     if gap.size <= LOGP_TOLERANCE:
         return CheckRow(check, PASSED, f"max gap {gap.size:.1e} nats, and the weights are the policy's")
@@ -116,6 +118,18 @@ def kl_row(agent: LanguageAgent, rollout: Rollout, trained: list[Tensor]) -> Che
         "given, its dropout and its padding"
     )
     return CheckRow(check, FAILED, detail)
+
+
+def _differing(policy: LanguagePolicy, model: PreTrainedModel) -> tuple[int, int]:
+    """How many weights of a policy, its adapter merged in, differ from a model's, and of how many."""
+    theirs, adapter = model.state_dict(), policy.adapter
+    weights, changes = policy.weights(), 0
+    if adapter is not None and adapter.quantized:  # which cannot be merged
+        weights, changes = iter(adapter.base.state_dict().items()), adapter.changes()
+        if model is adapter.base:
+            return changes, len(theirs)
+    same = {name: _same(weight, theirs.get(name)) for name, weight in weights}
+    return len(same) - sum(same.values()) + len(theirs.keys() - same.keys()) + changes, len(same)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -214,7 +214,7 @@ class _Audit:
         original, rollout = self.policy.evaluate, self.rollout
         prompt, response = rollout.prompts[0], rollout.responses[0]
         if self.policy.constraint is None:  # which may be asked of states that occur, and of no others
-            limit = getattr(self.policy.lm.config, "max_position_embeddings", None) or 10**9
+            limit = self.policy.max_positions or 10**9
             longest, new = max(map(len, self.rules.prompts.ids)), self.rules.max_new_tokens
             prompt = (prompt * (longest + 5))[: min(longest + 5, limit - new)]
             response = (prompt * new)[:new]

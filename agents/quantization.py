@@ -1,0 +1,67 @@
+"""Quantized models: which weights of one are quantized, and which are held in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)  # how weights are packed into buffers
+REMEDY = "give policy_kwargs={'peft_config': peft.LoraConfig(...)} to train an adapter on it, or load it without quantization"
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Return whether a model's weights are quantized (bitsandbytes, GPTQ, AWQ, FP8, torchao, ...).
+
+    That is what the model says of itself, or what its parameters are where it says nothing.
+    """
+    told = bool(getattr(model, "is_quantized", False)) or getattr(model, "hf_quantizer", None) is not None
+    return told or any(_is_of_a_quantizer(parameter) for parameter in model.parameters())
+
+
+def check_not_quantized(model: PreTrainedModel) -> None:
+    """Raise if a model whose weights are all to be trained is quantized.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if is_quantized(model):
+        raise ValueError(f"the {type(model).__name__} is quantized, so that its weights cannot be trained; {REMEDY}")
+
+
+def quantized_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that hold quantized weights: integers, 8-bit floats, or a quantizer's own kind of parameter."""
+    for module in model.modules():
+        parameters = [p for p in module._parameters.values() if p is not None]
+        buffers = [b for b in module._buffers.values() if b is not None]
+        packed = not parameters and any(b.ndim > 1 and b.dtype in PACKED for b in buffers)  # GPTQ, AWQ
+        if packed or any(map(_is_of_a_quantizer, parameters)):
+            yield module
+
+
+def prepare(model: nn.Module) -> None:
+    """Let a quantized model be trained with an adapter: convert its half-precision weights that are not quantized to float32.
+
+    Those are norms, embeddings, head and adapter, as in `peft.prepare_model_for_kbit_training`. What a quantizer's layers hold
+    stays as it is, bit for bit. Without gradients bitsandbytes would pack 4-bit weights anew for CPUs with AVX512-BF16, after
+    which no gradient comes through them; it is told not to.
+    """
+    quantized = set(quantized_modules(model))
+    for module in quantized:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+            module.state_dict()  # unpacks them
+    for module in model.modules():
+        if module not in quantized:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.dtype in HALF:
+                    parameter.data = parameter.data.float()
+
+
+def _is_of_a_quantizer(parameter: Tensor) -> bool:
+    return type(parameter) not in (nn.Parameter, Tensor, DTensor) or parameter.dtype not in FLOATS
