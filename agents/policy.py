@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.adapters import with_frozen_in_common
-from agents.checks import check_tokens, check_vocabulary, checked_masks, checked_starts
+from agents.checks import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
 from agents.pretrained import PretrainedFiles, load, processor_of, record_of
 from agents.recomputing import recomputing
@@ -144,6 +145,16 @@ class LanguagePolicy(Weights):
         """The end tokens of the model, whatever an env says: its generation config's and its tokenizer's."""
         ids = end_tokens_of_model(getattr(self.lm, "generation_config", None), self.lm.config)
         return frozenset([*ids, *as_token_ids(getattr(self.tokenizer, "eos_token_id", None))])
+
+    def take_over(self, rules: Rules) -> None:
+        """Use an env's actions, ends and chat template from here on; the last two are saved with the model."""
+        self.vocab_size, self.constraint, self.eos_ids = rules.vocab_size, rules.constraint, rules.eos_ids
+        self.tokenizer = with_chat_templates_of(self.tokenizer, rules.tokenizer)
+        config = getattr(self.lm, "generation_config", None)
+        if config is not None and set(as_token_ids(config.eos_token_id)) != self.eos_ids:
+            ends = sorted(self.eos_ids)
+            self.lm.generation_config = copy.deepcopy(config)
+            self.lm.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
     def add_value_head(self, separate_critic: bool = False) -> None:
         """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""

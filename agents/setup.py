@@ -18,7 +18,6 @@ from agents.checks import (
     check_trainable,
     default_learning_rate,
     episodes_of,
-    with_chat_templates_of,
 )
 from agents.drawing import Drawing
 from agents.engines import check_engine
@@ -118,9 +117,7 @@ class SetUp(Drawing):
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:
             self._stats_window_size = n_envs
-        self.policy.vocab_size, self.policy.constraint = rules.vocab_size, rules.constraint
-        self.policy.eos_ids = rules.eos_ids
-        self.policy.tokenizer = with_chat_templates_of(self.policy.tokenizer, rules.tokenizer)
+        self.policy.take_over(rules)
         self._hand_down()
         self._share_env(rules)
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)

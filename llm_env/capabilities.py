@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_env.inputs import model_inputs, pad, without_cache
+from llm_env.models import evaluation_mode
 from llm_env.shared_prompt import Probe, attention_by, window_of
 
 LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # of the rows of a trial, in tokens; for models with few positions
@@ -34,14 +35,8 @@ LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask 
 @contextmanager
 def trial(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode within, without gradients and autocast; the modules' modes are restored after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        yield
 
 
 @contextmanager

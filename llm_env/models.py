@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llm_env.scoring import model_inputs
+from llm_env.inputs import model_inputs
 
 LIMITS = (  # the names under which configs give the number of positions
     "max_position_embeddings",

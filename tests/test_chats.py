@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from stable_baselines3.common.logger import configure
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from agents import GRPO
 from llm_env import PooledReward, RewardModel, TextGenerationEnv, TextGenerationVectorEnv, check_reward, rescore
@@ -324,6 +324,25 @@ def test_a_prompt_that_ends_in_an_answer_is_continued():
     with pytest.raises(ValueError, match=r"row 0: 'messages' ends in an assistant's message.*drop that message.*as 'prompt'"):
         make([{"messages": begun}])
     assert text_of({"messages": SPIDER}) == SPIDER_TEXT
+
+
+# --- what training used is exported ---------------------------------------------------------------------------------------
+
+
+def test_the_template_of_training_is_exported(tmp_path):
+    tokenizer = make_chat_tokenizer(template=None)
+    env = make([{"prompt": [{"role": "user", "content": "q"}]}], tokenizer, chat_template=OPTIONS)
+    assert tokenizer.chat_template is None  # somebody else's object
+    agent = GRPO(tiny(tokenizer), env, group_size=4, n_envs=4, seed=0, policy_kwargs={"tokenizer": tokenizer}, preflight=False)
+    agent.policy.save_pretrained(tmp_path / "direct")
+    agent.save(tmp_path / "agent")
+    GRPO.load(tmp_path / "agent", env=env).policy.save_pretrained(tmp_path / "loaded")
+    GRPO.load(tmp_path / "agent").policy.save_pretrained(tmp_path / "alone")
+    for name in ("direct", "loaded", "alone"):
+        exported = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert exported.chat_template == OPTIONS, name
+        ends = json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"]
+        assert sorted(ends) == [EOS, END], name
 
 
 # --- reward models --------------------------------------------------------------------------------------------------------
