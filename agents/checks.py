@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.quantization import weight_count
 from llm_env.arguments import as_whole, whole
 from llm_env.end_tokens import missing_end_tokens
 from llm_env.models import check_length
@@ -373,6 +374,6 @@ def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:
     too: Schulman et al. 2025, "LoRA without regret", https://thinkingmachines.ai/blog/lora/. (GRPO on the pupil, rank 8, alpha
     16, one seed: 0.993 right after 30,000 tokens, at a tenth of the rate 0.794.)
     """
-    parameters = policy.base.num_parameters()
+    parameters = weight_count(policy.base)
     rate = float(min(3e-4, max(1e-6, 3e-4 * (1e6 / parameters) ** 0.826))) / n_epochs
     return rate if policy.adapter is None else ADAPTER_RATE * rate

@@ -45,7 +45,8 @@ def qualified_name(thing: Any) -> str | None:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _is_of_a_library(name: str) -> bool:
+def is_of_a_library(name: str) -> bool:
+    """Return whether a class is torch's or transformers' own, by its qualified name."""
     return name.partition(".")[0] in LIBRARIES
 
 
@@ -57,7 +58,7 @@ def same_class(a: str | None, b: str | None) -> bool:
     """
     if a is None or b is None:
         return a is b
-    return a.rpartition(".")[2] == b.rpartition(".")[2] and _is_of_a_library(a) == _is_of_a_library(b)
+    return a.rpartition(".")[2] == b.rpartition(".")[2] and is_of_a_library(a) == is_of_a_library(b)
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         # Neither accelerate's hooks, which place weights, nor a compiled forward compute anything else.
         if forward is not None and not hasattr(module, "_hf_hook") and not hasattr(forward, "_torchdynamo_orig_callable"):
             kind += " with another forward"
-        elif name == "" or _is_of_a_library(kind):
+        elif name == "" or is_of_a_library(kind):
             continue
         modules[name] = kind
     return {"class": qualified_name(model), "config": qualified_name(model.config), "modules": modules}

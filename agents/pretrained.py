@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import cached_file
 
 from agents.adapters import BASE_HASH, Adapter, check_bare, check_base, is_adapter, is_peft_model, load_config, put_on
-from agents.identity import check_same_config, check_same_model, describe, qualified_name, same_class
+from agents.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
 from agents.quantization import HALF, check_not_quantized, is_quantized, prepare
 from llm_env.models import check_causal, load_causal_lm
 
@@ -267,7 +267,8 @@ def _tokenizer_in(folder: str, files: PretrainedFiles) -> Any:
         tokenizer, reason = None, str(error).splitlines()[0]
     else:
         reason = f"they make a {qualified_name(tokenizer)}"
-    if tokenizer is not None and (kind is None or same_class(kind, qualified_name(tokenizer))):
+    # One of transformers' own may come back as a more special one of them, under the model's name.
+    if tokenizer is not None and (kind is None or is_of_a_library(kind) or same_class(kind, qualified_name(tokenizer))):
         return tokenizer
     warnings.warn(
         f"the saved tokenizer, a {kind}, cannot be rebuilt from its files ({reason}); the policy takes over that of the env",

@@ -44,6 +44,18 @@ def quantized_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def weight_count(model: nn.Module) -> int:
+    """Return how many weights a model has; each quantized one counts, however they are packed."""
+    counts: dict[int, int] = {}
+    sized = {module for module in quantized_modules(model) if hasattr(module, "in_features")}
+    for module in model.modules():
+        if module in sized:
+            counts[id(module)] = int(vars(module)["in_features"]) * int(vars(module)["out_features"])
+        else:
+            counts |= {id(p): p.numel() for p in module._parameters.values() if p is not None}  # tied weights once
+    return sum(counts.values())
+
+
 def prepare(model: nn.Module) -> None:
     """Let a quantized model be trained with an adapter: convert its half-precision weights that are not quantized to float32.
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from agents import GRPO, PPO, LanguagePolicy
+from agents.checks import default_learning_rate
 from agents.quantization import is_quantized
 from llm_env.reference import Reference
 from tests.conftest import make_model, refused
@@ -215,6 +216,16 @@ def test_weights_are_not_packed_anew_for_the_cpu(path):
     assert same(
         [layer.weight.data.reshape(-1) for layer in layers], [v for k, v in before.items() if k.endswith("proj.weight")]
     )
+
+
+@ALL
+def test_the_default_learning_rate_is_that_of_the_unquantized_model(kind, path):
+    config = lora()
+    policies = [LanguagePolicy(model, TOKENIZER, peft_config=config) for model in (path, quantized(path, kind))]
+    wide = make_model("llama", 40_000)  # more than a million weights, from where on the rate falls
+    for policy in policies:
+        policy.adapter.base.model.embed_tokens = wide.model.embed_tokens
+    assert default_learning_rate(policies[0], 1) == default_learning_rate(policies[1], 1) < 3e-3
 
 
 # --- without an adapter ------------------------------------------------------------------------------------------------------
