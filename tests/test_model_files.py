@@ -310,7 +310,8 @@ def test_the_generation_config(by, tmp_path):
     model.generation_config.update(eos_token_id=[0, 4], temperature=0.6, do_sample=True)
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    agent = agent_of(str(tmp_path / "model") if by == "path" else model).learn(4)
+    env = make_env(TOKENIZER, eos_token_ids=[0, 4])
+    agent = GRPO(str(tmp_path / "model") if by == "path" else model, env, group_size=4, n_envs=4, seed=0).learn(4)
     for _ in range(2):  # a file of a file
         agent.save(tmp_path / "agent")
         agent = GRPO.load(tmp_path / "agent")
@@ -400,7 +401,9 @@ def test_files_of_a_processor(tmp_path):
 def test_tokenizers_without_a_fast_form(tmp_path):
     tokenizer = ByT5Tokenizer()
     env = make_env(tokenizer, prompts=("ab",), max_prompt_tokens=4)
-    agent = GRPO(make_model("llama", len(tokenizer)), env, group_size=4, n_envs=4, seed=0)
+    model = make_model("llama", len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    agent = GRPO(model, env, group_size=4, n_envs=4, seed=0)
     agent.save(tmp_path / "agent")
     again = GRPO.load(tmp_path / "agent")
     assert type(again.policy.tokenizer) is ByT5Tokenizer and again.policy.tokenizer.get_vocab() == tokenizer.get_vocab()
