@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from llm_env.capabilities import agree, describable, plain_outputs, takes_left_padding, token, trial, trial_rows
+from llm_env.capabilities import Verdicts, agree, describable, passes_once, plain_outputs, takes_left_padding, token, trial_rows
 from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
 
 
@@ -37,30 +37,27 @@ def plain_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tenso
     return outputs[torch.arange(len(rows), device=ids.device), lengths - 1 - (ids.shape[1] - outputs.shape[1])]
 
 
-_decodes: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_decodes: Verdicts = WeakKeyDictionary()
 
 
 def decodes_with_cache(model: PreTrainedModel) -> bool:
-    """Whether rows can be decoded over a `DynamicCache`, and repeated and selected in it.
+    """Whether rows can be decoded over a `DynamicCache`, and repeated and selected in it; found out by a trial.
 
-    They are padded on the left where the model takes that, and of one length, without a mask, where it does not.
+    They are padded on the left where the model takes that, and of one length, without a mask, where it does not. Models with
+    states or caches of their own (MiniMax) cannot, nor can those without any (GPT-1).
+
+    Raises:
+        ValueError: If the model is refused; see `takes_left_padding`.
     """
-    if model not in _decodes:
-        padded = takes_left_padding(model)
-        with trial(model):
-            try:
-                _decodes[model] = _passes_trial(model, padded)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # states of its own (MiniMax), none (GPT-1), or none that rows can be taken from
-                _decodes[model] = False
-    return _decodes[model]
+    takes_left_padding(model)
+    return passes_once(model, _decodes, _passes_trial)
 
 
-def _passes_trial(model: PreTrainedModel, padded: bool) -> bool:
-    rows = trial_rows(model)
+def _passes_trial(model: PreTrainedModel) -> bool:
+    rows, padded = trial_rows(model), takes_left_padding(model)
     if not padded:
-        rows = [[token(model, 5 * i + 3 * row) for i in range(len(rows[1]))] for row in range(len(rows))]
+        length = len(rows[1])
+        rows = [rows[0][:length], *([token(model, 5 * i + 3 * row) for i in range(length)] for row in (1, 2))]
     decoded = _Decoded(model, rows, padded)
     decoded.repeat(2)
     decoded.step()
@@ -116,7 +113,7 @@ class _Decoded:
         return agree(list(torch.cat(self.found)[:, None]), self.expected)
 
 
-_skips: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_skips: Verdicts = WeakKeyDictionary()
 
 
 def skips_hidden_slots(model: PreTrainedModel) -> bool:
@@ -125,21 +122,13 @@ def skips_hidden_slots(model: PreTrainedModel) -> bool:
     Positions that are counted by the slot do not allow for it, nor do windows, of which those that the model hides would not
     show in a trial.
     """
-    if model not in _skips:
-        able = takes_left_padding(model) and decodes_with_cache(model) and describable(model.base_model)
-        with trial(model):
-            _skips[model] = able and _passes_trial_with_gaps(model)
-    return _skips[model]
+    able = takes_left_padding(model) and decodes_with_cache(model) and describable(model.base_model)
+    return able and passes_once(model, _skips, _passes_trial_with_gaps)
 
 
 def _passes_trial_with_gaps(model: PreTrainedModel) -> bool:
-    try:
-        decoded = _Decoded(model, trial_rows(model), padded=True)
-        decoded.step()
-        decoded.begin_anew()
-        decoded.step()
-        return decoded.agrees()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        return False
+    decoded = _Decoded(model, trial_rows(model), padded=True)
+    decoded.step()
+    decoded.begin_anew()
+    decoded.step()
+    return decoded.agrees()

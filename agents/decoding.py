@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import agree, plain_outputs, token, trial, trial_rows
+from llm_env.capabilities import Verdicts, agree, passes_once, plain_outputs, token, trial_rows
 from llm_env.inputs import model_inputs, only_last, pad
 from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_of, window_of
 
@@ -192,7 +192,7 @@ class SharedDecoding:
         self.own = {layer: own[at] for layer, own in self.own.items()}
 
 
-_decodes: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_decodes: Verdicts = WeakKeyDictionary()
 
 
 def decodes_shared(model: PreTrainedModel) -> bool:
@@ -200,17 +200,7 @@ def decodes_shared(model: PreTrainedModel) -> bool:
 
     A body that shares prompts is not enough: a language model around it may take no positions (Whisper).
     """
-    if model not in _decodes:
-        with trial(model):
-            if not plain_outputs(model, [trial_rows(model)[0]]).isfinite().all():
-                return True  # such weights tell nothing; sampling reports them
-            try:
-                _decodes[model] = _passes_trial(model)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # rows have prompts of their own
-                _decodes[model] = False
-    return _decodes[model]
+    return passes_once(model, _decodes, _passes_trial)
 
 
 def _passes_trial(model: PreTrainedModel) -> bool:

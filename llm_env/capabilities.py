@@ -12,7 +12,7 @@ another distribution than the one that is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -138,7 +138,28 @@ def _outputs(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     return outputs.last_hidden_state if logits is None else logits
 
 
-_takes_left: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+Verdicts = WeakKeyDictionary[PreTrainedModel, bool]
+
+
+def passes_once(model: PreTrainedModel, verdicts: Verdicts, passes: Callable[[PreTrainedModel], bool]) -> bool:
+    """Whether a model passes a trial, which is made once; an error within it, but for a lack of memory, is a failure.
+
+    Weights that are not finite tell nothing, and pass for the time being: sampling reports them.
+    """
+    if model not in verdicts:
+        with trial(model):
+            if not plain_outputs(model, trial_rows(model)[:1]).isfinite().all():
+                return True
+            try:
+                verdicts[model] = passes(model)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                verdicts[model] = False
+    return verdicts[model]
+
+
+_takes_left: Verdicts = WeakKeyDictionary()
 
 
 def takes_left_padding(model: PreTrainedModel) -> bool:
@@ -198,7 +219,7 @@ def _long_outputs(model: PreTrainedModel, row: list[int]) -> Tensor | None:
     return plain_outputs(model, [[*row, *(token(model, 7 * i) for i in range(length - len(row)))]])[0, : len(row)]
 
 
-_describable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_describable: Verdicts = WeakKeyDictionary()
 
 
 def describable(base: PreTrainedModel) -> bool:

@@ -133,7 +133,11 @@ OTHERWISE = {
     "deepseek_v4": dict(
         compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}, num_key_value_heads=1
     ),
-    "dots3_note": dict(text_config=DOTS_3, vision_config=dict(adapter_in_dim=32), audio_config=dict(adapter_input_size=32)),
+    "dots3_note": dict(
+        text_config=DOTS_3,
+        vision_config=dict(adapter_in_dim=32, adapter_out_dim=32),
+        audio_config=dict(adapter_input_size=32, adapter_out_dim=32),
+    ),
     "dots3_note_text": DOTS_3,
     "dots1": dict(n_shared_experts=1),
     "falcon_h1": dict(mamba_d_ssm=64),
@@ -210,23 +214,26 @@ def merged(values, others):
     return {name: value for name, value in result.items() if value is not None}
 
 
-def config_of(name):
+def config_of(name, **others):
     config_class, model_class = CONFIG_MAPPING[name], getattr(transformers, CLASSES[name])
-    config = config_class(**merged(small(config_class), OTHERWISE.get(name, {})))
+    config = config_class(**merged(small(config_class), {**OTHERWISE.get(name, {}), **others}))
     if isinstance(config, model_class.config_class):
         return config
     parts = (getattr(config, part) for part in config.sub_configs)
     return next((part for part in parts if isinstance(part, model_class.config_class)), config)
 
 
-def build(name, seed=0):
-    """A model whose distributions are far from uniform, with no weight at a value, 0 or 1, that could hide a fault."""
+def build(name, seed=0, noise=True, **others):
+    """A model whose distributions are far from uniform, with no weight at a value, 0 or 1, that could hide a fault.
+
+    Without `noise` as transformers makes it; `others` are arguments of its config.
+    """
     torch.manual_seed(seed)
-    model = getattr(transformers, CLASSES[name])(config_of(name)).eval()
+    model = getattr(transformers, CLASSES[name])(config_of(name, **others)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.isfinite().all():
                 parameter.zero_()  # left empty by transformers
-            if parameter.is_floating_point():
+            if noise and parameter.is_floating_point():
                 parameter.mul_(2 if parameter.ndim > 1 else 1).add_(0.3 * torch.randn_like(parameter))
     return model

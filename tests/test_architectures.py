@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from agents import LanguagePolicy
+import llm_env
+from agents import GRPO, PPO, LanguagePolicy
+from agents.caching import decodes_with_cache, skips_hidden_slots
+from agents.decoding import decodes_shared
 from agents.generation import next_logits
+from llm_env.capabilities import describable, padding_side, takes_left_padding
 from llm_env.inputs import without_cache
 from llm_env.scoring import score
+from llm_env.sharing import shares_prompts
 from tests.architectures import NAMES, V, build
 from tests.conftest import make_tokenizer
 
@@ -19,6 +24,9 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 NOT_CAUSAL = "is not causal"
 MORE_THAN_IDS = "computes nothing from token ids alone"
+QUICK = (  # the others are slow together
+    "bart falcon_h1 gpt_neo hrm_text llama minimax mixtral openai-gpt opt prophetnet recurrent_gemma roberta rwkv whisper xlstm"
+).split()
 REFUSED = {
     "cpmant": NOT_CAUSAL,  # its prompt and padding are seen by all tokens
     "musicgen": MORE_THAN_IDS,  # several codebooks
@@ -93,8 +101,7 @@ def check_predict(policy, rows):
                 context.append(7)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES])
 def test_log_probs_are_those_of_a_plain_forward_or_the_model_is_refused(name):
     if name in NOT_BUILT:
         with pytest.raises(Exception, match=NOT_BUILT[name]):
@@ -105,3 +112,167 @@ def test_log_probs_are_those_of_a_plain_forward_or_the_model_is_refused(name):
             check(model)
     else:
         check(build(name))
+
+
+# --- what the trials find ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "side", "cache", "gaps"),
+    [
+        ("llama", True, "left", True, True),
+        ("gpt2", True, "left", True, True),
+        ("opt", True, "left", True, True),
+        ("gpt_neo", True, "right", True, False),  # a window that its config calls otherwise
+        ("bloom", True, "right", True, False),  # attention of its own
+        ("mamba", True, "right", False, False),
+        ("falcon_h1", True, "right", False, False),  # its cache repeats keys, but not states
+        ("minimax", True, "right", False, False),
+        ("openai-gpt", True, "right", False, False),
+        ("moshi", True, "right", False, False),  # takes a cache, and computes other logits with it
+        ("bart", False, "right", True, False),
+        ("roberta", False, "right", False, False),  # its positions begin at 2, and leave out its padding token
+        ("whisper", False, "right", True, False),
+        ("deepseek_v4", False, "right", False, False),  # compresses tokens in blocks
+        ("rwkv", False, "right", False, False),
+        ("recurrent_gemma", False, "right", False, False),
+        ("xlstm", False, "right", False, False),
+    ],
+)
+def test_what_models_can_do(name, left, side, cache, gaps):
+    model = build(name)
+    found = takes_left_padding(model), padding_side(model), decodes_with_cache(model), skips_hidden_slots(model)
+    assert found == (left, side, cache, gaps)
+
+
+def test_a_body_that_shares_prompts_is_not_a_model_that_decodes_so():
+    """Whisper's decoder takes positions, its language model does not; HRM computes each layer several times."""
+    whisper, hrm = build("whisper"), build("hrm_text")
+    assert shares_prompts(whisper.base_model, 20) and not decodes_shared(whisper)
+    assert not describable(hrm.base_model) and not shares_prompts(hrm.base_model, 20)
+    assert shares_prompts(build("llama").base_model, 20) and decodes_shared(build("llama"))
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "rwkv", "bart", "xlstm"])
+def test_fresh_weights_hide_nothing_from_the_trial(name):
+    """Nearly uniform distributions, biases of 0, and for token 0, which is what rows are padded with, an embedding of 0."""
+    model = build(name, noise=False)
+    assert not takes_left_padding(model) and not takes_left_padding(model.base_model)
+
+
+def test_weights_that_are_not_finite_tell_nothing():
+    model = build("bart")
+    weight = next(model.parameters())
+    kept = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    assert takes_left_padding(model) and decodes_with_cache(model)
+    weight.data.copy_(kept)
+    assert not takes_left_padding(model)
+
+
+def test_trials_are_made_once_a_model_and_leave_it_as_it_was(monkeypatch):
+    model = build("rwkv").train()
+    model.rwkv.blocks[0].eval()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    check(model)
+    assert torch.equal(torch.rand(3), expected)
+    modes = build("rwkv").train()
+    modes.rwkv.blocks[0].eval()
+    takes_left_padding(modes), decodes_with_cache(modes), describable(modes.base_model)
+    assert modes.training and not modes.rwkv.blocks[0].training and modes.rwkv.blocks[1].training
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+    def no_more(*args, **kwargs):
+        raise AssertionError("a second trial")
+
+    monkeypatch.setattr(type(modes), "forward", no_more)
+    monkeypatch.setattr(type(modes.base_model), "forward", no_more)
+    takes_left_padding(modes), decodes_with_cache(modes), padding_side(modes)
+
+
+# --- training on them --------------------------------------------------------------------------------------------------------
+
+
+def count_of_a(completions, **_):
+    return [float(text.count("a")) for text in completions]
+
+
+def env_of(**arguments):
+    prompts = [TOKENIZER.decode(prompt) for prompt in PROMPTS]
+    return llm_env.TextGenerationEnv(prompts, count_of_a, TOKENIZER, max_new_tokens=6, **arguments)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "bart", "opt"])
+def test_gradients_are_those_of_plain_forwards(name):
+    model, responses = build(name), [[5, 6, 7], [8], [9] * 5, [10, 11]]
+    factors = [0.3, -0.7, 1.0, 0.2]
+    loss = 0.0
+    for factor, prompt, response in zip(factors, PROMPTS, responses, strict=True):
+        logits = model(input_ids=torch.tensor([[*prompt, *response]]), **without_cache(model)).logits[
+            0, len(prompt) - 1 : -1, :V
+        ]
+        loss = loss + factor * logits.log_softmax(-1)[range(len(response)), response].sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    scored = score(model, PROMPTS, responses, V)
+    got = (torch.tensor(factors) * scored.logp.sum(1)).sum()
+    scale = max(gradient.norm() for gradient in expected if gradient is not None)
+    for a, b in zip(torch.autograd.grad(got, list(model.parameters()), allow_unused=True), expected, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6 * scale
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+@pytest.mark.parametrize("name", ["rwkv", "bart", "openai-gpt", "minimax"])
+def test_an_agent_trains_and_its_audit_passes(name, kind):
+    """With a reference, and for PPO a value head, micro-batches of rows of different lengths and a state that is carried."""
+    settings = {"group_size": 2} if kind is GRPO else {}
+    agent = kind(
+        build(name),
+        env_of(reference=build(name, seed=1), kl_coef=0.1),
+        n_envs=8,
+        seed=0,
+        max_tokens_per_batch=64,
+        policy_kwargs={"tokenizer": TOKENIZER},
+        **settings,
+    )
+    agent.learn(48)
+    report = agent.audit(n=8, quiet=True)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_value_head_is_as_wide_as_the_states_that_it_reads(separate):
+    """OPT-350m embeds tokens in 16 of 32 dimensions, and its head reads 16."""
+    policy = LanguagePolicy(build("opt"), TOKENIZER, value_head=True, separate_critic=separate)
+    assert policy.lm.config.hidden_size == 32 and policy.value_head.in_features == 16
+    torch.nn.init.normal_(policy.value_head.weight)
+    values = policy.evaluate(PROMPTS[:2], [[5, 6], [7, 8, 9]]).values
+    for row, prompt, response in zip(values, PROMPTS, [[5, 6], [7, 8, 9]], strict=False):
+        states = policy.lm.model(input_ids=torch.tensor([[*prompt, *response]])).last_hidden_state[0, len(prompt) - 1 :]
+        torch.testing.assert_close(row[: len(response) + 1], policy.value_head(states)[:, 0], **CLOSE)
+
+
+def test_ppo_trains_a_model_whose_config_names_another_width():
+    agent = PPO(build("opt"), env_of(), n_envs=8, seed=0, policy_kwargs={"tokenizer": TOKENIZER})
+    agent.learn(48)
+    assert agent.policy.value_head.weight.shape == (1, 16)
+
+
+def test_a_model_that_sees_later_tokens_is_refused_before_training():
+    model = build("bert", is_decoder=False)
+    with pytest.raises(ValueError, match=r"BertLMHeadModel is not causal.*is_decoder=True"):
+        GRPO(model, env_of(), group_size=2, n_envs=4, policy_kwargs={"tokenizer": TOKENIZER})
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_a_loss_of_routers_that_nothing_adds_is_refused(name):
+    """TRL adds `router_aux_loss_coef` times it; without weight there is nothing to add."""
+    with pytest.raises(ValueError, match=r"config\.output_router_logits=True.*set config\.output_router_logits=False"):
+        LanguagePolicy(build(name, output_router_logits=True), TOKENIZER)
+    LanguagePolicy(build(name, output_router_logits=True, router_aux_loss_coef=0.0), TOKENIZER)
+    LanguagePolicy(build(name), TOKENIZER)

@@ -37,7 +37,8 @@ def test_sampled_log_probs_are_those_of_a_plain_forward(name):
 
 def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
     """A step computes no prompt whose responses have all ended, and the longest outgrow the first block of room."""
-    sizes = []
+    sizes, model = [], build("llama")
+    assert agents.decoding.decodes_shared(model)  # the trial decodes, too
     original = agents.decoding.SharedDecoding.__call__
 
     def spy(self, tokens):
@@ -48,7 +49,7 @@ def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
     monkeypatch.setattr(agents.decoding, "BLOCK", 16)
     sampler = Sampler(generator=torch.Generator().manual_seed(0))
     responses, _ = sample_responses(
-        build("llama"),
+        model,
         PROMPTS * 2,
         sampler,
         vocab_size=V,
