@@ -292,6 +292,7 @@ def test_a_cache_whose_positions_stand_still(monkeypatch):
         return original(self, tokens)
 
     monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", standing)
+    monkeypatch.setattr(agents.generation, "decodes_shared", lambda model: True)  # whose trial would find it
     found = failures(make_agent())
     assert found.keys() == {TRAINER, SAMPLED} and "cache of keys and values" in found[SAMPLED]
 
