@@ -47,7 +47,7 @@ def decodes_with_cache(model: PreTrainedModel) -> bool:
     states or caches of their own (MiniMax) cannot, nor can those without any (GPT-1).
 
     Raises:
-        ValueError: If the model is refused; see `takes_left_padding`.
+        NotCausal: If the model is refused; see `takes_left_padding`.
     """
     takes_left_padding(model)
     return passes_once(model, _decodes, _passes_trial)

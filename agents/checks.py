@@ -12,7 +12,7 @@ import numpy as np
 from agents.quantization import weight_count
 from llm_env.arguments import as_whole, whole
 from llm_env.end_tokens import missing_end_tokens
-from llm_env.models import check_length
+from llm_env.positions import check_length
 from llm_env.reference import BaseReference, Reference, coefficient
 from llm_env.rules import Rules
 

@@ -21,15 +21,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_env.inputs import model_inputs, pad, without_cache
-from llm_env.models import evaluation_mode
+from llm_env.inputs import evaluation_mode, model_inputs, pad, without_cache
+from llm_env.positions import max_positions
 from llm_env.shared_prompt import Probe, attention_by, window_of
 
 LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # of the rows of a trial, in tokens; for models with few positions
 LONG = 160  # of a row that is longer than most chunks, blocks and windows that a config does not name
 TOLERANCE = 1e-3  # of the outputs' spread: in tiny models rounding stays under 1e-5 of it, and faults are over 2e-3
-LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # names of the most positions
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
+REMEDY = "give a causal language model, as AutoModelForCausalLM.from_pretrained(...) loads it"
+
+
+class NotCausal(TypeError):
+    """The model is not a causal language model over token ids."""
 
 
 @contextmanager
@@ -44,7 +48,7 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
     """An error within becomes one that says what model it is that cannot be used.
 
     Raises:
-        ValueError: If anything but a lack of memory is raised within.
+        NotCausal: If anything but a lack of memory is raised within.
     """
     try:
         yield
@@ -52,9 +56,8 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
         raise
     except Exception as error:
         reason = "; ".join(str(error).strip().splitlines()[:1])
-        raise ValueError(
-            f"{type(model).__name__} computes nothing from token ids alone ({type(error).__name__}: {reason}); give a causal "
-            "language model whose forward pass needs no other input"
+        raise NotCausal(
+            f"{type(model).__name__} computes nothing from token ids alone ({type(error).__name__}: {reason}); {REMEDY}"
         ) from error
 
 
@@ -62,16 +65,16 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     """How many token ids a language model, or one without its head, embeds.
 
     Raises:
-        ValueError: If it embeds no ids, or several codebooks of them.
+        NotCausal: If it embeds no ids, or several codebooks of them.
     """
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:  # decoders of encoder-decoder models without their heads; ids are embedded before positions
         embeddings = next(module for module in model.modules() if isinstance(module, nn.Embedding))
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
-        raise ValueError(
+        raise NotCausal(
             f"{type(model).__name__} computes nothing from token ids alone: it embeds them by a {type(embeddings).__name__}; "
-            "give a causal language model with one table of embeddings"
+            f"{REMEDY}"
         )
     return len(embeddings.weight)
 
@@ -87,11 +90,8 @@ def trial_rows(model: PreTrainedModel, short: bool = False) -> list[list[int]]:
 
 
 def _room(model: PreTrainedModel) -> int:
-    """How many tokens a row may have, `LONG` at most; some models use up to four positions for other things."""
-    config = model.config
-    configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    limits = [getattr(part, name, None) for part in configs for name in LIMITS]
-    return min([LONG, *(limit - 4 for limit in limits if isinstance(limit, int))])
+    """How many tokens a row of a trial may have; some models use up to four positions for other things (ProphetNet)."""
+    return min(LONG, (max_positions(model) or LONG + 4) - 4)
 
 
 def token(model: PreTrainedModel, number: int) -> int:
@@ -164,7 +164,7 @@ def takes_left_padding(model: PreTrainedModel) -> bool:
         model: a causal language model, or one without its head.
 
     Raises:
-        ValueError: If the model computes nothing from token ids alone, or a token's outputs depend on later tokens.
+        NotCausal: If the model computes nothing from token ids alone, or a token's outputs depend on later tokens.
     """
     if model not in _takes_left:
         with trial(model):
@@ -188,9 +188,9 @@ def _try_padding(model: PreTrainedModel) -> bool | None:
     noise = _difference([whole], [alone[0]])
     early = [other[:-1], first, *([] if long is None else [long])]
     if not agree(early, [alone[0][: len(outputs)] for outputs in early], noise):
-        raise ValueError(
+        raise NotCausal(
             f"{type(model).__name__} is not causal: its outputs at a token depend on later tokens, which sampling does not "
-            "have yet; give a causal language model (BERT and its kin need config.is_decoder=True)"
+            f"have yet; {REMEDY}, with config.is_decoder=True where the class has that (BERT)"
         )
     cuts = [-(-len(row) // 2) for row in rows]
     prompts, mask = pad([row[:cut] for row, cut in zip(rows, cuts, strict=True)], "left", model.device)

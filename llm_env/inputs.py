@@ -1,12 +1,13 @@
-"""Keyword arguments of a forward pass over rows of token ids."""
+"""A forward pass over rows of token ids: its keyword arguments, and the modules' mode."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -51,3 +52,16 @@ def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and afterwards back into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from llm_env.models import check_causal, check_length, load_causal_lm, max_positions
+from llm_env.models import check_causal, load_causal_lm
 from llm_env.passes import passes
+from llm_env.positions import check_length, max_positions
 from llm_env.scoring import autocast, score
 from llm_env.shared_prompt import Rows
 from llm_env.sharing import PrefixSharing

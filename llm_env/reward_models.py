@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from llm_env.chat import Messages, Prompt, encode_prompts
-from llm_env.inputs import pad
-from llm_env.models import evaluation_mode, max_positions
+from llm_env.inputs import evaluation_mode, pad
+from llm_env.positions import max_positions
 from llm_env.rules import vocabulary_size
 
 Template = str | Callable[[Any, Any], str]

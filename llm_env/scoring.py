@@ -279,7 +279,7 @@ def try_out(model: PreTrainedModel) -> None:
     """Run the trials on which scoring relies, of a language model or of one without its head, before the first batch.
 
     Raises:
-        ValueError: If the model cannot be trained on token ids; see `llm_env.capabilities.takes_left_padding`.
+        NotCausal: If the model cannot be trained on token ids; see `llm_env.capabilities.takes_left_padding`.
     """
     alone = head_of(model) is not None or model.get_output_embeddings() is None
     padding_side(model.base_model if alone else model)
