@@ -139,12 +139,17 @@ def check_processes(n_envs: int, group_size: int, processes: int) -> None:
         )
 
 
-def check_sharding(sharded: bool, optimizer: str, **offloads: bool) -> None:
+def check_sharding(sharded: bool, optimizer: str, quantized: bool = False, **offloads: bool) -> None:
     """Refuse to move weights about that accelerate has spread over processes, and an optimizer that cannot update them.
 
     Raises:
-        ValueError: something is to be offloaded, or the optimizer is bitsandbytes'.
+        ValueError: something is to be offloaded, the optimizer is bitsandbytes', or the weights are quantized.
     """
+    if sharded and quantized:
+        raise ValueError(
+            "the model is quantized, and quantized weights are not sharded (FSDP2); launch without sharding, which keeps the "
+            "whole quantized model in every process, or load the model without quantization"
+        )
     if sharded and optimizer == "adamw_8bit":
         raise ValueError(
             "optimizer='adamw_8bit', but the weights are sharded, which bitsandbytes cannot update; leave it out: each process "
@@ -304,9 +309,8 @@ def check_optimizer(policy: LanguagePolicy) -> None:
     Raises:
         ValueError: If `requires_grad` was changed since.
     """
-    stepped = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad != (id(parameter) in stepped):
+    for name, parameter in policy.named_parameters():  # by name: sharded ones are other objects while they are together
+        if parameter.requires_grad != (name in policy.optimized):
             raise ValueError(
                 f"{name}.requires_grad was set to {parameter.requires_grad} after the agent was made, and its optimizer does "
                 "not know; set it on the model or the LanguagePolicy before an agent is made with it, such as with agent.policy"

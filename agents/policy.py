@@ -77,6 +77,7 @@ class LanguagePolicy(Weights):
         critic: the network that V is read from, or None where it is the language model.
         tokenizer: the tokenizer, or None.
         processor: the files of a processor (of images, sound) that belongs to the model; `save_pretrained` writes them again.
+        optimized: names of the parameters that its agent's optimizer steps.
         max_positions: tokens that the model can read, prompt and response together; None where it has no limit.
         vocab_size: V, how many token ids are actions; the env's once there is one.
         constraint: which of them may come next; the env's once there is one, None for all.
@@ -134,6 +135,7 @@ class LanguagePolicy(Weights):
         self.value_head: nn.Linear | None = None
         self.critic: PreTrainedModel | None = None
         self.processor = processor
+        self.optimized: frozenset[str] = frozenset()
         if value_head:
             self.add_value_head(separate_critic)
         if adapter is None and isinstance(model, dict):

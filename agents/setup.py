@@ -73,15 +73,22 @@ class SetUp(Drawing):
             self.policy.adapter.base.to(self.device)  # what it does not have in common with the policy: buffers
         self.policy.train(False)
         offloads = {"offload_optimizer": self.offload_optimizer, "offload_reference": self.offload_reference}
-        check_sharding(self.world.sharded, self.optimizer, **offloads)
+        quantized = self.policy.adapter is not None and self.policy.adapter.quantized
+        check_sharding(self.world.sharded, self.optimizer, quantized, **offloads)
         self._hand_down()
         self._share_policy()
         if self._wanted_learning_rate is None:
             self.learning_rate = self._wanted_learning_rate = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.policy.optimized = frozenset(trained)
         self.policy.optimizer = make_optimizer(
-            self.optimizer, self.offload_optimizer, self.policy_kwargs, trained, lr=self.lr_schedule(1), eps=self.adam_epsilon
+            self.optimizer,
+            self.offload_optimizer,
+            self.policy_kwargs,
+            list(trained.values()),
+            lr=self.lr_schedule(1),
+            eps=self.adam_epsilon,
         )
         if not hasattr(self, "observation_space"):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
@@ -150,8 +157,9 @@ class SetUp(Drawing):
         try_out_all()
         if world.sharded and policy.adapter is not None:
             _ = policy.adapter.base_hash  # which files have, of the base as it is now
-            if policy.critic is not None:  # it has the base in common with the policy, and each is spread by itself
-                policy.critic = copy.deepcopy(policy.critic)
+        if world.sharded and policy.critic is not None:
+            # What is frozen it has in common with the policy, and each is spread by itself.
+            policy.critic = copy.deepcopy(policy.critic)
         begin(world, policy, run, "_evaluate", None if policy.adapter is None else policy.adapter.base)
 
     def _share_env(self, rules: Rules) -> None:

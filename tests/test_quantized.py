@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from agents import GRPO, PPO, LanguagePolicy
-from agents.checks import default_learning_rate
+from agents.checks import check_sharding, default_learning_rate
 from agents.quantization import is_quantized
 from llm_env.reference import Reference
 from tests.conftest import make_model, refused
@@ -226,6 +226,11 @@ def test_the_default_learning_rate_is_that_of_the_unquantized_model(kind, path):
     for policy in policies:
         policy.adapter.base.model.embed_tokens = wide.model.embed_tokens
     assert default_learning_rate(policies[0], 1) == default_learning_rate(policies[1], 1) < 3e-3
+
+
+def test_quantized_weights_are_not_sharded():
+    refused(check_sharding, True, "adamw_torch", True, error=ValueError, match="the model is quantized.*without sharding")
+    check_sharding(False, "adamw_torch", True)
 
 
 # --- without an adapter ------------------------------------------------------------------------------------------------------
