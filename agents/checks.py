@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.quantization import weight_count
+from agents.vec_env import all_rules
 from llm_env.arguments import as_whole, whole
 from llm_env.end_tokens import missing_end_tokens
 from llm_env.positions import check_length
@@ -17,10 +19,13 @@ from llm_env.reference import BaseReference, Reference, coefficient
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
     from transformers import PreTrainedModel
 
     from agents.base import LanguageAgent
     from agents.policy import LanguagePolicy
+
+logger = logging.getLogger("llm_env")
 
 SCHEDULES = ("clip_range", "clip_range_high", "clip_range_vf")  # which may be callables, of the progress that remains
 ADAPTER_RATE = 10.0  # see `default_learning_rate`
@@ -341,11 +346,10 @@ def with_chat_templates_of(tokenizer: Any, other: Any) -> Any:
 
 
 def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
-    """Raise if the env's token ids mean something else to the model, or the model ends answers by tokens that end no episode.
+    """Raise if the env's token ids mean something else to the model.
 
     Raises:
-        ValueError: If the vocabularies differ; or if the model has an end token that is none of the env's, and the env's were
-            not given with `eos_token_ids`.
+        ValueError: If the vocabularies differ.
     """
     check_vocabulary(policy.lm, rules.vocab_size)
     mine, theirs = policy.tokenizer, rules.tokenizer
@@ -355,14 +359,26 @@ def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
             f"the env's tokenizer ({len(other)} tokens) is not the model's ({len(own)} tokens), for instance "
             f"{sorted(set(own.items()) ^ set(other.items()))[:3]}; make the env with tokenizer=<the model's path>"
         )
-    missing = [] if rules.ends_are_given else missing_end_tokens(rules.eos_ids, policy.own_eos_ids, rules.vocab_size)
-    if missing:
-        names = [theirs.convert_ids_to_tokens(token) for token in missing]
-        raise ValueError(
-            f"the model ends answers with {names} ({missing}), too, by its generation config or tokenizer, but the env only "
-            f"with {sorted(rules.eos_ids)}; make the env with eos_token_ids={sorted({*missing, *rules.eos_ids})}, or with "
-            "those of them that are to end an answer"
-        )
+
+
+def agree_on_ends(policy: LanguagePolicy, env: VecEnv) -> None:
+    """Let an env's episodes end at the model's end tokens, too, unless the env was made with `eos_token_ids`.
+
+    An env that was made with a tokenizer object may not know those of the model's generation config.
+
+    Raises:
+        ValueError: If the envs are in other processes, and do not know all of the model's end tokens.
+    """
+    for rules in all_rules(env):
+        if not rules.ends_are_given and (missing := missing_end_tokens(rules.eos_ids, policy.own_eos_ids, rules.vocab_size)):
+            rules.end_also_at(missing)
+            names = rules.tokenizer.convert_ids_to_tokens(missing)
+            logger.info("episodes end at %s (%s), too: end tokens of the model", names, missing)
+            if any(not rules.eos_ids >= set(missing) for rules in all_rules(env)):  # copies of what is elsewhere
+                raise ValueError(
+                    f"the model ends answers with {names} ({missing}), too, by its generation config or tokenizer, but the "
+                    f"envs do not know; make them with eos_token_ids={sorted(rules.eos_ids)}"
+                )
 
 
 def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from agents.audit import check_agent
 from agents.checkpoint import Checkpointed
-from agents.checks import check_counts, check_positions, check_tokenizers, check_tokens
+from agents.checks import agree_on_ends, check_counts, check_positions, check_tokenizers, check_tokens
 from agents.distributed import placed
 from agents.generation import StepState
 from agents.rollout import clock_of, collect, collect_by_tokens
@@ -144,6 +144,7 @@ class Inference(Checkpointed):
         rules = rules_of_vec_env(vec_env)
         check_tokenizers(self.policy, rules)
         check_positions(self.policy, rules)
+        agree_on_ends(self.policy, vec_env)
         rules.record_apart(self.world.rank)
         if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
             rules.reference.bind(self.policy.base, wholeness(self.policy))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
+from agents.checks import agree_on_ends
 from agents.records import episode_infos
-from agents.untouched import all_rules
+from agents.vec_env import all_rules
 from llm_env.reference import KLController
 
 if TYPE_CHECKING:
@@ -46,9 +47,14 @@ def feed_kl_controllers(controllers: Iterable[Any], rollout: Rollout) -> None:
 def watch_together(agent: LanguageAgent, callback: BaseCallback) -> None:
     """Let SB3's callbacks come to the same conclusions in all processes, and the main one write and print.
 
+    Episodes of an `EvalCallback` end at the tokens at which those of training do.
+
     Every process calls its callbacks, with the infos of all episodes. What an `EvalCallback` saves depends on how its episodes
     went, so that its env needs the same seed in all.
     """
+    for evaluation in all_callbacks(callback):
+        if isinstance(evaluation, EvalCallback) and evaluation.eval_env.has_attr("rules"):
+            agree_on_ends(agent.policy, evaluation.eval_env)
     if agent.world.size == 1:
         return
     for part in all_callbacks(callback):

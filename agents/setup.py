@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.checks import (
+    agree_on_ends,
     check_fit,
     check_processes,
     check_reference,
@@ -26,8 +27,7 @@ from agents.policy import LanguagePolicy
 from agents.recomputing import check_recomputing
 from agents.rollout import clock_of
 from agents.sharded import begin, is_sharded, wholeness
-from agents.untouched import all_rules
-from agents.vec_env import as_vec_env, rules_of_vec_env
+from agents.vec_env import all_rules, as_vec_env, rules_of_vec_env
 from llm_env.prompts import PromptCursor
 from llm_env.reference import BaseReference
 from llm_env.rules import Rules
@@ -124,6 +124,7 @@ class SetUp(Drawing):
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:
             self._stats_window_size = n_envs
+        agree_on_ends(self.policy, env)
         self.policy.take_over(rules)
         self._hand_down()
         self._share_env(rules)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.vec_env import VecEnv
 
 from agents.distributed import ALONE
-from llm_env.rules import Rules
+from agents.vec_env import all_rules
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
@@ -87,9 +86,3 @@ def _unrecorded(agent: LanguageAgent) -> Iterator[None]:
     finally:
         for rules, recorder in recorders:
             rules.recorder = recorder
-
-
-def all_rules(env: VecEnv | None) -> list[Rules]:
-    """Of all rows of an env, each once."""
-    assert env is not None
-    return list({id(rules): rules for rules in env.get_attr("rules")}.values())

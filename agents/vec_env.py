@@ -260,6 +260,12 @@ def rules_of_vec_env(vec_env: VecEnv) -> Rules:
     return rules
 
 
+def all_rules(env: VecEnv | None) -> list[Rules]:
+    """Of all rows of an env, each once."""
+    assert env is not None
+    return list({id(rules): rules for rules in env.get_attr("rules")}.values())
+
+
 def ids_and_mask(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
     """Token ids, and True where they are no padding, of an observation in either form, batched or not.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,8 @@ class Rules:
         stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion, but
             for the special tokens in it; see `llm_env.stops`.
         eos_token_ids: an id or several, which are all the tokens that end an episode. By default the tokenizer's end token and
-            those of the model whose files lie beside the tokenizer's; see `llm_env.end_tokens`.
+            those of the model whose files lie beside the tokenizer's; an agent adds those of its model. See
+            `llm_env.end_tokens`.
         chat_template: for chats, a template, the name of one of the tokenizer's, or the path of a `.jinja` file; the
             tokenizer's own by default. The agent saves it with the model.
         chat_template_kwargs: keyword arguments of the template, such as `{"enable_thinking": False}`; a column of that name
@@ -105,17 +106,13 @@ class Rules:
         self.observation = observation
         self.ends = Ends(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
         self.vocab_size = vocabulary_size(self.tokenizer)
-        self.eos_ids = resolve_end_tokens(eos_token_ids, self.tokenizer, self.vocab_size)
         self.ends_are_given = eos_token_ids is not None
-        own = int(self.tokenizer.eos_token_id)
-        self.eos_id = own if own in self.eos_ids else min(self.eos_ids)
         self.special = {id: token.content for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.stop_strings = StopStrings(stop, self.tokenizer, self.special, self.eos_ids)
-        self.stop = self.stop_strings.strings
+        if isinstance(allowed_tokens, Iterator):
+            allowed_tokens = list(allowed_tokens)
+        self._wanted = {"stop": stop, "allowed_tokens": allowed_tokens, "min_new_tokens": min_new_tokens}
+        self._set_ends(resolve_end_tokens(eos_token_ids, self.tokenizer, self.vocab_size))
         self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
-        self.constraint: TokenConstraint | None = None
-        if allowed_tokens is not None or min_new_tokens:
-            self.constraint = TokenConstraint(allowed_tokens, min_new_tokens, self.vocab_size, self.eos_ids)
         self.prompts = PromptTable(prompts, format, self.max_prompt_tokens, split, long_prompts)
         self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
         if taken := set(self.ends.names) & set(self.rewards.names):
@@ -130,6 +127,21 @@ class Rules:
         self.recorder = None if record is None else Recorder(record, map(self.prompts.row, range(len(self.prompts))))
         if problem := self.endless_turn():
             logger.warning("%s", problem)
+
+    def _set_ends(self, eos_ids: frozenset[int]) -> None:
+        self.eos_ids = eos_ids
+        own = int(self.tokenizer.eos_token_id)
+        self.eos_id = own if own in eos_ids else min(eos_ids)
+        self.stop_strings = StopStrings(self._wanted["stop"], self.tokenizer, self.special, eos_ids)
+        self.stop = self.stop_strings.strings
+        self.constraint: TokenConstraint | None = None
+        allowed, least = self._wanted["allowed_tokens"], self._wanted["min_new_tokens"]
+        if allowed is not None or least:
+            self.constraint = TokenConstraint(allowed, least, self.vocab_size, eos_ids)
+
+    def end_also_at(self, tokens: Collection[int]) -> None:
+        """End episodes at further tokens: those of a model about which nothing was known when the env was made."""
+        self._set_ends(self.eos_ids | frozenset(tokens))
 
     @property
     def max_tokens(self) -> int:

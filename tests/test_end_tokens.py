@@ -1,13 +1,15 @@
 """An answer ends at every end token of the model, in the env, in sampling, in constraints and in engines."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.callbacks import EvalCallback
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from agents import GRPO
+from agents import GRPO, TextVecEnv
 from agents.policy import LanguagePolicy
 from agents.vllm_engine import extend, sampling_settings
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
@@ -96,24 +98,52 @@ def test_what_is_no_token_id_is_refused(value):
         make(make_chat_tokenizer(), eos_token_ids=value)
 
 
-def test_a_model_that_ends_elsewhere_is_refused_with_the_remedy():
+def test_an_env_made_of_objects_takes_over_the_models_end_tokens():
     tokenizer = make_chat_tokenizer()
     arguments = {"group_size": 4, "n_envs": 4, "seed": 0, "policy_kwargs": {"tokenizer": tokenizer}}
-    with pytest.raises(ValueError, match=r"ends answers with \['<\|im_end\|>'\].*eos_token_ids=\[0, 4\]"):
-        GRPO(tiny(tokenizer, [EOS, END]), make(tokenizer), **arguments)
-    agent = GRPO(tiny(tokenizer, [EOS, END]), make(tokenizer, eos_token_ids=[EOS, END]), **arguments)
-    with pytest.raises(ValueError, match=r"eos_token_ids=\[0, 4\]"):
-        agent.evaluate(make(tokenizer))
-    assert agent.policy.eos_ids == {EOS, END}
-    GRPO(tiny(tokenizer, [EOS, END]), make(tokenizer, eos_token_ids=EOS), **arguments)  # said, and so it is meant
+    env, exam = make(tokenizer, min_new_tokens=1, stop="zz"), make(tokenizer)
+    assert env.rules.eos_ids == exam.rules.eos_ids == {EOS}
+    agent = GRPO(tiny(tokenizer, [EOS, END]), env, **arguments)
+    assert env.rules.eos_ids == agent.policy.eos_ids == {EOS, END}
+    env.reset(seed=0)
+    assert np.flatnonzero(~env.action_masks()).tolist() == [EOS, END]
+    env.step(X)
+    assert env.step(END)[2] is True
+    agent.evaluate(exam)
+    assert exam.rules.eos_ids == {EOS, END}
+    said = make(tokenizer, eos_token_ids=EOS)
+    agent = GRPO(tiny(tokenizer, [EOS, END]), said, **arguments)
+    assert said.rules.eos_ids == agent.policy.eos_ids == {EOS}  # said, and so it is meant
 
 
 def test_a_tokenizer_with_another_end_token_needs_no_other_vocabulary():
     agent_side, env_side = make_chat_tokenizer(), make_chat_tokenizer(eos="<|im_end|>")
-    arguments = {"group_size": 4, "n_envs": 4, "policy_kwargs": {"tokenizer": agent_side}}
-    with pytest.raises(ValueError, match=r"ends answers with \['<eos>'\].*eos_token_ids=\[0, 4\]"):
-        GRPO(tiny(agent_side), make(env_side), **arguments)
-    GRPO(tiny(agent_side), make(env_side, eos_token_ids=[EOS, END]), **arguments)
+    env = make(env_side)
+    GRPO(tiny(agent_side), env, group_size=4, n_envs=4, policy_kwargs={"tokenizer": agent_side})
+    assert env.rules.eos_ids == {EOS, END}
+
+
+def test_an_eval_callback_ends_where_training_does():
+    tokenizer = make_chat_tokenizer()
+    env, exam = make(tokenizer), make(tokenizer)
+    agent = GRPO(tiny(tokenizer, END), env, group_size=4, n_envs=4, seed=0, policy_kwargs={"tokenizer": tokenizer})
+    agent.learn(4, callback=EvalCallback(TextVecEnv(exam.vectorize(2)), n_eval_episodes=2, eval_freq=1, verbose=0))
+    assert exam.rules.eos_ids == {EOS, END}
+
+
+class Elsewhere(TextVecEnv):
+    """Rows in other processes, as far as their rules go: copies are handed out."""
+
+    def get_attr(self, name, indices=None):
+        return copy.deepcopy(super().get_attr(name, indices))
+
+
+def test_envs_elsewhere_that_do_not_know_are_refused_with_the_remedy():
+    tokenizer = make_chat_tokenizer()
+    arguments = {"group_size": 4, "n_envs": 4, "policy_kwargs": {"tokenizer": tokenizer}}
+    with pytest.raises(ValueError, match=r"ends answers with \['<\|im_end\|>'\].*eos_token_ids=\[0, 4\]"):
+        GRPO(tiny(tokenizer, [EOS, END]), Elsewhere(make(tokenizer).vectorize(4)), **arguments)
+    GRPO(tiny(tokenizer, [EOS, END]), Elsewhere(make(tokenizer, eos_token_ids=[EOS, END]).vectorize(4)), **arguments)
 
 
 def test_sampling_ends_at_each_of_them(tmp_path):

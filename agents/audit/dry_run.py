@@ -15,9 +15,9 @@ from agents.audit.plain import gradient_of
 from agents.batches import micro_batches
 from agents.policy import Evaluation
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
-from agents.untouched import all_rules, replaced
+from agents.untouched import replaced
 from agents.update import optimize
-from agents.vec_env import rules_of_vec_env
+from agents.vec_env import all_rules, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 
 if TYPE_CHECKING:
