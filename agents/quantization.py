@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -61,8 +62,12 @@ def prepare(model: nn.Module) -> None:
 
     Those are norms, embeddings, head and adapter, as in `peft.prepare_model_for_kbit_training`. What a quantizer's layers hold
     stays as it is, bit for bit. Without gradients bitsandbytes would pack 4-bit weights anew for CPUs with AVX512-BF16, after
-    which no gradient comes through them; it is told not to.
+    which no gradient comes through them; it is told not to. That it casts the inputs of 8-bit layers it logs once, not at every
+    call.
     """
+    log = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(part, _Once) for part in log.filters):
+        log.addFilter(_Once())
     quantized = set(quantized_modules(model))
     for module in quantized:
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -73,6 +78,20 @@ def prepare(model: nn.Module) -> None:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.dtype in HALF:
                     parameter.data = parameter.data.float()
+
+
+class _Once(logging.Filter):
+    """Lets each message of a logger pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the message is new."""
+        new = record.msg not in self._seen
+        self._seen.add(record.msg)
+        return new
 
 
 def _is_of_a_quantizer(parameter: Tensor) -> bool:

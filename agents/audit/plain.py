@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
+from llm_env.inputs import without_cache
 from llm_env.rules import Rules
 
 
@@ -21,7 +23,7 @@ def token_log_probs(
     """Log pi of the response's tokens, each drawn among those that the env allows, (n,) float32, in nats."""
     policy.lm.eval()
     ids = torch.tensor([[*prompt, *response]], device=policy.lm.device)
-    logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1, : rules.vocab_size]
+    logits = policy.lm(input_ids=ids, **without_cache(policy.lm)).logits[0, len(prompt) - 1 : -1, : rules.vocab_size]
     logits = logits.float() / temperature
     if rules.constraint is not None:
         allowed = np.stack([rules.constraint.next(prompt, response[:t]) for t in range(len(response))])
@@ -37,9 +39,16 @@ def values_of(policy: LanguagePolicy, prompt: Sequence[int], response: Sequence[
     model = policy.lm if critic is None else critic
     model.eval()
     ids = torch.tensor([[*prompt, *response]], device=policy.lm.device)
-    hidden = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0, len(prompt) - 1 :]
+    hidden = _last_states(model, ids)[0, len(prompt) - 1 :]
     assert policy.value_head is not None
     return policy.value_head(hidden.float())[:, 0]
+
+
+def _last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the hidden states (B, L, H) that a head reads, which some models (Gemma 3n) do not list with the layers'."""
+    if model.base_model is model and hasattr(model, "lm_head"):
+        return model(input_ids=ids, **without_cache(model), output_hidden_states=True).hidden_states[-1]
+    return model.base_model(input_ids=ids, **without_cache(model)).last_hidden_state
 
 
 def policy_gradient(
