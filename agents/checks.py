@@ -369,16 +369,23 @@ def agree_on_ends(policy: LanguagePolicy, env: VecEnv) -> None:
     Raises:
         ValueError: If the envs are in other processes, and do not know all of the model's end tokens.
     """
+    found = [rules for rules in all_rules(env) if not rules.ends_are_given]
+    missing = {id(r): missing_end_tokens(r.eos_ids, policy.end_tokens(r.tokenizer), r.vocab_size) for r in found}
+    for rules in found:
+        if ids := missing[id(rules)]:
+            rules.end_also_at(ids)
+            logger.info(
+                "episodes end at %s (%s), too: end tokens of the model", rules.tokenizer.convert_ids_to_tokens(ids), ids
+            )
     for rules in all_rules(env):
-        if not rules.ends_are_given and (missing := missing_end_tokens(rules.eos_ids, policy.own_eos_ids, rules.vocab_size)):
-            rules.end_also_at(missing)
-            names = rules.tokenizer.convert_ids_to_tokens(missing)
-            logger.info("episodes end at %s (%s), too: end tokens of the model", names, missing)
-            if any(not rules.eos_ids >= set(missing) for rules in all_rules(env)):  # copies of what is elsewhere
-                raise ValueError(
-                    f"the model ends answers with {names} ({missing}), too, by its generation config or tokenizer, but the "
-                    f"envs do not know; make them with eos_token_ids={sorted(rules.eos_ids)}"
-                )
+        ids = missing_end_tokens(rules.eos_ids, policy.end_tokens(rules.tokenizer), rules.vocab_size)
+        if ids and not rules.ends_are_given:  # copies of what is elsewhere
+            names = rules.tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(
+                f"the model ends answers with {names} ({ids}), too, by its generation config or tokenizer, but the envs do not "
+                f"know; make them with eos_token_ids={sorted({*ids, *rules.eos_ids})}"
+            )
+        rules.warn_of_endless_turn()
 
 
 def default_learning_rate(policy: LanguagePolicy, n_epochs: int) -> float:

@@ -86,7 +86,7 @@ class Inference(Checkpointed):
         tokenizer = self.policy.tokenizer if rules is None else rules.tokenizer
         if tokenizer is None:
             raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
-        contexts = self._contexts(prompts, PromptFormat(tokenizer) if rules is None else rules.prompts.format, rules)
+        contexts = self._contexts(prompts, self.policy.prompt_format() if rules is None else rules.prompts.format, rules)
         limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
         check_tokens(contexts, limit, self.policy.vocab_size, self.policy.max_positions)
         responses, _ = self.policy.sample(

@@ -23,6 +23,7 @@ from agents.sharded import is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
 from llm_env.capabilities import trial, vocabulary_of
+from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
 from llm_env.observations import Observation, pick
@@ -83,6 +84,7 @@ class LanguagePolicy(Weights):
         constraint: which of them may come next; the env's once there is one, None for all.
         eos_ids: the tokens that end a response: the tokenizer's end token and those of the model's generation config; the env's
             once there is one.
+        chat_template_kwargs: arguments of the chat template; the env's once there is one, saved with the agent.
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
         gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
@@ -128,10 +130,11 @@ class LanguagePolicy(Weights):
         self.gradient_checkpointing = False
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_num_seqs: int | None = None
+        self.chat_template_kwargs: dict[str, Any] = dict(record_of(model).get("chat_template_kwargs", {}))
         if tokenizer is not None:
             self.vocab_size = vocabulary_size(tokenizer)
             check_vocabulary(lm, self.vocab_size)
-        self.eos_ids = self.own_eos_ids
+        self.eos_ids = self.end_tokens(tokenizer)
         self.value_head: nn.Linear | None = None
         self.critic: PreTrainedModel | None = None
         self.processor = processor
@@ -142,21 +145,29 @@ class LanguagePolicy(Weights):
             self._train_only(record_of(model))
         self.train(False)
 
-    @property
-    def own_eos_ids(self) -> frozenset[int]:
-        """The end tokens of the model, whatever an env says: its generation config's and its tokenizer's."""
-        ids = end_tokens_of_model(getattr(self.lm, "generation_config", None), self.lm.config)
+    def end_tokens(self, tokenizer: Any) -> frozenset[int]:
+        """Return the model's end tokens, whatever an env says: its generation config's, and its own tokenizer's if it has one.
+
+        Args:
+            tokenizer: one that has its vocabulary, such as the env's.
+        """
+        ids = end_tokens_of_model(getattr(self.lm, "generation_config", None), self.lm.config, tokenizer)
         return frozenset([*ids, *as_token_ids(getattr(self.tokenizer, "eos_token_id", None))])
 
     def take_over(self, rules: Rules) -> None:
         """Use an env's actions, ends and chat template from here on; the last two are saved with the model."""
         self.vocab_size, self.constraint, self.eos_ids = rules.vocab_size, rules.constraint, rules.eos_ids
         self.tokenizer = with_chat_templates_of(self.tokenizer, rules.tokenizer)
+        self.chat_template_kwargs = rules.prompts.format.chat_template_kwargs
         config = getattr(self.lm, "generation_config", None)
         if config is not None and set(as_token_ids(config.eos_token_id)) != self.eos_ids:
             ends = sorted(self.eos_ids)
             self.lm.generation_config = copy.deepcopy(config)
             self.lm.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+    def prompt_format(self) -> PromptFormat:
+        """Return how prompts become text and token ids: with the chat template, and its arguments, of training."""
+        return PromptFormat(self.tokenizer, None, self.chat_template_kwargs)
 
     def add_value_head(self, separate_critic: bool = False) -> None:
         """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""

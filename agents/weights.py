@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from agents.adapters import Adapter
 from agents.distributed import placed, world
 from agents.identity import is_rebuilt, qualified_name
-from agents.pretrained import RECORD, PretrainedFiles, files_of, write
+from agents.pretrained import RECORD, PretrainedFiles, files_of, record_of, write
 from agents.sharded import gathered, is_sharded
 
 
@@ -28,6 +28,7 @@ class Weights(BasePolicy):
     value_head: nn.Linear | None
     tokenizer: Any
     processor: PretrainedFiles
+    chat_template_kwargs: dict[str, Any]
     _told_of_class = False
 
     @placed
@@ -119,6 +120,9 @@ class Weights(BasePolicy):
         """
         critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
         files = files_of(self.lm, self.tokenizer, self.base, self.processor)
+        if self.chat_template_kwargs:
+            record = {**record_of(files), "chat_template_kwargs": self.chat_template_kwargs}
+            files[RECORD] = json.dumps(record, default=str).encode()
         if not self._told_of_class and not is_rebuilt(self.base):
             self._told_of_class = True
             warnings.warn(

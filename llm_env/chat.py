@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 from llm_env.arguments import check_text
 
 Messages = list[dict[str, Any]]
-RESERVED = ("conversation", "chat_template", "tools", "tokenize", "return_dict", "return_tensors", "padding", "truncation")
+SPOKEN = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")  # one of which a message has
+RESERVED = (
+    "conversation",
+    "messages",
+    "chat_template",
+    "tools",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "padding",
+    "truncation",
+)
 PLACEHOLDER = "placeholder-7f3a"  # stands for an assistant's message while a template's end of a turn is looked for
 
 
@@ -91,8 +102,8 @@ class PromptFormat:
                 f"{name} holds chat messages, but the tokenizer has no chat template; set chat_template= (or "
                 "tokenizer.chat_template), or give the prompt as text"
             )
-        if other := [message for message in messages if not isinstance(message, dict)]:
-            raise TypeError(f"{name}: a message is a {type(other[0]).__name__}; it must be a dict with 'role' and 'content'")
+        for message in messages:
+            _check_message(message, name)
         own = _checked_kwargs(row.get("chat_template_kwargs"), f"{name}: 'chat_template_kwargs'")
         # A column of a data set holds every key in every row, with None where a row has none.
         kwargs = {**self.chat_template_kwargs, **{key: value for key, value in own.items() if value is not None}}
@@ -106,8 +117,13 @@ class PromptFormat:
             )
         begins = kwargs.pop("add_generation_prompt", not goes_on)
         kwargs |= {"add_generation_prompt": begins, "continue_final_message": goes_on}
+        if goes_on and messages[-1].get("content") is None:
+            raise ValueError(
+                f"{name}: the last message, of the assistant, has no content to be continued; drop it, or give it content"
+            )
+        tools = _tools(row.get("tools"), name)
         try:
-            text = self._apply(messages, tools=_tools(row.get("tools")), **kwargs)
+            text = self._apply(messages, tools=tools, **kwargs)
         except Exception as error:
             raise ValueError(f"{name}: the chat template raised {type(error).__name__}: {error}") from error
         return Prompt(text, messages)
@@ -132,12 +148,29 @@ class PromptFormat:
             text = self._apply(turn, **self.chat_template_kwargs)
         except Exception:  # a template that wants other messages: the end of its turns is not known
             return []
-        return encode_texts(self.tokenizer, [text.rpartition(PLACEHOLDER)[2]], special=False)[0]
+        _, found, rest = text.rpartition(PLACEHOLDER)
+        return encode_texts(self.tokenizer, [rest], special=False)[0] if found else []
 
 
-def _tools(tools: Any) -> Any:
+def _check_message(message: Any, name: str) -> None:
+    if not isinstance(message, dict):
+        raise TypeError(f"{name}: a message is a {type(message).__name__}; it must be a dict with 'role' and 'content'")
+    if not isinstance(message.get("role"), str) or all(message.get(key) is None for key in SPOKEN):
+        raise ValueError(
+            f"{name}: a message has the keys {sorted(map(str, message))}; it must have 'role' and 'content', such as "
+            "{'role': 'user', 'content': 'Hello'}"
+        )
+
+
+def _tools(tools: Any, name: str) -> Any:
     """Return the column `tools`, which may be JSON text; None for no tools, since some templates write about an empty list."""
-    return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: 'tools' is {tools!r}, which is no JSON; give a list of tools") from error
+    if tools and not isinstance(tools, (list, tuple)):
+        raise TypeError(f"{name}: 'tools' is a {type(tools).__name__}; give a list of tools")
+    return tools or None
 
 
 OFF = ("continue_final_message", False)

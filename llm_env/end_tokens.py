@@ -14,22 +14,33 @@ def as_token_ids(value: Any) -> list[int]:
     """Return `eos_token_id` of a config, which may be None, a number or a list of numbers, as a list."""
     if value is None:
         return []
+    value = value.tolist() if hasattr(value, "tolist") else value
     return [int(token) for token in (value if isinstance(value, (list, tuple, set, frozenset)) else [value])]
 
 
-def end_tokens_of_model(generation_config: Any, config: Any) -> list[int]:
+def end_tokens_of_model(generation_config: Any, config: Any, tokenizer: Any) -> list[int]:
     """Return the end tokens that a model's generation config names.
 
-    A number that nobody has set does not count: the default of the config's class (2 for Llama, 50256 for GPT-2), where
-    transformers made the generation config from that config.
+    The default of the config's class (2 for Llama, 50256 for GPT-2) may be a number that nobody has set. Where transformers
+    made the generation config from that config, it counts if the tokenizer has a special token there and no other use for it.
 
     Args:
         generation_config: `model.generation_config`; None for a model without one.
         config: `model.config`.
+        tokenizer: the model's tokenizer; None if it is not known.
     """
     ids = as_token_ids(getattr(generation_config, "eos_token_id", None))
     derived = getattr(generation_config, "_from_model_config", False)
-    return [] if derived and ids == _class_default(config) else ids
+    if derived and ids == _class_default(config):
+        return [token for token in ids if tokenizer is not None and _may_end(token, tokenizer)]
+    return ids
+
+
+def _may_end(token: int, tokenizer: Any) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    names = ("bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
+    others = {getattr(tokenizer, name, None) for name in names} - {tokenizer.eos_token_id}
+    return added is not None and added.special and token not in others
 
 
 def _class_default(config: Any) -> list[int]:
@@ -40,8 +51,8 @@ def _class_default(config: Any) -> list[int]:
     return as_token_ids(getattr(default, "eos_token_id", None))
 
 
-def end_tokens_beside(path: str) -> list[int]:
-    """Return the end tokens of the model whose files lie at a path or hub id; none where there is no model."""
+def end_tokens_beside(path: str, tokenizer: Any) -> list[int]:
+    """Return the end tokens of the model whose files lie beside a tokenizer's; none where there is no model."""
     try:
         generation_config = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):  # no such file, or no such model
@@ -52,7 +63,7 @@ def end_tokens_beside(path: str) -> list[int]:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError):
         return [] if generation_config is None else as_token_ids(generation_config.eos_token_id)
-    return end_tokens_of_model(generation_config or GenerationConfig.from_model_config(config), config)
+    return end_tokens_of_model(generation_config or GenerationConfig.from_model_config(config), config, tokenizer)
 
 
 def resolve_end_tokens(eos_token_ids: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
@@ -69,7 +80,7 @@ def resolve_end_tokens(eos_token_ids: Any, tokenizer: Any, vocab_size: int) -> f
     """
     if eos_token_ids is None:
         path = getattr(tokenizer, "name_or_path", "")
-        beside = end_tokens_beside(str(path)) if path else []
+        beside = end_tokens_beside(str(path), tokenizer) if path else []
         return frozenset([int(tokenizer.eos_token_id), *(token for token in beside if 0 <= token < vocab_size)])
     given: Sequence[Any] = [eos_token_ids] if as_whole(eos_token_ids) is not None else _listed(eos_token_ids)
     ids = [as_whole(token) for token in given]

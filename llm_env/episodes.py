@@ -303,12 +303,12 @@ class Episodes:
             rewards[at] += score
         return owed + sum(score for _, score in new)
 
-    def _reward_inputs(self, rows: np.ndarray) -> tuple[list[Any], list[Any], list[list[int]], dict[str, list[Any]]]:
-        """Return prompts, completions, their token ids and the columns of `rows`: what rewards are called with."""
+    def _reward_inputs(self, rows: np.ndarray) -> tuple[list[Any], list[Any], list[list[int]], dict[str, list[Any]], list[str]]:
+        """Return what rewards are called with: prompts, completions, their ids, the columns and the rendered prompts."""
         responses = [self.response(row).tolist() for row in rows.tolist()]
         indexes = self.prompt_indexes[rows].tolist()
         prompts, completions, columns = self.rules.prompts.reward_inputs(indexes, self.rules.decode(responses))
-        return prompts, completions, responses, columns
+        return prompts, completions, responses, columns, [self.rules.prompts.texts[i] for i in indexes]
 
     def _infos(
         self, rows: list[int], scores: Scores, penalties: dict[str, np.ndarray], truncated: np.ndarray

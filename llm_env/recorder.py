@@ -27,10 +27,11 @@ BEGINNING = b'{"prompt_index": '  # of every record
 class Recorder:
     """Appends one JSON object an episode to a file; give evaluation an env of its own, or its episodes are recorded as well.
 
-    Every object has `prompt_index`, `prompt` and `completion` as reward functions get them, `prompt_ids`, `completion_ids`,
-    `columns` (the prompt's), `components` (by name, before weighting), `score` (what rewards and ends paid, without a KL),
-    `terminated`, `truncated`, `logprobs` and `ref_logprobs` (one a completion token, in nats; null where not known), and
-    `is_success`, `reward_error` and what rewards logged (`metric/<name>`, `extra/<column>`) where the last info has them.
+    Every object has `prompt_index`, `prompt` and `completion` as reward functions get them, `prompt_text` (of a chat, as it is
+    rendered), `prompt_ids`, `completion_ids`, `columns` (the prompt's), `components` (by name, before weighting), `score` (what
+    rewards and ends paid, without a KL), `terminated`, `truncated`, `logprobs` and `ref_logprobs` (one a completion token, in
+    nats; null where not known), and `is_success`, `reward_error` and what rewards logged (`metric/<name>`, `extra/<column>`)
+    where the last info has them.
 
     Args:
         path: the file; made with its folders if it is not there. A last line that was cut off is taken away.
@@ -108,6 +109,7 @@ def record_of(episodes: Episodes, row: int, info: dict[str, Any], terminated: bo
         "prompt_index": index,
         "prompt": prompt,
         "completion": completion,
+        **({} if isinstance(prompt, str) else {"prompt_text": info["prompt"]}),
         "prompt_ids": episodes.prompt(row).tolist(),
         "completion_ids": episodes.response(row).tolist(),
         "columns": episodes.rules.prompts.row(index),
@@ -165,7 +167,8 @@ def rescore(
     for begin in range(0, len(records), BATCH):
         batch = records[begin : begin + BATCH]
         prompts, completions, ids = ([r[key] for r in batch] for key in ("prompt", "completion", "completion_ids"))
-        scores = rewards(prompts, completions, ids, {name: [r["columns"].get(name) for r in batch] for name in names})
+        columns = {name: [r["columns"].get(name) for r in batch] for name in names}
+        scores = rewards(prompts, completions, ids, columns, [str(r.get("prompt_text", r["prompt"])) for r in batch])
         for i, record in enumerate(batch):
             components = {name: float(v[i]) for name, v in scores.components.items() if np.isfinite(v[i])}
             new = {**record, "components": components, "score": float(scores.total[i])}

@@ -111,7 +111,8 @@ class _Lint:
     def given(self, sample: Sample) -> tuple[Any, ...]:
         """What the reward is called with: prompts, completions, their ids and the columns."""
         prompts, completions, columns = self.rules.prompts.reward_inputs(sample.indexes, sample.completions)
-        return prompts, completions, [self._ids(text) for text in sample.completions], columns
+        texts = [self.rules.prompts.texts[i] for i in sample.indexes]
+        return prompts, completions, [self._ids(text) for text in sample.completions], columns, texts
 
     def pay(self, given: tuple[Any, ...]) -> np.ndarray:
         """(B,) of the component that says success, or of the weighted sum: the one place that calls the reward."""

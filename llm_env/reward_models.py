@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from llm_env.answers import completion_text
 from llm_env.chat import Messages, Prompt, encode_prompts
 from llm_env.inputs import evaluation_mode, pad
 from llm_env.positions import max_positions
@@ -304,6 +305,11 @@ class _Renderer:
         """Return the text, and its messages where a chat template has written it."""
         if callable(self._template):
             return Prompt(self._template(prompt, completion), None)
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise ValueError(
+                f"the prompt is a {type(prompt).__name__} and the completion a {type(completion).__name__}; both must be text, "
+                "or both lists of messages"
+            )
         if not isinstance(prompt, str):
             return self._chat(prompt, completion)
         if self._template == "chat":
@@ -326,5 +332,6 @@ class _Renderer:
             )
         messages = [*prompt, *completion]
         if prompt[-1]["role"] == "assistant":  # which the completion goes on from
-            messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}]
+            content = completion_text(prompt[-1:]) + completion_text(completion)
+            messages = [*prompt[:-1], {**prompt[-1], "content": content}]
         return Prompt(self._tokenizer.apply_chat_template(messages, tokenize=False), messages)

@@ -5,7 +5,8 @@ lists of one length, every column of the prompts comes as a keyword with a list 
 `completion_ids` (lists of token ids). Of a prompt that is text both are str; of one that is a chat the prompt is its list of
 messages and the completion `[{"role": "assistant", "content": ...}]`. As in TRL there are `trainer_state` (see `TrainerState`),
 `log_metric(name, value)`, whose mean is logged as `rollout/<name>`, and `log_extra(column, values)`, which goes into the last
-infos and the record. Of all these a function is given what its signature names, or all of them with `**kwargs`.
+infos and the record. A function that names `prompt_texts` gets the prompts as text, chats as their template renders them. Of
+all else a function is given what its signature names, or all of them with `**kwargs`.
 It returns one number a completion; None says "not applicable to this one". A process reward returns, for a completion, a list
 of steps `(end, score)`, `end` being the index of the step's last token among `completion_ids`; each is paid with that token.
 Functions may be asynchronous. Slow or failing ones are put into a `llm_env.reward_pool.PooledReward`.
@@ -32,6 +33,7 @@ from llm_env.reward_pool import PooledReward
 
 RewardFunction = Callable[..., Sequence[Value]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
+ON_REQUEST = ("prompt_texts",)  # given to functions that name them
 NOT_A_BATCH = ("trainer_state", "log_extra", "log_metric")
 METRIC, EXTRA = NOTES = ("metric/", "extra/")  # what `log_metric` and `log_extra` are called in infos
 LARGEST = float(np.finfo(np.float32).max)
@@ -226,15 +228,27 @@ class RewardSum:
         ]
 
     def __call__(
-        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+        prompt_texts: list[str] | None = None,
     ) -> Scores:
         """Score a batch of B completions.
+
+        Args:
+            prompts: B texts or chats.
+            completions: B texts or chats.
+            completion_ids: B lists of token ids.
+            columns: B values each, by name.
+            prompt_texts: the prompts as they are rendered; by default those that are text, and "" for chats.
 
         Raises:
             ValueError: a function raised, or returned another number of values, a NaN or an infinity, or no function
                 scored some completion. The message names the function and the row.
         """
-        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        given = _given(prompts, completions, completion_ids, columns, prompt_texts)
         scores = self._ask(range(len(self.names)), given)
         unscored = np.flatnonzero(np.isnan(np.stack(list(scores.components.values()))).all(axis=0))
         if len(unscored):
@@ -252,10 +266,15 @@ class RewardSum:
         return scores
 
     def steps_so_far(
-        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+        prompt_texts: list[str] | None = None,
     ) -> Scores:
         """What the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
-        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        given = _given(prompts, completions, completion_ids, columns, prompt_texts)
         return self._ask(np.flatnonzero(self._live).tolist(), given)
 
     def take_seconds(self) -> dict[str, float]:
@@ -297,6 +316,14 @@ class RewardSum:
             self._seconds[name] += time.perf_counter() - begin
 
 
+def _given(
+    prompts: list[Any], completions: list[Any], completion_ids: list[Any], columns: dict[str, Any], texts: list[str] | None
+) -> dict[str, Any]:
+    texts = [prompt if isinstance(prompt, str) else "" for prompt in prompts] if texts is None else texts
+    always = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    return {**columns, **always, "prompt_texts": texts}
+
+
 def _own(value: Any) -> Any:
     """`value` with lists and dicts of its own, all the way down: a function may change what it is given."""
     if type(value) is list:
@@ -322,7 +349,7 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
 
 def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str], incomplete: dict[str, int]) -> list[str]:
     """The keywords to call `function` with: all on offer if it takes `**kwargs`, else those that it names."""
-    batches = [*ALWAYS_GIVEN, *(column for column in columns if column not in (*ALWAYS_GIVEN, *NOT_A_BATCH))]
+    batches = [*ALWAYS_GIVEN, *(column for column in columns if column not in (*ALWAYS_GIVEN, *ON_REQUEST, *NOT_A_BATCH))]
     on_offer = batches if isinstance(function, PooledReward) else [*batches, *NOT_A_BATCH]
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -334,7 +361,7 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
             "f(prompts=..., completions=...); wrap it in a function that takes 'completions'"
         )
     needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    missing = [key for key in needed if key not in on_offer]
+    missing = [key for key in needed if key not in (*on_offer, *ON_REQUEST)]
     if alone := [key for key in missing if key in NOT_A_BATCH]:
         raise ValueError(
             f"reward {name!r} needs {alone[0]!r}, which a PooledReward does not hand on: it calls the function for a few "
@@ -344,6 +371,11 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
         raise ValueError(
             f"reward {name!r} needs {singular}, but rewards are called with lists, prompts and completions; name its "
             f"parameters {[f'{key}s' for key in singular]} and return one number for each completion"
+        )
+    if "environments" in missing:
+        raise ValueError(
+            f"reward {name!r} needs 'environments', which TRL gives with its environment_factory; there are none here: take "
+            "what it needs from columns of the prompts"
         )
     if missing:
         raise ValueError(
@@ -355,10 +387,10 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
             raise ValueError(
                 f"reward {name!r} needs the column {key!r}, but row {incomplete[key]} of the prompts has none; add it"
             )
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return on_offer
     named = {p.name for p in parameters}
-    return [key for key in on_offer if key in named]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return [*on_offer, *(key for key in ON_REQUEST if key in named)]
+    return [key for key in (*on_offer, *ON_REQUEST) if key in named]
 
 
 # --- reward functions that ship ---------------------------------------------------------------------------------------

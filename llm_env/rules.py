@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from llm_env.observations import FORMS
 from llm_env.prompts import PromptTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
-from llm_env.stops import StopStrings
+from llm_env.stops import StopStrings, decode
 
 if TYPE_CHECKING:
     from llm_env.reference import KLController, Reference
@@ -125,8 +126,9 @@ class Rules:
             self.reference.check_vocabulary(self.vocab_size)
             self.reference.check_length(max(map(len, self.prompts.ids)), self.max_new_tokens)
         self.recorder = None if record is None else Recorder(record, map(self.prompts.row, range(len(self.prompts))))
-        if problem := self.endless_turn():
-            logger.warning("%s", problem)
+        self._warned = False
+        if self.ends_are_given or self.tokenizer.name_or_path:  # else an agent may know more
+            self.warn_of_endless_turn()
 
     def _set_ends(self, eos_ids: frozenset[int]) -> None:
         self.eos_ids = eos_ids
@@ -208,13 +210,35 @@ class Rules:
         if all(messages is None for messages in self.prompts.messages):
             return ""
         tokens = self.prompts.format.end_of_turn()
-        closing = [token for token in tokens if token in self.special]
-        if not closing or any(token in self.eos_ids or self.completes_stop(tokens[: i + 1]) for i, token in enumerate(tokens)):
+        if any(token in self.eos_ids or self.completes_stop(tokens[: i + 1]) for i, token in enumerate(tokens)):
+            return ""
+        added = self.tokenizer.added_tokens_decoder
+        closing = next((token for token in tokens if token in added), None)
+        if closing is not None:
+            name, remedy = added[closing].content, f"eos_token_ids={sorted([*self.eos_ids, closing])}"
+        elif marker := re.match(r"\s*(<\S+?>|\[\S+?\])", decode(self.tokenizer, tokens)):  # of ordinary tokens
+            name, remedy = marker[1], f"stop={marker[1]!r}"
+        else:
             return ""
         return (
-            f"the chat template closes a turn with {self.special[closing[0]]!r}, which is no end token of this env (they are "
-            f"{sorted(self.eos_ids)}): answers go on after it; set eos_token_ids={sorted([*self.eos_ids, closing[0]])}"
+            f"the chat template closes a turn with {name!r}, which ends no episode of this env (end tokens are "
+            f"{sorted(self.eos_ids)}): answers go on after it; set {remedy}"
         )
+
+    def warn_of_endless_turn(self) -> None:
+        """Log `endless_turn`, once; and prompts that end as an answer does."""
+        if self._warned:
+            return
+        self._warned = True
+        if problem := self.endless_turn():
+            logger.warning("%s", problem)
+        chats = (i for i, messages in enumerate(self.prompts.messages) if messages is not None)
+        if (i := next((i for i in chats if int(self.prompts.ids[i][-1]) in self.eos_ids), None)) is not None:
+            logger.warning(
+                "the prompt %r ends with an end token: the chat template writes no opening of the assistant's answer; see that "
+                "it heeds add_generation_prompt",
+                self.prompts.texts[i][-80:],
+            )
 
 
 def _tokenizer(tokenizer: Any) -> Any:

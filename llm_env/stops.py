@@ -44,6 +44,14 @@ class StopStrings:
         self._patterns = [self._symbolic(string, ordered, found) for string in self.strings]
         self._textless = textless - set(self._symbols)
         symbols = set(self._symbols.values())
+        over = "".join(symbol for token, symbol in self._symbols.items() if token in set(ends))
+        for string, pattern in zip(self.strings, self._patterns, strict=True):
+            if over and (at := re.search(f"[{over}](?=.)", pattern, re.DOTALL)):
+                end = next(text for text, token in found.items() if self._symbols[token] == at[0])
+                raise ValueError(
+                    f"the stop string {string!r} can never appear: an episode ends at its end token {end!r}; leave out what "
+                    "comes after it"
+                )
         self.texts = [p for p in self._patterns if not symbols & set(p)]
         self.token_ids = sorted(token for token, symbol in self._symbols.items() if symbol in self._patterns)
         # A token with text holds at least a byte, so this many hold every stop string, with room for what a decoder strips.

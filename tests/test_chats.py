@@ -194,6 +194,51 @@ def test_check_reward_speaks_messages():
     assert check_reward(env, quiet=True).passed
 
 
+def test_functions_that_name_them_get_the_rendered_prompts():
+    seen = []
+
+    def look(completions, prompt_texts):
+        seen.append(prompt_texts)
+        return [0.0] * len(completions)
+
+    env = make([{"prompt": SPIDER}, "text"], reward=[look, PooledReward(look)])
+    for index, text in enumerate([SPIDER_TEXT, "text"]):
+        env.reset(options={"index": index})
+        env.step(EOS)
+        assert seen[-2:] == [[text], [text]]
+
+
+def test_an_environment_of_trl_is_told():
+    def reward(completions, environments):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match="needs 'environments', which TRL gives with its environment_factory"):
+        make(["a"], reward=reward)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "match"),
+    [
+        ([{"from": "human", "value": "How many?"}], ValueError, r"row 0: a message has the keys \['from', 'value'\].*'role'"),
+        ([{"role": "user"}], ValueError, r"row 0: a message has the keys \['role'\]; it must have 'role' and 'content'"),
+        ([{"role": 3, "content": "a"}], ValueError, "row 0: a message has the keys"),
+        ([{"role": "user", "content": None}], ValueError, "row 0: a message has the keys"),
+        (
+            [*SPIDER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}],
+            ValueError,
+            "row 0: the last message, of the assistant, has no content to be continued",
+        ),
+    ],
+)
+def test_messages_that_say_nothing_are_refused(messages, error, match):
+    refused(make, [{"prompt": messages}], error=error, match=match)
+
+
+def test_tools_that_are_none_are_refused():
+    refused(make, [{"prompt": SPIDER, "tools": "calculator"}], match="row 0: 'tools' is 'calculator', which is no JSON")
+    refused(make, [{"prompt": SPIDER, "tools": {"name": "f"}}], error=TypeError, match="row 0: 'tools' is a dict; give a list")
+
+
 # --- token ids ----------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +390,18 @@ def test_the_template_of_training_is_exported(tmp_path):
         assert sorted(ends) == [EOS, END], name
 
 
+def test_the_templates_arguments_of_training_are_saved(tmp_path):
+    tokenizer = make_chat_tokenizer(template=OPTIONS)
+    env = make([{"prompt": SPIDER}], tokenizer, chat_template_kwargs={"enable_thinking": False})
+    agent = GRPO(tiny(tokenizer), env, group_size=4, n_envs=4, seed=0, policy_kwargs={"tokenizer": tokenizer}, preflight=False)
+    agent.save(tmp_path / "agent")
+    alone = GRPO.load(tmp_path / "agent")
+    (ids,) = alone._contexts([SPIDER], alone.policy.prompt_format(), None)
+    assert ids == env.rules.prompts.ids[0].tolist() == ids_of("u:How many legs has a spider?;a:-")
+    alone.save(tmp_path / "again")
+    assert GRPO.load(tmp_path / "again").policy.chat_template_kwargs == {"enable_thinking": False}
+
+
 # --- reward models --------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +414,8 @@ def test_a_reward_model_renders_a_chat_once_with_one_bos():
         model = RewardModel(classifier, tokenizer, template=template)
         assert model._encode([SPIDER], [answer]) == [ids_of(chat)]
         begun = [*SPIDER, {"role": "assistant", "content": "It has "}]
+        parts = [*SPIDER, {"role": "assistant", "content": [{"type": "text", "text": "It has "}]}]
+        assert model._encode([parts], [answer]) == model._encode([begun], [answer])
         assert model._encode([begun], [answer]) == [ids_of("<bos>" + SPIDER_TEXT + "It has 8<|im_end|>\n")]
     plain = RewardModel(classifier, tokenizer)
     assert plain._encode(["a", "<bos>a"], ["b", "b"]) == [ids_of("<bos>ab")] * 2
@@ -379,6 +438,8 @@ def test_a_reward_model_that_cannot_read_chats_says_so():
         classifier, tokenizer, template=lambda p, c: str(p) if isinstance(p, str) else p[0]["content"] + c[0]["content"]
     )
     assert mine._encode([SPIDER], [answer]) == [ids_of("How many legs has a spider?8")]
+    with pytest.raises(ValueError, match="the prompt is a str and the completion a list; both must be text"):
+        RewardModel(classifier, tokenizer)(["a"], [answer])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="the reward model's tokenizer has no chat template"):
         RewardModel(classifier, tokenizer)([SPIDER], [answer])

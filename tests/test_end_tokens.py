@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from agents import GRPO, TextVecEnv
@@ -63,10 +64,21 @@ def test_one_number_in_the_file_is_an_end_token_beside_the_tokenizers(tmp_path):
 
 
 def test_a_default_that_nobody_set_ends_nothing(tmp_path):
-    model = tiny(make_chat_tokenizer())
+    tokenizer = make_chat_tokenizer()
+    model = tiny(tokenizer)
     assert model.generation_config.eos_token_id == BOS  # the class's default, 2, happens to be this tokenizer's <bos>
-    assert end_tokens_of_model(model.generation_config, model.config) == []
-    assert make(saved(make_chat_tokenizer(), tmp_path, None)).rules.eos_ids == {EOS}
+    assert end_tokens_of_model(model.generation_config, model.config, tokenizer) == []
+    assert make(saved(tokenizer, tmp_path, None)).rules.eos_ids == {EOS}
+
+
+def test_a_default_that_the_tokenizer_has_an_end_token_for_counts(tmp_path):
+    """As `</s>` is of Mistral 7B and Llama 2, where the tokenizer's end token was changed for a chat template."""
+    tokenizer = make_chat_tokenizer(eos="<|im_end|>")
+    tokenizer.bos_token = None
+    assert make(saved(tokenizer, tmp_path, None)).rules.eos_ids == {BOS, END}
+    env = make(tokenizer)
+    GRPO(tiny(tokenizer), env, group_size=4, n_envs=4, policy_kwargs={"tokenizer": tokenizer})
+    assert env.rules.eos_ids == {BOS, END}
 
 
 @pytest.mark.parametrize("eos", [END, [EOS, END]])
@@ -75,7 +87,7 @@ def test_a_config_alone_says_it_too(eos, tmp_path):
     path = saved(tokenizer, tmp_path, None)
     tiny(tokenizer, eos_token_id=eos).config.save_pretrained(path)
     (tmp_path / "generation_config.json").unlink()
-    assert set(end_tokens_beside(path)) == {END} | ({EOS} if isinstance(eos, list) else set())
+    assert set(end_tokens_beside(path, tokenizer)) == {END} | ({EOS} if isinstance(eos, list) else set())
     assert make(path).rules.eos_ids == {EOS, END}
 
 
@@ -121,6 +133,15 @@ def test_a_tokenizer_with_another_end_token_needs_no_other_vocabulary():
     env = make(env_side)
     GRPO(tiny(agent_side), env, group_size=4, n_envs=4, policy_kwargs={"tokenizer": agent_side})
     assert env.rules.eos_ids == {EOS, END}
+
+
+def test_envs_of_one_process_are_all_told():
+    tokenizer = make_chat_tokenizer()
+    venv = DummyVecEnv([lambda: make(make_chat_tokenizer(), max_new_tokens=2) for _ in range(2)])
+    with pytest.warns(UserWarning, match="token by token"):
+        agent = GRPO(tiny(tokenizer, [EOS, END]), venv, group_size=2, policy_kwargs={"tokenizer": tokenizer}, preflight=False)
+    assert [rules.eos_ids for rules in venv.get_attr("rules")] == [{EOS, END}] * 2
+    agent.learn(4)
 
 
 def test_an_eval_callback_ends_where_training_does():
@@ -213,6 +234,31 @@ def test_the_audit_reports_a_turn_that_ends_nothing(caplog):
     assert row(stop="<|im_end|>").result == "passed"
     assert row(prompts=["text"]).result == "not applicable"
     assert "closes a turn" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("added", "template", "remedy"),
+    [
+        ("<|end|>", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "eos_token_ids=[0, 261]"),
+        (None, "{% for m in messages %}{{ m.content }}</turn>\n{% endfor %}", "stop='</turn>'"),
+        (None, "{% for m in messages %}{{ m.content }}={% endfor %}", ""),
+        (None, "{{ bos_token }}hello", ""),  # writes no message at all
+        (None, "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}", ""),
+    ],
+)
+def test_how_a_turn_may_be_closed(added, template, remedy, caplog):
+    tokenizer = make_chat_tokenizer(template=template)
+    if added:
+        tokenizer.add_tokens([added])  # a token of its own, and not special
+    problem = make(tokenizer).rules.endless_turn()
+    assert remedy in problem and bool(problem) == bool(remedy)
+    assert "closes a turn" not in caplog.text  # an agent may know more
+    assert make(tokenizer, stop=added or "</turn>").rules.endless_turn() == ""
+
+
+def test_a_template_without_an_opening_is_told(caplog):
+    make(make_chat_tokenizer(template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"), eos_token_ids=[EOS, END])
+    assert "ends with an end token: the chat template writes no opening" in caplog.text
 
 
 def test_a_pushed_generation_config_is_read_as_it_is(tmp_path):

@@ -81,6 +81,12 @@ def test_a_stop_string_that_cannot_appear_is_refused(tokenizer):
     TextGenerationEnv(["a"], length, make_chat_tokenizer(), stop=["z", "a\u0301\U0001f600", "\u4e2d"])  # bytes can be all
 
 
+def test_what_comes_after_an_end_token_never_comes():
+    with pytest.raises(ValueError, match=r"can never appear: an episode ends at its end token '<eos>'"):
+        ends_at("<eos>\nUser:", ids_of("a"), make_chat_tokenizer())
+    assert ends_at("a<eos>", [*ids_of("a"), 0], make_chat_tokenizer())[0] == 1
+
+
 def test_what_can_be_written_is_found_by_hand():
     for text, pieces, possible in (
         ("ab", ["a", "b"], True),
