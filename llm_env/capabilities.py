@@ -95,10 +95,10 @@ def _room(model: PreTrainedModel) -> int:
 
 
 def token(model: PreTrainedModel, number: int) -> int:
-    """A token id from the middle third of the vocabulary, another one for the next number."""
+    """A token id from the middle third of the vocabulary, in no pattern: rows of one token over and over would hide faults."""
     size = vocabulary_of(model)
     span = max(size // 3, min(size, 3))
-    return min(size // 3, size - span) + number % span
+    return min(size // 3, size - span) + ((number + 1) * 2654435761 % 2**32 >> 8) % span  # Knuth's multiplicative hash
 
 
 def agree(outputs: Sequence[Tensor], expected: Sequence[Tensor], noise: float | Tensor = 0.0) -> bool:
@@ -181,7 +181,8 @@ def _try_padding(model: PreTrainedModel) -> bool | None:
         alone = [plain_outputs(model, [row])[0] for row in rows]
         if not all(outputs.isfinite().all() for outputs in alone):
             return None
-        changed = [*rows[0][:-1], token(model, 5 * (len(rows[0]) - 1) + 1)]
+        others = (token(model, number) for number in range(100))
+        changed = [*rows[0][:-1], next((other for other in others if other != rows[0][-1]), rows[0][-1])]
         whole, other = plain_outputs(model, [rows[0], changed])
         first = plain_outputs(model, [rows[0][: len(rows[0]) // 2]])[0]
         long = _long_outputs(model, rows[0])
