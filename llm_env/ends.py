@@ -20,7 +20,7 @@ class Ends:
         overlong_buffer: length of the zone before the limit in which a penalty grows from 0 to `overlong_penalty`, in tokens;
             0 for none. DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) has `overlong_penalty=1`.
         overlong_penalty: the penalty at the limit.
-        missing_eos_penalty: what is taken off where neither the end token nor a stop string ended the response.
+        missing_eos_penalty: what is taken off where neither an end token nor a stop string ended the response.
     """
 
     max_new_tokens: int

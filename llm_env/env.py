@@ -42,10 +42,11 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
     The next prompt in a shuffled order that `reset(seed=)` begins anew, or the prompt `reset(options={"index": i})`.
 
     ## Episode End
-    `terminated`: the action is the end token, or completes a stop string. `truncated`: it is action number max_new_tokens
-    and does not terminate. The last info has `prompt`, `completion`, `prompt_index`, `reward/<name>` for every component,
-    `is_success` where `success` names a component, `reward_error` where a reward failed and was paid a number in its
-    place, and with a reference `ref_logprob`, the sum of log pi_ref, and (told log pi) `kl`, in nats.
+    `terminated`: the action is an end token (see `llm_env.end_tokens`), or completes a stop string. `truncated`: it is action
+    number max_new_tokens and does not terminate. The last info has `prompt` and `completion` as text, `prompt_index`,
+    `reward/<name>` for every component, `is_success` where `success` names a component, `reward_error` where a reward failed
+    and was paid a number in its place, `metric/<name>` and `extra/<column>` where rewards log such, and with a reference
+    `ref_logprob`, the sum of log pi_ref, and (told log pi) `kl`, in nats.
 
     ## Arguments
     prompts, reward, tokenizer and the keywords of `llm_env.rules.Rules`; `render_mode="ansi"` renders the text so far.

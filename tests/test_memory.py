@@ -177,7 +177,7 @@ def test_a_model_without_such_layers_is_refused_and_its_own_switch_is_spoken_of(
     model = make_model("llama", len(TOKENIZER))
     for module in model.modules():
         if type(module).__name__ == "LlamaDecoderLayer":
-            module.__class__ = type("Layer", (nn.Module,), dict(vars(type(module))))
+            module.__class__ = type("Layer", (nn.Module,), {**vars(type(module)), "gradient_checkpointing": False})
     with pytest.raises(ValueError, match="no layers of LlamaForCausalLM that can be computed again"):
         make_agent(model=model, gradient_checkpointing=True)
     model = make_model("llama", len(TOKENIZER))
