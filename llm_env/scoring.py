@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import padding_side, refusing, trial, vocabulary_of, width_of
+from llm_env.capabilities import padding_side, refusing, tells, trial, vocabulary_of, width_of
 from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, takes, without_cache
 from llm_env.shared_prompt import NotShareable, Rows, group_states
 from llm_env.sharing import Extent, PrefixSharing, groups_of, way_to_share, ways_to_share
@@ -274,7 +274,8 @@ _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def head_of(model: PreTrainedModel) -> Head | None:
     """The map from last hidden states to logits, if it is the output embedding alone; None where a model does more.
 
-    Which of the two is found out by a trial, once a model.
+    Which of the two is found out by a trial, once a model. Logits that tell nothing (see `llm_env.capabilities`) are no
+    verdict: what is done to them, such as a soft cap, would not show.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if head is None or model.base_model is model or any(getattr(config, name, None) not in (None, 1) for name in ON_LOGITS):
@@ -285,6 +286,8 @@ def head_of(model: PreTrainedModel) -> Head | None:
             with refusing(model):
                 logits = model(input_ids=ids, **without_cache(model)).logits
                 states = model.base_model(input_ids=ids, **without_cache(model.base_model)).last_hidden_state
+            if not tells(logits[0]):
+                return None
             # Bit for bit: a soft cap hardly shows on small logits. RemBERT's last states are of another width.
             fits = _inputs_of(head) in (None, states.shape[-1])
             _heads[model] = fits and torch.equal(logits, head(states))
