@@ -263,7 +263,7 @@ def put_on(model: PreTrainedModel, peft_config: Any, weights_from: str | Path | 
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # of GPT-2; peft sets it right
             wrapper = peft().get_peft_model(model, config)
         missing = [] if weights_from is None else _load_weights(wrapper, weights_from)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, AttributeError) as error:
         raise ValueError(f"the adapter does not fit the model, a {type(model).__name__}: {_in_short(error)}") from error
     if missing:
         raise ValueError(

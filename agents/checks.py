@@ -13,6 +13,7 @@ import numpy as np
 from agents.quantization import weight_count
 from agents.vec_env import all_rules
 from llm_env.arguments import as_whole, whole
+from llm_env.capabilities import vocabulary_of
 from llm_env.end_tokens import missing_end_tokens
 from llm_env.positions import check_length
 from llm_env.reference import BaseReference, Reference, coefficient
@@ -287,7 +288,7 @@ def check_vocabulary(model: PreTrainedModel, vocab_size: int) -> None:
     Raises:
         ValueError: the model's vocabulary is smaller than `vocab_size`.
     """
-    size = len(model.get_input_embeddings().weight)
+    size = vocabulary_of(model)
     if size < vocab_size:
         raise ValueError(
             f"the model's vocabulary has {size} tokens, fewer than the tokenizer's {vocab_size}; use the tokenizer that "

@@ -47,8 +47,9 @@ def files_of(
         config = copy.deepcopy(lm.config)
         config.architectures = [str(qualified_name(lm)).rpartition(".")[2]]  # a config may have several classes
         config.save_pretrained(folder)
-        if lm.generation_config is not None:
-            lm.generation_config.to_json_file(str(Path(folder) / GENERATION), keys_to_pop=["compile_config"])
+        generation_config = getattr(lm, "generation_config", None)  # a class of the user's own may have none
+        if generation_config is not None:
+            generation_config.to_json_file(str(Path(folder) / GENERATION), keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}

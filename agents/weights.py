@@ -65,7 +65,7 @@ class Weights(BasePolicy):
             self.lm.save_pretrained(path, state_dict=weights)
         elif weights is None:
             merged = self.adapter.merged()
-            merged.generation_config = self.lm.generation_config
+            merged.generation_config = getattr(self.lm, "generation_config", None)
             merged.save_pretrained(path)
         else:
             self.adapter.save(path, weights)

@@ -8,6 +8,9 @@ A forward pass over B rows has one of two layouts:
 
 A model whose log-probs of a token depend on later tokens is refused: sampling, which does not have them yet, would draw from
 another distribution than the one that is trained.
+
+Outputs that are not finite, or that hardly differ from token to token (a head that begins at zero), tell nothing. Then there is
+no verdict: what suits every causal model is done, and the trial is made again the next time.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from llm_env.shared_prompt import Probe, attention_by, window_of
 LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # of the rows of a trial, in tokens; for models with few positions
 LONG = 160  # of a row that is longer than most chunks, blocks and windows that a config does not name
 TOLERANCE = 1e-3  # of the outputs' spread: in tiny models rounding stays under 1e-5 of it, and faults are over 2e-3
+LEAST_SPREAD = 1 / 32  # of the outputs' size, in half precision; in float32 it is 5e-4
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
 REMEDY = "give a causal language model, as AutoModelForCausalLM.from_pretrained(...) loads it"
 
@@ -112,10 +116,21 @@ def agree(outputs: Sequence[Tensor], expected: Sequence[Tensor], noise: float | 
         expected: of the same rows.
         noise: the largest difference that the size of a batch makes, in the outputs' unit.
     """
-    tokens = torch.cat(list(expected)).float()
-    spread = (tokens - tokens.mean(0)).square().mean().sqrt()
     relative = max(TOLERANCE, 16 * torch.finfo(expected[0].dtype).eps)
-    return bool(_difference(outputs, expected) <= relative * spread + 4 * noise)
+    return bool(_difference(outputs, expected) <= relative * _spread(torch.cat(list(expected))) + 4 * noise)
+
+
+def _spread(outputs: Tensor) -> Tensor:
+    """How much outputs (n, H) differ from token to token, a root mean square."""
+    tokens = outputs.float()
+    return (tokens - tokens.mean(0)).square().mean().sqrt()
+
+
+def tells(outputs: Tensor) -> bool:
+    """Whether a trial on outputs (n, H) means anything: they are finite, and differ by far more than they are rounded."""
+    size = outputs.float().square().mean().sqrt()
+    least = min(4 * torch.finfo(outputs.dtype).eps / TOLERANCE, LEAST_SPREAD) * size
+    return bool(outputs.isfinite().all() and _spread(outputs) > least)
 
 
 def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
@@ -139,12 +154,12 @@ Verdicts = WeakKeyDictionary[PreTrainedModel, bool]
 def passes_once(model: PreTrainedModel, verdicts: Verdicts, passes: Callable[[PreTrainedModel], bool]) -> bool:
     """Whether a model passes a trial, which is made once; an error within it, but for a lack of memory, is a failure.
 
-    Weights that are not finite tell nothing, and pass for the time being: sampling reports them.
+    Without a verdict, see the module, it does not for the time being.
     """
     if model not in verdicts:
         with trial(model):
-            if not plain_outputs(model, trial_rows(model)[:1]).isfinite().all():
-                return True
+            if not tells(plain_outputs(model, trial_rows(model)[:1])[0]):
+                return False
             try:
                 verdicts[model] = passes(model)
             except torch.OutOfMemoryError:
@@ -160,6 +175,8 @@ _takes_left: Verdicts = WeakKeyDictionary()
 def takes_left_padding(model: PreTrainedModel) -> bool:
     """Whether a pass in the "left" layout gives what a plain forward pass gives for each row alone; found out by a trial.
 
+    Without a verdict, see the module, it does not for the time being.
+
     Args:
         model: a causal language model, or one without its head.
 
@@ -169,8 +186,8 @@ def takes_left_padding(model: PreTrainedModel) -> bool:
     if model not in _takes_left:
         with trial(model):
             verdict = _try_padding(model)
-        if verdict is None:  # weights that are not finite tell nothing; sampling reports them
-            return True
+        if verdict is None:
+            return False
         _takes_left[model] = verdict
     return _takes_left[model]
 
@@ -179,7 +196,7 @@ def _try_padding(model: PreTrainedModel) -> bool | None:
     rows = trial_rows(model)
     with refusing(model):
         alone = [plain_outputs(model, [row])[0] for row in rows]
-        if not all(outputs.isfinite().all() for outputs in alone):
+        if not tells(torch.cat(alone)):
             return None
         others = (token(model, number) for number in range(100))
         changed = [*rows[0][:-1], next((other for other in others if other != rows[0][-1]), rows[0][-1])]

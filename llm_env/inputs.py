@@ -34,9 +34,10 @@ def pad_with_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> Tens
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
     """Keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
 
-    GPT-2's absolute positions need them; models without `position_ids` (ALiBi) count by the mask themselves.
+    GPT-2's absolute positions need them; models without `position_ids` (ALiBi) count by the mask themselves. A model whose
+    `forward` takes no mask gets none, and a trial finds that it takes no padding on the left (`llm_env.capabilities`).
     """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs = {"input_ids": input_ids} | ({"attention_mask": attention_mask} if takes(model, "attention_mask") else {})
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
@@ -49,9 +50,13 @@ def only_last(model: PreTrainedModel, count: int) -> dict[str, int]:
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     """Keyword arguments of a forward pass that keeps no cache, if the model knows any (GPT-1 does not)."""
+    return {"use_cache": False} if takes(model, "use_cache") else {}
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's `forward` takes a keyword argument, by name or among `**kwargs`."""
     parameters = inspect.signature(model.forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 @contextmanager

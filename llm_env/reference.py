@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from llm_env.capabilities import vocabulary_of
 from llm_env.models import check_causal, load_causal_lm
 from llm_env.passes import passes
 from llm_env.positions import check_length, max_positions
@@ -89,7 +90,7 @@ class Reference:
         Raises:
             ValueError: the model's vocabulary is smaller.
         """
-        size = len(self.model.get_input_embeddings().weight)
+        size = vocabulary_of(self.model)
         if size < vocab_size:
             raise ValueError(f"the reference's vocabulary has {size} tokens, the tokenizer's {vocab_size}; they must match")
         self._vocab_size = vocab_size

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import padding_side, refusing, trial, width_of
-from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
+from llm_env.capabilities import padding_side, refusing, tells, trial, vocabulary_of, width_of
+from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, takes, without_cache
 from llm_env.shared_prompt import NotShareable, Rows, group_states
 from llm_env.sharing import Extent, PrefixSharing, groups_of, way_to_share, ways_to_share
 
@@ -194,8 +194,32 @@ def response_states(
 def _last_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """The last hidden states, of a model that has no head, or whose head is a part of it (Llama 4)."""
     if model.get_output_embeddings() is None:
-        return model(**inputs, **without_cache(model)).last_hidden_state
-    return model(**inputs, **without_cache(model), output_hidden_states=True).hidden_states[-1]
+        states = getattr(model(**inputs, **without_cache(model)), "last_hidden_state", None)
+        if states is None:
+            raise TypeError(_no_states(model))
+        return states
+    return _with_states(model, **inputs, **without_cache(model))[1]
+
+
+def _with_states(model: PreTrainedModel, **inputs: Any) -> tuple[Any, Tensor]:
+    """Outputs and last hidden states of a model with its head.
+
+    Raises:
+        TypeError: If the model gives no hidden states.
+    """
+    if not takes(model, "output_hidden_states"):
+        raise TypeError(_no_states(model))
+    outputs = model(**inputs, output_hidden_states=True)
+    if not (states := getattr(outputs, "hidden_states", None)):
+        raise TypeError(_no_states(model))
+    return outputs, states[-1]
+
+
+def _no_states(model: PreTrainedModel) -> str:
+    return (
+        f"the {type(model).__name__} gives no hidden states, so that no value head can be put on it; let its forward return "
+        "hidden_states where output_hidden_states=True, or train it by an algorithm without a critic (GRPO, REINFORCE)"
+    )
 
 
 def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
@@ -231,15 +255,17 @@ def _plain_outputs(model: PreTrainedModel, prompts: Rows, responses: Rows, with_
         logits = taken(model(**arguments).logits)
         return logits, logits
     if model.base_model is model:  # no part of it ends where its head begins (Llama 4)
-        outputs = model(**arguments, output_hidden_states=True)
-        return taken(outputs.hidden_states[-1]), taken(outputs.logits)
-    read: list[Tensor] = []  # by the head; the last of `hidden_states` may be another one (Gemma 3n)
-    hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: read.append(outputs.last_hidden_state))
+        outputs, states = _with_states(model, **arguments)
+        return taken(states), taken(outputs.logits)
+    read: list[Any] = []  # by the head; the last of `hidden_states` may be another one (Gemma 3n)
+    hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: read.append(outputs))
     try:
         logits = taken(model(**arguments).logits)
     finally:
         hook.remove()
-    return taken(read[-1]), logits
+    if not read or not isinstance(getattr(read[-1], "last_hidden_state", None), Tensor):
+        raise TypeError(_no_states(model))
+    return taken(read[-1].last_hidden_state), logits
 
 
 _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -248,17 +274,20 @@ _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def head_of(model: PreTrainedModel) -> Head | None:
     """The map from last hidden states to logits, if it is the output embedding alone; None where a model does more.
 
-    Which of the two is found out by a trial, once a model.
+    Which of the two is found out by a trial, once a model. Logits that tell nothing (see `llm_env.capabilities`) are no
+    verdict: what is done to them, such as a soft cap, would not show.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if head is None or model.base_model is model or any(getattr(config, name, None) not in (None, 1) for name in ON_LOGITS):
         return None
     if model not in _heads:
-        ids = torch.arange(3, device=model.device)[None] % len(model.get_input_embeddings().weight)
+        ids = torch.arange(3, device=model.device)[None] % vocabulary_of(model)
         with trial(model):
             with refusing(model):
                 logits = model(input_ids=ids, **without_cache(model)).logits
                 states = model.base_model(input_ids=ids, **without_cache(model.base_model)).last_hidden_state
+            if not tells(logits[0]):
+                return None
             # Bit for bit: a soft cap hardly shows on small logits. RemBERT's last states are of another width.
             fits = _inputs_of(head) in (None, states.shape[-1])
             _heads[model] = fits and torch.equal(logits, head(states))

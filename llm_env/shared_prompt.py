@@ -178,11 +178,11 @@ class PackedRows:
         query = query.reshape(n, kinds, repeats * g * t, d)
         to_prompt = scores_of(query, keys, softcap)
         if self.padding is not None:
-            to_prompt = to_prompt + self.padding.to(query.dtype)
+            to_prompt = to_prompt + self.padding.to(to_prompt.dtype)
         own_keys, own_values = (x.reshape(n, kinds, 1, g, t, d) for x in (own_keys, own_values))
         later = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
         to_own = scores_of(query.view(n, kinds, repeats, g, t, d), own_keys, softcap)
-        to_own = to_own.masked_fill(later, torch.finfo(query.dtype).min)
+        to_own = to_own.masked_fill(later, torch.finfo(to_own.dtype).min)  # under autocast not the query's type
         weights = weights_of(to_prompt.view(n, kinds, repeats, g, t, p), to_own)
         mixed = (weights[..., :p].reshape(n, kinds, repeats * g * t, p) @ values).view(n, kinds, repeats, g, t, d)
         return (mixed + weights[..., p:] @ own_values).reshape(n, heads, g * t, d)
@@ -206,7 +206,8 @@ class PackedRows:
         if softcap is None:
             return attended(query, key, value, added)
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
-        return weights_of(scores_of(query, key, softcap) + added) @ value
+        scores = scores_of(query, key, softcap)
+        return weights_of(scores + added.to(scores.dtype)) @ value
 
 
 class FlexRows(PackedRows):

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import agree, describable, plain_outputs, trial, width_of
+from llm_env.capabilities import agree, describable, plain_outputs, tells, trial, trial_rows, width_of
 from llm_env.shared_prompt import Rows, group_states, window_of
 
 SAVES = 0.95  # prompts are shared where that leaves at most this share of the work
@@ -142,6 +142,8 @@ def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bo
     if base not in _ways:
         ways = WAYS if base.device.type in FLEX_DEVICES else WAYS[1:]
         with trial(base):
+            if describable(base) and not tells(plain_outputs(base, trial_rows(base)[:1])[0]):
+                return False  # no verdict, for the time being
             _ways[base] = {name for name in ways if describable(base) and _passes_trial(base, name)}
     return way in _ways[base]
 

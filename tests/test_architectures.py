@@ -11,7 +11,8 @@ from agents.decoding import decodes_shared
 from agents.generation import next_logits
 from llm_env.capabilities import describable, padding_side, takes_left_padding
 from llm_env.inputs import without_cache
-from llm_env.scoring import score
+from llm_env.models import check_causal
+from llm_env.scoring import head_of, score
 from llm_env.sharing import shares_prompts
 from tests.architectures import NAMES, V, build
 from tests.conftest import make_tokenizer
@@ -165,9 +166,80 @@ def test_weights_that_are_not_finite_tell_nothing():
     weight = next(model.parameters())
     kept = weight.detach().clone()
     weight.data.fill_(torch.nan)
-    assert takes_left_padding(model) and decodes_with_cache(model)
+    assert not takes_left_padding(model) and not decodes_with_cache(model)
     weight.data.copy_(kept)
+    assert not takes_left_padding(model) and decodes_with_cache(model)
+
+
+def begin_at_zero(model, size=0.0):
+    """Scale the head so that logits hardly differ, or not at all; what scales it back."""
+    weight = model.get_output_embeddings().weight
+    kept = weight.detach().clone()
+    weight.data.mul_(size)
+    return lambda: weight.data.copy_(kept)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma", "bart", "openai-gpt", "llama"])
+def test_outputs_without_spread_tell_nothing(name):
+    """A head that begins at zero: what holds for it is not kept for what it becomes."""
+    model = build(name, tie_word_embeddings=False)
+    restore = begin_at_zero(model)
+    policy = LanguagePolicy(model, TOKENIZER)
+    responses, logps = policy.sample(PROMPTS, 1, 4)
+    trained = [logp.detach() for logp in policy.log_probs(PROMPTS, responses)]
+    for logp in [*logps, *trained]:
+        np.testing.assert_allclose(logp, -np.log(V), rtol=1e-5)  # uniform
+    restore()
+    check(model)
+    found = [trial(model) for trial in (takes_left_padding, decodes_with_cache, decodes_shared)]
+    assert found == [trial(build(name)) for trial in (takes_left_padding, decodes_with_cache, decodes_shared)]
+
+
+def test_hidden_states_without_spread_tell_nothing():
+    model = build("llama", tie_word_embeddings=False)
+    weight = model.model.norm.weight
+    kept = weight.detach().clone()
+    weight.data.zero_()
+    assert not shares_prompts(model.base_model, 2) and not takes_left_padding(model.base_model)
+    weight.data.copy_(kept)
+    assert shares_prompts(model.base_model, 2) and takes_left_padding(model.base_model)
+
+
+def test_a_cap_on_logits_is_seen_once_there_are_any():
+    class Capped(type(build("llama"))):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits.tanh()
+            return outputs
+
+    model = Capped(build("llama", tie_word_embeddings=False).config).eval()
+    restore = begin_at_zero(model)
+    assert head_of(model) is None
+    restore()
+    assert head_of(model) is None
+    check(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "bart", "rwkv"])
+def test_rounding_is_no_look_at_later_tokens(name, dtype):
+    """Logits that a bias makes all but constant: tokens differ by less than the bias rounds."""
+    for size in (0.0, 1e-7, 1e-6, 1e-5, 1e-4):
+        model = build(name, tie_word_embeddings=False)
+        begin_at_zero(model, size)
+        model.get_output_embeddings().bias = torch.nn.Parameter(
+            torch.linspace(-20, 20, len(model.get_output_embeddings().weight))
+        )
+        check_causal(model.to(dtype), "policy")
+
+
+def test_a_model_that_sees_later_tokens_is_refused_once_it_shows():
+    model = build("bert", is_decoder=False, tie_word_embeddings=False)
+    restore = begin_at_zero(model)
     assert not takes_left_padding(model)
+    restore()
+    with pytest.raises(TypeError, match="is not causal"):
+        takes_left_padding(model)
 
 
 def test_trials_are_made_once_a_model_and_leave_it_as_it_was(monkeypatch):

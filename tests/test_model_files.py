@@ -8,6 +8,7 @@ import warnings
 import zipfile
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -19,10 +20,13 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from agents import GRPO, PPO, REINFORCE, LanguagePolicy
 from tests.conftest import make_model, make_tokenizer, refused
@@ -174,6 +178,68 @@ def test_models_that_no_config_rebuilds(case, remote, tmp_path):
     assert same(again.policy.state_dict().values(), agent.policy.state_dict().values())
     plain = LlamaForCausalLM(LlamaConfig(**TEXT))
     refused(GRPO.load, tmp_path / "agent", policy=plain, error=ValueError, match="Llama")
+
+
+class NanoConfig(PretrainedConfig):
+    model_type = "nano"
+
+    def __init__(self, vocab_size=V, **kwargs):
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+
+
+class Nano(PreTrainedModel):
+    """The least that is a causal language model: ids alone come in, and logits out; no GenerationMixin."""
+
+    config_class = NanoConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wte, self.head = torch.nn.Embedding(config.vocab_size, 16), torch.nn.Linear(16, config.vocab_size)
+        self.rnn = torch.nn.GRU(16, 16, batch_first=True)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def forward(self, input_ids, labels=None):
+        return CausalLMOutput(logits=self.head(self.rnn(self.wte(input_ids))[0]))
+
+
+class NanoWithMask(Nano):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("kind", [Nano, NanoWithMask])
+def test_a_class_of_ones_own_without_generate_or_masks(kind, tmp_path):
+    torch.manual_seed(0)
+    env = make_env(TOKENIZER, prompts=("a", "bcd"), max_prompt_tokens=3)
+    agent = agent_of(kind(NanoConfig()), env=env).learn(40)
+    prompts, responses = [[3], [4], [5, 6, 7, 8]], [[6, 7, 0], [4], [3, 3]]
+
+    def plain(policy):
+        with torch.no_grad():
+            rows = [policy.lm(torch.tensor([p + r])).logits[0].log_softmax(-1) for p, r in zip(prompts, responses, strict=True)]
+        pairs = zip(rows, prompts, responses, strict=True)
+        return torch.cat([row[len(p) - 1 : -1].gather(1, torch.tensor(r)[:, None])[:, 0] for row, p, r in pairs])
+
+    torch.testing.assert_close(torch.cat(agent.policy.log_probs(prompts, responses)).detach(), plain(agent.policy))
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    responses, sampled = agent.policy.sample([[3], [4], [5, 6, 7, 8]], 2, 5)
+    torch.testing.assert_close(torch.as_tensor(np.concatenate(sampled)), plain(agent.policy), atol=1e-5, rtol=0)
+    ids, mask = np.array([[3, 0, 0], [5, 6, 7]]), np.array([[1, 0, 0], [1, 1, 1]], np.int8)
+    likeliest = [agent.policy.lm(torch.tensor([row])).logits[0, -1, :V].argmax().item() for row in ([3], [5, 6, 7])]
+    assert agent.predict({"input_ids": ids, "attention_mask": mask}, deterministic=True)[0].tolist() == likeliest
+    with pytest.warns(UserWarning, match="does not rebuild this"):
+        agent.save(tmp_path / "agent")
+    agent.policy.save_pretrained(tmp_path / "out")
+    again = GRPO.load(
+        tmp_path / "agent", policy=kind(NanoConfig()), env=make_env(TOKENIZER, prompts=("a", "bcd"), max_prompt_tokens=3)
+    )
+    assert torch.equal(logp_of(again.policy), logp_of(agent.policy))
+    for settings in ({}, {"separate_critic": True}):
+        refused(agent_of, kind(NanoConfig()), PPO, **settings, error=TypeError, match=f"{kind.__name__} gives no hidden states")
 
 
 def test_a_plain_model_needs_none_and_takes_one(tmp_path):

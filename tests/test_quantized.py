@@ -107,6 +107,18 @@ def test_sampler_and_trainer_agree_and_the_ratio_is_one(kind, path, monkeypatch)
         np.testing.assert_allclose(a, b.detach(), atol=1e-4 if exact else 2e-2)
 
 
+@ALL
+@pytest.mark.parametrize("sharing", ["auto", True, False])
+def test_bf16(kind, sharing, path):
+    """Under autocast a quantizer's layers may give float32, of which scores in bfloat16 are made."""
+    agent = agent_of(quantized(path, kind), bf16=True, prefix_sharing=sharing).learn(32)
+    prompts, responses = [[3, 4, 5], [3, 4, 5], [6], [6]], [[7, 8, 0], [9], [5, 5], [4]]
+    mixed = torch.cat(agent.policy.log_probs(prompts, responses))
+    agent.policy.bf16, agent.policy.prefix_sharing = False, False
+    exact = torch.cat(agent.policy.log_probs(prompts, responses))
+    torch.testing.assert_close(mixed, exact, atol=0.05, rtol=0)  # bfloat16 has 8 bits
+
+
 def test_log_probs_are_those_of_the_dequantized_weights(path):
     """By hand: the same Llama, with the weights that bitsandbytes says the packed ones mean."""
     import bitsandbytes
