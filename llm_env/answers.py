@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import groupby
 from typing import Any
@@ -110,8 +111,24 @@ def answer_text(
     return strip_thoughts(completion_text(completion), think_tags, in_thought=prompt.rstrip().endswith(begun))
 
 
-def answer_texts(completions: Texts, prompts: Texts | None = None, think_tags: ThinkTags = THINK_TAGS) -> list[str]:
-    """Return `answer_text` of B completions, each with its prompt where `prompts` are given."""
+def answer_texts(
+    completions: Texts,
+    prompts: Texts | None = None,
+    think_tags: ThinkTags = THINK_TAGS,
+    prompt_texts: Sequence[str] | None = None,
+) -> list[str]:
+    """Return `answer_text` of B completions, each with its prompt where there are prompts.
+
+    Args:
+        completions: B texts or lists of chat messages.
+        prompts: B texts or lists of chat messages.
+        think_tags: (opening, closing) tag, or several such pairs.
+        prompt_texts: B prompts as the model reads them. They replace `prompts`: a chat template may open the thought.
+
+    >>> answer_texts(["So it is 8."], [[{"role": "user", "content": "3+5"}]], prompt_texts=["<user>3+5<assistant><think>"])
+    ['']
+    """
+    prompts = prompts if prompt_texts is None else prompt_texts
     rows = zip(completions, [None] * len(completions) if prompts is None else prompts, strict=True)
     return [answer_text(completion, prompt, think_tags) for completion, prompt in rows]
 
@@ -195,25 +212,43 @@ _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),  # hyphens, the figure and the en dash, minus signs
         **dict.fromkeys("\u00a0\u2009\u202f", " "),
-        **{
-            character: f" {fraction}"
-            for character, fraction in zip(
-                "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "1/2 1/3 2/3 1/4 3/4 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split(), strict=True
-            )
-        },
         "\u2044": "/",
         "⋅": "·",
         "∙": "·",
         "⇒": "→",
     }
 )
+_FRACTIONS = dict(zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "1/2 1/3 2/3 1/4 3/4 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split(), strict=True))
 _SYMBOLS = {
     "times": "×", "cdot": "·", "div": "÷", "pm": "±", "mp": "±", "pi": "π", "sqrt": "√", "infty": "∞", "approx": "≈", "to": "→",
     "rightarrow": "→", "Rightarrow": "→", "implies": "→", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠",
+    "in": "∈", "notin": "∉", "setminus": "\u2216", "cup": "\u222a", "cap": "∩",
 }  # fmt: skip
-_PLAIN = (
+
+
+def _follows_word(match: re.Match[str]) -> bool:
+    return match.string[max(0, match.start() - 1) : match.start()].isalnum()
+
+
+_UNIT = (  # of measures that are given in two parts: 2 hours 30 minutes, 5 ft 3 in
+    r"(?:(?:year|month|week|day|hour|hr|minute|min|second|sec|mile|yard|foot|feet|ft|inch(?:es)?|kilometer|meter|centimeter"
+    r"|km|cm|mm|stone|pound|lb|ounce|oz|kilogram|gram|kg|dollar|cent|euro|degree)s?|[hms])(?![A-Za-z])\.?"
+)
+_LAST_UNIT = rf"(?:{_UNIT}|in(?![A-Za-z]))"
+_MINUS_LEADS = r"-[\s~]{0,9}(?=[({$€£¥₹]{0,3}[.0-9])"  # a minus that may stand apart from its number
+_BRACKETED_NUMBER: tuple[re.Pattern[str], Callable[[re.Match[str]], str]] = (  # -(5)
+    re.compile(
+        r"(?<![\w)%\]}])(?<![0-9)%]\s)-[({\[]\s{0,3}(?P<sign>-?)(?P<number>[$€£¥₹]?[0-9.][0-9.,/ ]*%?[A-Za-z ]{0,30})[)}\]]"
+        r"(?!\s?[\^!])"
+    ),
+    lambda m: ("" if m["sign"] else "-") + m["number"],
+)
+_PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (
+    (re.compile(f"[{''.join(_FRACTIONS)}]"), lambda m: " " * _follows_word(m) + _FRACTIONS[m[0]]),
     (re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), lambda m: "^" + m[0].translate(_SUPERSCRIPTS)),
     (re.compile(r"\\\\(?=\s{1,9}\S|[-0-9])"), " & "),  # the end of a row
+    (re.compile(r"\{-\}"), "-"),
+    (re.compile(r"(\\[(\[]|(?<!\S)\${1,2})\s{0,9}-\s{1,9}(?=[0-9.({\\])"), r"\1-"),  # formulas open with the minus
     (re.compile(r"\\[!,]|\\(?=[$%])|\\(?:left|right)(?![A-Za-z])\.?"), ""),
     (re.compile(r"\\[;:>()\[\] ]|\\(?:displaystyle|textstyle|q?quad|therefore|because)(?![A-Za-z])"), " "),
     (re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
@@ -227,6 +262,11 @@ _PLAIN = (
     (re.compile(r"(?<=[0-9])\*\*(?=-?[0-9])"), "^"),
     (re.compile(r"(?<=[0-9]):00(?![\w:])"), ""),  # on the hour
     (re.compile(r"\b(?i:minus|negative)\s(?=[0-9$€£.])"), "-"),
+    (re.compile(r"=>"), "→"),
+    (re.compile(r"[<>!]="), lambda m: {"<": "≤", ">": "≥", "!": "≠"}[m[0][0]]),
+    (re.compile(rf"((?:=|→|->|≈|:|[({{]|\b(?:is|be|equals|or|and)\b)[ \t*_$({{]{{0,9}}){_MINUS_LEADS}"), r"\1-"),
+    _BRACKETED_NUMBER,
+    (re.compile(rf"([0-9]\s?{_UNIT}),\s(?=(?:and\s)?[0-9.]+\s?{_LAST_UNIT})"), r"\1 "),  # 2 years, 3 months
 )
 
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
@@ -241,20 +281,22 @@ _NUMBER = re.compile(
     rf"|{_EXPONENT.replace('{0}', 'power')}"
     rf"|\s?/\s?(?P<denominator>{_DIGITS})"
     r")?"
-    r"(?: (?P<scale>hundred|thousand|million|billion|trillion)s?\b)?"
+    r"(?P<scales>(?:(?:[ ]{0,4}|-)(?i:hundred|thousand|million|billion|trillion)s?\b){1,2})?"
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 LARGEST_EXPONENT = 1000  # of a number in scientific notation, and of a power
 LONGEST_POWER = 4300  # digits
 
-_VARIABLE = r"(?:[xyz]{1,3}|[ne]|a[bc]|bc|abc|[α-ω])(?!\w|-[A-Za-z]{2})"  # but 5 x-rays
+_VARIABLE = r"(?:[xyz]{1,3}|[ne]|a[bc]|bc|abc|[α-ω]|i(?!\s[a-z]))(?!\w|-[A-Za-z]{2})"  # but 5 x-rays
 _FUNCTION = r"(?:log|ln|lg|exp|sin|cos|tan|sec|csc|cot|sinh|cosh|tanh|arcsin|arccos|arctan|sqrt|cbrt|mod)"
 _GOES_ON = re.compile(  # what follows a number that is only a part of something
     r"!|:[0-9]|\s:\s?[0-9]|,[0-9]|,\s?[-+]?∞|\.[0-9]|\.\\[a-z]"
     r"|[a-fijknopqrtuvwxyzBDEGHIJKMNOPQRSTUXYZ](?![A-Za-z])"  # 2n; but 5 m, g, s, h, l, L, A, C, F, V, W
     r"|\((?=[-0-9a-zπ√])(?![a-z]{3})"
+    r"|[-+]a(?!\w)"
+    rf"|\s?{_UNIT}(?:[, ]{{1,2}}(?:and )?|(?<=[hms]))[0-9]+(?:\.[0-9]+)?\s?{_LAST_UNIT}"
     r"|[)\]}%*_\"'`$| ]{0,6}(?:"
-    r"\{?[0-9]|[-+]\s?[-($\[{]{0,2}[0-9.√π]|[-+]\s?[b-hj-zB-HJ-Z](?![A-Za-z])"
+    r"\{?[0-9]|[-+]\s?[-($\[{]{0,2}[0-9.√π]|[-+]\s?[b-hj-zB-HJ-Z](?![A-Za-z])|[-+]\s?i(?!['\w]|\s[a-z])|\\\}"
     rf"|{_VARIABLE}|pi(?!\w)|{_FUNCTION}(?:_\{{?[0-9]+\}}?)?\s?[({{]?(?:[0-9√π\\]|[A-Za-z](?![A-Za-z]))|[×÷·√π∞^±&∑∫≤≥≠]"
     rf"|/\s?[-(\[]?(?:[0-9√π(\\]|{_VARIABLE})"
     r"|[<>](?:\s|[-0-9])"
@@ -268,20 +310,27 @@ _GOES_ON = re.compile(  # what follows a number that is only a part of something
 )
 _LEADS_IN = re.compile(  # what precedes such a number
     r"(?:"
-    r"\S\s?[+/×÷·][\s($\[{]*|&\s*"
+    r"\S\s?[+/×÷·][ \t($\[{]*|(?:[0-9)%\]}$]|(?<![A-Za-z])[A-Za-z])\s?[+/×÷·][\s($\[{]*|&\s*"
     r"|[√∛±∑∫^|≤≥≠][\s($\[{]*(?<![|]\s)"
     r"|[0-9]:|∞,\s?|[0-9)%}]\s?-\s?[($]*|(?<![A-Za-z])[A-Za-z]\s?-\s?[($]*"
     r"|[0-9)%}](?:\s?\*\s|\*{1,2})[($]*|[A-Za-z]\*[($]*"
-    r"|[\w)]\s?<\s?|[\w)]\s>\s?|(?<![<\w/])[A-Za-z]>\s?"
-    rf"|(?<![A-Za-z]){_FUNCTION}(?:_?\{{?[0-9]*\}}?)?\s?[({{]*\s?|\b(?:root|factorial|logarithm|square|cube) of\s[($]*"
+    r"|[\w)]\s?<\s?|[\w)][ \t]>\s?|\A[\s*_$({\[]{0,9}[<>][\s*_$({\[]{0,9}|(?<![<\w/])[A-Za-z]>\s?"
+    rf"|(?<![A-Za-z]){_FUNCTION}(?:_?\{{?[0-9]*\}}?)?[ ]?[({{]*[ ]?|\b(?:root|factorial|logarithm|square|cube) of\s[($]*"
+    r"|[∈∉\u2216\u222a∩\u211d\u2124\u211a\u2115][\s({\[]{0,5}|\bin\s?[({\[]{1,2}\s?|\\\{\s?|[0-9],|-[({\[]{1,3}\s?"
     r"|\}\{|[A-Za-z]\(|[0-9]\s(?:or|x|times|plus|minus|over|choose|divided by|multiplied by)\s[$(]*"
     r"|\bbetween\s(?:[$0-9.,]{1,20}\sand\s)?[$(]*"
     r"|\\(?!(?:boxed|fbox|mathbf|bm|boldsymbol|underline|emph)"
     r"(?![A-Za-z]))[A-Za-z]{1,20}\s?[{(\[]{0,2}\s?"
-    r")$"
+    r")\Z"
 )
+_SECOND_PART = (re.compile(rf"[0-9]\s?{_UNIT}[, ]{{1,2}}(?:and\s)?\Z"), re.compile(rf"\s?{_LAST_UNIT}"))  # before and after it
+_NEGATED = re.compile(
+    r"(?:\bnot|n't|n\u2019t)\s(?:(?:equal to|exactly|just|simply|actually)\s)?(?:[A-Za-z]\s?[=≠]\s?)?[$(*_\s]{0,5}\Z",
+    re.IGNORECASE,
+)
+_DENIES = re.compile(r"[\s*_$({\[]*(?:no(?!\.\s?[0-9])|none|not|never|neither|undefined|impossible)\b", re.IGNORECASE)
 _CONTEXT = 40  # characters before a number that are looked at
-_PART_OF_WORD = re.compile(r"[A-Za-z_][-_{]?$|[A-Za-z]_\{$")  # CO2, x_1, covid-19
+_PART_OF_WORD = re.compile(r"[A-Za-z_][-_{]?\Z|[A-Za-z]_\{\Z")  # CO2, x_1, covid-19
 
 _END_OF_CLAUSE = re.compile(r"[.,;]\s|\bbecause\b|\bsince\b")
 _EXPLANATION = re.compile(
@@ -291,7 +340,13 @@ _EXPLANATION = re.compile(
 _EXPLANATION_OF_FIRST = re.compile(rf":\s|\bwhich\b|{_EXPLANATION.pattern}")  # of a number that nothing is said before
 _RESULT = re.compile(r"=|→|->")
 _OR = re.compile(r"\bor\s(?=(?:[A-Za-z]\s?=\s?)?[-$]{0,2}[.0-9])")
-_ASSIGNED = re.compile(r"(?<![A-Za-z\\])([A-Za-z])\s?=")
+_NAME = r"(?:[A-Z]{2,3}|[A-Za-z](?:_\{?\w{1,9}\}?)?)"
+_ASSIGNED = re.compile(rf"(?<![A-Za-z\\=])(?<!=\s)({_NAME})\s?=")
+_NAMED = re.compile(
+    r"(?<![\w\\(])[A-Za-z]{1,3}(?:_\{?\w{1,9}\}?)?(?:\(\w\))?'?\s?=(?=\s?[-+$({]{0,3}\s?[.0-9])"
+)  # x = 5, f(3) = 7
+_BRACKETED = re.compile(r"[(\[{]([^()\[\]{}]*)[)\]}]")
+_LEADING_MINUS = re.compile(rf"\A([\s*_$({{\[]{{0,9}}){_MINUS_LEADS}")
 _ASIDE = re.compile(r"(?<=[\w%$}*])\s\([^()]*\)|(?<=[\w%$}*])\s\[[^\[\]]*\]")
 _WORDING = re.compile(r"[^\W\d_]|[=≈→>]")
 
@@ -325,9 +380,7 @@ def parse_number(text: str, think_tags: ThinkTags = THINK_TAGS) -> Fraction | No
     True
     """
     text = strip_thoughts(text, think_tags)
-    for pattern, plain in _PLAIN:
-        text = pattern.sub(plain, text)
-    text = text.translate(_CHARACTERS)
+    text = _plain(text)
     marked = [(kind, content) for kind, content in _marked(text) if not _is_heading(kind, content)]
     if not marked:
         return _last_number(text)
@@ -342,6 +395,63 @@ def parse_number(text: str, think_tags: ThinkTags = THINK_TAGS) -> Fraction | No
     return next((repeats[0] for repeats in answers.values()), None)  # the first kind met is the last mark's
 
 
+def reference_text(reference: Any) -> str:
+    """Return a reference as text.
+
+    Raises:
+        ValueError: If it is a number with more digits than Python converts to text.
+
+    >>> from decimal import Decimal
+    >>> reference_text(Decimal("0.50")), reference_text(72), reference_text("#### 72")
+    ('0.50', '72', '#### 72')
+    """
+    try:
+        return str(reference)
+    except ValueError as error:
+        raise ValueError(
+            f"the column 'answer' holds a number ({type(reference).__name__}) of more than {sys.get_int_max_str_digits()} digits, which "
+            "no answer that is read can have; use a smaller number, or text with exact_match"
+        ) from error
+
+
+def parse_gold(reference: Any, think_tags: ThinkTags = THINK_TAGS) -> Fraction | None:
+    """Return the number that a reference ends in, as `parse_number` does; or None.
+
+    A reference has no Markdown bullets: a minus at its start is a sign ("- 5" is -5).
+
+    Raises:
+        ValueError: If it is a number with more digits than Python converts to text.
+
+    >>> parse_gold("- 5"), parse_gold(0.5), parse_gold("48 + 24 = 72 #### 72")
+    (Fraction(-5, 1), Fraction(1, 2), Fraction(72, 1))
+    """
+    text = _plain(strip_thoughts(reference_text(reference), think_tags)).strip()
+    return parse_number(_with_sign(text), ())
+
+
+def parse_number_only(text: str) -> Fraction | None:
+    r"""Return the value of a text that is one number and nothing else, not even a unit; or None.
+
+    >>> parse_number_only(r"- \frac{1}{2}"), parse_number_only("1,072"), parse_number_only("5 m"), parse_number_only("x = 5")
+    (Fraction(-1, 2), Fraction(1072, 1), None, None)
+    """
+    number = None if ":" in text or "%" in text else _NUMBER.fullmatch(_with_sign(_plain(text).strip()))
+    return _value(number) if number else None
+
+
+def _plain(text: str) -> str:
+    """Text without LaTeX and typographic variants; applied twice it changes nothing more."""
+    text = text.translate(_CHARACTERS)
+    for pattern, plain in _PLAIN:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def _with_sign(content: str) -> str:
+    """Content with the minus at its start joined to its number."""
+    return _BRACKETED_NUMBER[0].sub(_BRACKETED_NUMBER[1], _LEADING_MINUS.sub(r"\1-", content, count=1))
+
+
 def _is_heading(kind: str, content: str) -> bool:
     """Whether `#### ...` is Markdown for a heading ("#### Step 1", "#### 2. The rest") and no answer."""
     return kind == "####" and (content.lstrip("*_$ ")[:1].isalpha() or re.match(r"\**[0-9]+[.)]\s+\S", content) is not None)
@@ -349,13 +459,14 @@ def _is_heading(kind: str, content: str) -> bool:
 
 def _marked_values(kind: str, content: str) -> list[Fraction | None]:
     """The different values that a mark's content gives, None for what is no number; empty if it does not speak of numbers."""
+    content = _with_sign(content)
     if kind == "answer":  # in a sentence, which may end with an exclamation mark
         content = re.sub(r"!+(?=[\s*_]*$|[*_]*\s+[A-Z])", ".", content)
     stated = _ASIDE.sub(lambda aside: aside[0] if _NUMBER.fullmatch(aside[0][2:-1].strip()) else "", content)
     if not _NUMBER.search(stated):
         stated = content
-    if _lists_numbers(stated):
-        return [None]
+    if _lists_numbers(stated) or _lists_numbers(_NAMED.sub(" ", stated)) or _DENIES.match(stated) or any(_tuples(stated)):
+        return [None] if _NUMBER.search(stated) or kind in ("boxed", "tag") else []
     clause = _END_OF_CLAUSE.split(stated, maxsplit=1)[0]
     first = next(_numbers(clause), None)
     if first is None:
@@ -378,6 +489,15 @@ def _value_in(clause: str) -> Fraction | None:
     return None
 
 
+def _tuples(text: str) -> Iterator[re.Match[str]]:
+    """The brackets of a text that hold several numbers, separated by commas: (1, 2) or [1;2]."""
+    for bracketed in _BRACKETED.finditer(text):
+        content = bracketed[1].rstrip("\\ ").lstrip()
+        parts = re.split(r"\s?[,;]\s?", content)
+        if len(parts) > 1 and not _NUMBER.fullmatch(content) and all(_NUMBER.fullmatch(part) for part in parts):
+            yield bracketed
+
+
 def _lists_numbers(text: str) -> bool:
     """Whether the text is several numbers and nothing else: no word but "or" and "and", no calculation with a result."""
     rest, count = _NUMBER.subn(" ", text)
@@ -386,15 +506,22 @@ def _lists_numbers(text: str) -> bool:
 
 def _last_number(text: str) -> Fraction | None:
     """The value of the last number of a text without answer marks."""
-    if _lists_numbers(text):
+    stated = _ASIDE.sub("", text)
+    if _lists_numbers(text) or _lists_numbers(_NAMED.sub(" ", stated)):
         return None
-    last = None
-    for last in _numbers(_ASIDE.sub("", text)):  # noqa: B007
-        pass
-    if last is None:
-        for last in _numbers(text):  # noqa: B007
-            pass
-    return _value(last) if last else None
+    for part in (stated, text):
+        last = None
+        for number in _numbers(part):
+            if not _is_negated(number):
+                last = number
+        if last:
+            return None if any(start < last.start() < end for start, end in map(re.Match.span, _tuples(part))) else _value(last)
+    return None
+
+
+def _is_negated(number: re.Match[str]) -> bool:
+    """Whether a text says that the answer is not this number."""
+    return _NEGATED.search(number.string, max(0, number.start() - _CONTEXT), number.start()) is not None
 
 
 def _numbers(text: str) -> Iterator[re.Match[str]]:
@@ -408,7 +535,10 @@ def _numbers(text: str) -> Iterator[re.Match[str]]:
 def _value(number: re.Match[str]) -> Fraction | None:
     """The value of a number that stands for itself, exactly; None if it is a part of an expression, or too large."""
     text, begin = number.string, number.start()
-    if _GOES_ON.match(text, number.end()) or _LEADS_IN.search(text, max(0, begin - _CONTEXT), begin):
+    context = max(0, begin - _CONTEXT), begin
+    if _GOES_ON.match(text, number.end()) or _LEADS_IN.search(text, *context) or _is_negated(number):
+        return None
+    if _SECOND_PART[0].search(text, *context) and _SECOND_PART[1].match(text, number.end()):
         return None
     part = {name: (digits or "").replace(",", "") for name, digits in number.groupdict().items()}
     exponent = part["e"] or part["ten"] or part["ten_braced"] or part["power"] or part["power_braced"] or "0"
@@ -420,12 +550,13 @@ def _value(number: re.Match[str]) -> Fraction | None:
     try:
         value = Fraction(part["numerator"]) / Fraction(part["denominator"] or 1)
         value = value ** int(exponent) if is_power else value * Fraction(10) ** int(exponent)
+        whole = int(part["whole"] or 0)
     except (ZeroDivisionError, ValueError):  # Python refuses to read numbers of thousands of digits
         return None
     if part["whole"]:
         if value >= 1:  # "2 40/4" are two numbers
             return None
-        value += int(part["whole"])
-    if part["scale"]:
-        value *= 10 ** _SCALES[part["scale"]]
+        value += whole
+    for scale in re.findall("|".join(_SCALES), part["scales"].lower()):
+        value *= 10 ** _SCALES[scale]
     return -value if "-" in (part["sign"], part["inner_sign"]) else value

@@ -9,31 +9,33 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from llm_env.answers import THINK_TAGS, ThinkTags, final_answer, parse_number, strip_thoughts
+from llm_env.answers import THINK_TAGS, ThinkTags, final_answer, parse_number_only, reference_text, strip_thoughts
 from llm_env.reward_pool import PooledReward
 
 WORKERS = 2  # processes; each holds about as much memory as `import llm_env` takes
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
+_WITH_UNIT = re.compile(r"[-+]?[0-9][0-9.,/]*\s[A-Za-z]{3,}")  # 72 clips, which is no product c l i p s
 _EXPRESSION = re.compile(r"[0-9\\^_=+*/()\[\]{}<>-]|^[A-Za-z]$")  # and no words
 
 
 def math_gold(reference: Any, think_tags: ThinkTags = THINK_TAGS) -> str:
     r"""Return a reference in a form from which Math-Verify extracts all of it, and not only a number in it.
 
-    Math-Verify reads LaTeX between delimiters only: of a bare `2\sqrt{3}` it takes the 2. Numbers become fractions, exactly;
-    bare expressions are put between `$`; text with delimiters, and words, stay as they are.
+    Math-Verify reads LaTeX between delimiters only: of a bare `2\sqrt{3}` it takes the 2. A reference that is one number and
+    nothing else becomes a fraction, exactly. All other bare expressions are put between `$`. Text with delimiters, words, and
+    a number with its unit ("72 clips") stay as they are.
 
     >>> math_gold(1e-05), math_gold("... #### 1,072"), math_gold(r"2\sqrt{3}"), math_gold(r"\boxed{x^2}"), math_gold("none")
     ('$1/100000$', '$1072$', '$2\\sqrt{3}$', '\\boxed{x^2}', 'none')
     """
-    text = strip_thoughts(str(reference), think_tags).rpartition("####")[2].strip()
+    text = strip_thoughts(reference_text(reference), think_tags).rpartition("####")[2].strip()
     if _DELIMITED.search(text):
         return text
     text = final_answer(text, ())
-    number = None if "%" in text else parse_number(text, ())
+    number = parse_number_only(text)
     if number is not None:
-        return f"${number}$"
-    return f"${text}$" if _EXPRESSION.search(text) else text
+        return f"${reference_text(number)}$"
+    return f"${text}$" if _EXPRESSION.search(text) and not _WITH_UNIT.fullmatch(text) else text
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts
+from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, parse_gold, reference_text
 from llm_env.answers import final_answer as final_answer
 from llm_env.answers import parse_number as parse_number
 from llm_env.math_verifier import math_gold, math_verifier
@@ -400,7 +400,12 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
 
 
 def exact_match(
-    completions: Texts, answer: list[Any], prompts: Texts | None = None, think_tags: ThinkTags = THINK_TAGS, **_: Any
+    completions: Texts,
+    answer: list[Any],
+    prompts: Texts | None = None,
+    think_tags: ThinkTags = THINK_TAGS,
+    prompt_texts: Sequence[str] | None = None,
+    **_: Any,
 ) -> list[float]:
     """1.0 where the completion without its thoughts and outer white space is the column's final answer, else 0.0.
 
@@ -409,17 +414,23 @@ def exact_match(
         answer: B references; their final answer (see `llm_env.answers.final_answer`) is compared as text.
         prompts: B prompts; one that ends in an opening think tag begins the thought.
         think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
 
     >>> exact_match(completions=["<think>40+6</think>46", "<think>46"], answer=["46", "46"])
     [1.0, 0.0]
     """
-    golds = [final_answer(str(reference), think_tags) for reference in answer]
-    texts = answer_texts(completions, prompts, think_tags)
+    golds = [final_answer(reference_text(reference), think_tags) for reference in answer]
+    texts = answer_texts(completions, prompts, think_tags, prompt_texts)
     return [float(text.strip() == gold) for text, gold in zip(texts, golds, strict=True)]
 
 
 def numeric_answer(
-    completions: Texts, answer: list[Any], prompts: Texts | None = None, think_tags: ThinkTags = THINK_TAGS, **_: Any
+    completions: Texts,
+    answer: list[Any],
+    prompts: Texts | None = None,
+    think_tags: ThinkTags = THINK_TAGS,
+    prompt_texts: Sequence[str] | None = None,
+    **_: Any,
 ) -> list[float]:
     r"""1.0 where the completion's final answer equals the number that the column `answer` ends in, else 0.0.
 
@@ -431,20 +442,21 @@ def numeric_answer(
             end in one, such as solutions in GSM8K's form (`... #### 72`).
         prompts: B prompts; one that ends in an opening think tag begins the thought.
         think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
 
     Raises:
-        ValueError: If a reference is no number (a word, `2\sqrt{3}`, NaN, infinity).
+        ValueError: If a reference is no number (a word, `2\sqrt{3}`, NaN, infinity), or has too many digits to be text.
 
     >>> numeric_answer(completions=["She sold 1,072.00 clips.", "<think>5?</think> 0.00001"], answer=["... #### 1072", 1e-05])
     [1.0, 1.0]
     """
-    golds = [parse_number(str(reference), think_tags) for reference in answer]
+    golds = [parse_gold(reference, think_tags) for reference in answer]
     for reference, gold in zip(answer, golds, strict=True):
         if gold is None:
             raise ValueError(
                 f"the column 'answer' holds {reference!r}, which ends in no number; try math_answer or exact_match"
             )
-    texts = answer_texts(completions, prompts, think_tags)
+    texts = answer_texts(completions, prompts, think_tags, prompt_texts)
     return [float(parse_number(text, ()) == gold) for text, gold in zip(texts, golds, strict=True)]
 
 
@@ -454,6 +466,7 @@ def math_answer(
     prompts: Texts | None = None,
     think_tags: ThinkTags = THINK_TAGS,
     timeout: float = 10.0,
+    prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
     r"""1.0 where Math-Verify finds the completion's answer equal to the column `answer`, else 0.0.
@@ -471,12 +484,13 @@ def math_answer(
         prompts: B prompts; one that ends in an opening think tag begins the thought.
         think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
         timeout: seconds for one completion.
+        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
 
     Raises:
         ImportError: If math-verify is not installed.
         ValueError: If a reference parses to nothing, or no worker process can be started.
     """
-    texts = answer_texts(completions, prompts, think_tags)
+    texts = answer_texts(completions, prompts, think_tags, prompt_texts)
     golds = [math_gold(reference, think_tags) for reference in answer]
     scores = math_verifier(timeout)(completions=texts, golds=golds)
     for reference, score in zip(answer, scores, strict=True):

@@ -171,6 +171,7 @@ def countdown(
     target: list[int],
     prompts: Texts | None = None,
     think_tags: ThinkTags = THINK_TAGS,
+    prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
     """1.0 where the answer is an expression that uses every number exactly once and equals the target, else 0.0.
@@ -185,11 +186,12 @@ def countdown(
         target: B targets.
         prompts: B prompts; one that ends in an opening think tag begins the thought.
         think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
 
     >>> countdown(completions=["(3+5)*2", "(3+5)*2 = 16", "3+5+8"], numbers=[[2, 3, 5]] * 3, target=[16] * 3)
     [1.0, 1.0, 0.0]
     """
-    return _scores(answer_texts(completions, prompts, think_tags), numbers, target, at_most_once=False)
+    return _scores(answer_texts(completions, prompts, think_tags, prompt_texts), numbers, target, at_most_once=False)
 
 
 def countdown_at_most_once(
@@ -198,6 +200,7 @@ def countdown_at_most_once(
     target: list[int],
     prompts: Texts | None = None,
     think_tags: ThinkTags = THINK_TAGS,
+    prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
     """Like `countdown`, but numbers may be left out.
@@ -205,7 +208,7 @@ def countdown_at_most_once(
     >>> countdown_at_most_once(completions=["3+5", "3+5+3"], numbers=[[2, 3, 5], [2, 3, 5]], target=[8, 11])
     [1.0, 0.0]
     """
-    return _scores(answer_texts(completions, prompts, think_tags), numbers, target, at_most_once=True)
+    return _scores(answer_texts(completions, prompts, think_tags, prompt_texts), numbers, target, at_most_once=True)
 
 
 def countdown_task(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
@@ -79,10 +80,11 @@ class ReasoningGymScore:
         completions: Texts,
         entry: list[dict[str, Any]],
         prompts: Texts | None = None,
+        prompt_texts: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float]:
         """The scores, each from 0 to 1, of B texts or lists of chat messages."""
-        texts = answer_texts(completions, prompts, self.think_tags)
+        texts = answer_texts(completions, prompts, self.think_tags, prompt_texts)
         scores = [
             float(self.dataset.score_answer(tagged_answer(text, ()), row)) for text, row in zip(texts, entry, strict=True)
         ]
