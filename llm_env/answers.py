@@ -409,8 +409,8 @@ def reference_text(reference: Any) -> str:
         return str(reference)
     except ValueError as error:
         raise ValueError(
-            f"the column 'answer' holds a number ({type(reference).__name__}) of more than {sys.get_int_max_str_digits()} digits, which "
-            "no answer that is read can have; use a smaller number, or text with exact_match"
+            f"the column 'answer' holds a number ({type(reference).__name__}) of more than {sys.get_int_max_str_digits()} "
+            "digits, which no answer that is read can have; use a smaller number, or text with exact_match"
         ) from error
 
 

@@ -15,7 +15,7 @@ from llm_env.answers import (
     strip_thoughts,
     tagged_answer,
 )
-from llm_env.rewards import numeric_answer
+from llm_env.rewards import exact_match, numeric_answer
 
 
 @pytest.mark.parametrize(
@@ -413,3 +413,71 @@ def test_nested_boxes_are_read_in_linear_time():
     short, long = (work(r"\boxed{" * n + "1" + "}" * n) for n in (400, 4_000))
     assert long < 30 * short + 0.05
     assert parse_number(r"\boxed{\boxed{72}}") == 72
+
+
+# --- signs, lines and what is more than a number ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\boxed{- 5}", -5),
+        (r"\boxed{x = - 5}", -5),
+        ("3 - 8 = - 5", -5),
+        ("#### - 5", -5),
+        (r"\boxed{- \frac{1}{2}}", Fraction(-1, 2)),
+        (r"\boxed{-(5)}", -5),
+        (r"\boxed{-{5}}", -5),
+        (r"\boxed{-\left(5\right)}", -5),
+        (r"\boxed{-\ 5}", -5),
+        ("-½", Fraction(-1, 2)),
+        (r"\boxed{-½}", Fraction(-1, 2)),
+        ("<answer>- 7</answer>", -7),
+        ("The answer is - 7.", -7),
+        ("8 - 3 = 5", 5),
+        ("We need 8 - 5 = 3 more.", 3),
+        ("Therefore\n42", 42),
+        ("Final Answer\n42", 42),
+        ("### Answer\n8", 8),
+        ("Total\n72", 72),
+        ("Step 2:\n8", 8),
+        ("sum +\n8", 8),
+        (r"\boxed{1.5 \text{ million}}", 1_500_000),
+        ("1.5 Million", 1_500_000),
+    ],
+)
+def test_signs_and_lines(text, value):
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1+i", "x=1, y=2", "AB = 5, BC = 6", "> 5", "x in {1,2}", "2 hours 30 minutes",
+        r"\boxed{\text{No solution for } x = 5}", r"\boxed{\mathbb{R} \setminus \{5\}}", r"\boxed{x \in \{1, 2\}}",
+        r"\boxed{5\text{i}}",
+    ],
+)  # fmt: skip
+def test_what_only_contains_a_number_answers_with_none(text):
+    assert parse_number(text) is None
+    with pytest.raises(ValueError, match="ends in no number"):
+        numeric_answer(completions=["5"], answer=[text])
+
+
+def test_a_denied_answer_answers_nothing():
+    assert parse_number("The answer is not 8.") is None
+
+
+def test_golds_of_thousands_of_digits():
+    big = 10**5000
+    assert numeric_answer(completions=["5"], answer=[10**4000]) == [0.0]
+    with pytest.raises(ValueError, match="digits"):
+        exact_match(completions=["5"], answer=[big])
+
+
+@pytest.mark.parametrize("verifier", [numeric_answer, exact_match])
+def test_a_thought_that_the_template_opens_is_known_from_the_rendered_prompt(verifier):
+    chat = [[{"role": "user", "content": "2+6"}]] * 3
+    said = [[{"role": "assistant", "content": text}] for text in ("8", "7?</think>8", "8")]
+    texts = ["...assistant\n<think>\n"] * 2 + ["...assistant\n"]
+    assert verifier(completions=said, answer=["8"] * 3, prompts=chat, prompt_texts=texts) == [0.0, 1.0, 1.0]

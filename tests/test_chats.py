@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 from agents import GRPO
 from llm_env import PooledReward, RewardModel, TextGenerationEnv, TextGenerationVectorEnv, check_reward, rescore
 from llm_env.chat import encode_texts
+from llm_env.rewards import exact_match, numeric_answer
 from tests.chats import CHATML, END, EOS, SPIDER, SPIDER_TEXT, ids_of, make_chat_tokenizer
 from tests.conftest import refused
 
@@ -206,6 +207,24 @@ def test_functions_that_name_them_get_the_rendered_prompts():
         env.reset(options={"index": index})
         env.step(EOS)
         assert seen[-2:] == [[text], [text]]
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_thought_that_the_chat_template_opens_is_no_answer(text):
+    """As of DeepSeek-R1 and QwQ: the answer holds the closing tag only, if it comes to it."""
+    opening = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    prompt = SPIDER_TEXT + "<think>\n" if text else SPIDER
+    env = make(
+        [{"prompt": prompt, "answer": "8"}],
+        make_chat_tokenizer(template=opening),
+        [numeric_answer, exact_match],
+        max_new_tokens=32,
+    )
+    for said, paid in (("8", 0.0), ("9?</think>8", 2.0)):
+        env.reset(seed=0)
+        for token in [*ids_of(said), END]:
+            _, reward, *_ = env.step(token)
+        assert reward == paid
 
 
 def test_an_environment_of_trl_is_told():

@@ -94,3 +94,25 @@ def test_it_is_a_reward_of_an_env_and_can_be_copied(reward):
         env.reset(seed=0)
         env.step(env.rules.tokenizer("2")["input_ids"][0])
         assert env.step(env.rules.eos_id)[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("x=1, y=2", r"\boxed{x=1, y=2}", r"\boxed{2}"),
+        ("1+i", r"\boxed{1+i}", r"\boxed{1}"),
+        (r"- \frac{1}{2}", r"\boxed{-\frac{1}{2}}", r"\boxed{\frac{1}{2}}"),
+        (r"x \in [1,2]", r"\boxed{[1,2]}", r"\boxed{2}"),
+        ("(a,b)=(1,2)", r"\boxed{(a,b)=(1,2)}", r"\boxed{2}"),
+        (r"x=1 \text{ or } x=2", r"\boxed{x=1 \text{ or } x=2}", r"\boxed{2}"),
+        (r"\mathbb{R}\setminus\{5\}", r"\boxed{\mathbb{R}\setminus\{5\}}", r"\boxed{5}"),
+        ("- 5", r"\boxed{-5}", r"\boxed{5}"),
+        ("5", r"\boxed{5.0}", r"\boxed{6}"),
+    ],
+)
+def test_it_says_what_math_verify_says_of_the_whole_gold(reward, gold, right, wrong):
+    from math_verify import parse, verify
+
+    expected = [float(verify(parse(f"${gold}$"), parse(completion))) for completion in (right, wrong)]
+    assert expected == [1.0, 0.0]  # of the package itself, in this process
+    assert reward(completions=[right, wrong], answer=[gold] * 2) == expected
