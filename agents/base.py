@@ -199,6 +199,7 @@ class LanguageAgent(SetUp):
         self._tokens_left_over = 0
         self._has_had_env = False
         self._algorithm = type(self).__name__
+        self._algorithms = [parent.__name__ for parent in type(self).__mro__]
         if _init_setup_model:
             self._setup_model()
             if env is not None:

@@ -19,6 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from agents.checks import check_optimizer
 from agents.distributed import ALONE, World, placed, world
@@ -46,6 +47,7 @@ class Checkpointed(BaseAlgorithm):
 
     policy: LanguagePolicy
     _algorithm: str  # the class that wrote the file
+    _algorithms: list[str]  # and those that it is made from
     world: World = ALONE
     _ahead: Ahead | None = None
     np_random: np.random.Generator
@@ -83,6 +85,7 @@ class Checkpointed(BaseAlgorithm):
         check_optimizer(self.policy)
         carried = self._position
         self._algorithm = type(self).__name__
+        self._algorithms = [parent.__name__ for parent in type(self).__mro__]
         self._policy_data = self.policy._get_constructor_parameters()
         self._position = self._began or self._standing()
         try:
@@ -280,11 +283,19 @@ class Checkpointed(BaseAlgorithm):
         """
         with world().at("load"):
             world().gather(None)  # whoever wrote the file has done so
+        if isinstance(path, (str, Path)) and Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a folder, as save_pretrained writes it; make an agent of it: {cls.__name__}({str(path)!r}, env)"
+            )
         check_whole(path)
         check_algorithm(path, cls)
         if isinstance(policy, LanguagePolicy):
             raise TypeError("policy is a LanguagePolicy; give the model, such as LanguagePolicy.lm, or its path")
-        agent = super().load(path, None, device, **kwargs, **({} if policy is None else {"_model": policy}))
+        if policy is not None and not isinstance(policy, (str, Path, nn.Module)):
+            raise TypeError(f"the model given to load is a {type(policy).__name__}; give a model, its path or its hub id")
+        given: dict[str, Any] = {} if policy is None else {"_model": policy}
+        agent = super().load(path, None, device, **kwargs, **given)
+        agent.policy.check_fingerprint(agent._policy_data)
         agent._policy_data = {}
         if env is not None:
             agent.set_env(env)
@@ -322,15 +333,21 @@ def check_algorithm(path: Any, kind: type[Checkpointed]) -> None:
     """Raise if an agent's file was written by another algorithm; those of version 0.1 do not say by which.
 
     Raises:
-        ValueError: If it was written by neither `kind` nor a class that it is made from.
+        ValueError: If it was written by neither `kind` nor a class that it is made from, nor one that is made from it; or by an
+            agent of Stable-Baselines3.
     """
     file = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:
-            wrote = json.loads(archive.read("data")).get("_algorithm")
+            data = json.loads(archive.read("data"))
     finally:
         file.seek(0) if file is path else file.close()
-    if wrote is not None and wrote not in [parent.__name__ for parent in kind.__mro__]:
+    if "_policy_data" not in data:
+        raise ValueError(
+            f"{path} was not saved by an agent of this package, but by Stable-Baselines3; load it with its own class"
+        )
+    wrote, parents = data.get("_algorithm"), data.get("_algorithms", [data.get("_algorithm")])
+    if wrote is not None and kind.__name__ not in parents and wrote not in [parent.__name__ for parent in kind.__mro__]:
         raise ValueError(f"{path} was saved by {wrote}, not by {kind.__name__}; load it with {wrote}.load(...)")
 
 

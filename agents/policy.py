@@ -119,7 +119,7 @@ class LanguagePolicy(Weights):
             ),
             spaces.Discrete(size),
         )
-        _check_auxiliary_loss(lm)
+        check_auxiliary_loss(lm)
         self.lm = lm
         self.max_positions = limit
         self.adapter = adapter
@@ -431,14 +431,15 @@ class LanguagePolicy(Weights):
         return self.eos_ids
 
 
-def _check_auxiliary_loss(lm: PreTrainedModel) -> None:
+def check_auxiliary_loss(lm: PreTrainedModel) -> None:
     """Refuse a config that asks for a loss on the routers of a mixture of experts: no algorithm here adds it.
 
     Raises:
         ValueError: If `output_router_logits` is on and the loss has a weight.
     """
     for name, config in (("config", lm.config), ("config.text_config", getattr(lm.config, "text_config", None))):
-        coefficient = getattr(lm, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
+        named = (getattr(part, key, None) for part in (lm, config) for key in ("router_aux_loss_coef", "aux_loss_coef"))
+        coefficient = next((value for value in named if value is not None), 0.0)  # JetMoE has the shorter name
         if getattr(config, "output_router_logits", False) and coefficient:
             raise ValueError(
                 f"{name}.output_router_logits=True asks for an auxiliary loss of the routers, weight {coefficient}, which is "

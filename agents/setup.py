@@ -23,7 +23,7 @@ from agents.checks import (
 from agents.drawing import Drawing
 from agents.engines import check_engine
 from agents.optimizers import make_optimizer
-from agents.policy import LanguagePolicy
+from agents.policy import LanguagePolicy, check_auxiliary_loss
 from agents.recomputing import check_recomputing
 from agents.rollout import clock_of
 from agents.sharded import begin, is_sharded, wholeness
@@ -180,6 +180,7 @@ class SetUp(Drawing):
 
     def _hand_down(self) -> None:
         """Let policy and reference compute as the agent's attributes say now."""
+        check_auxiliary_loss(self.policy.lm)  # a flag of the config, which may have been set since
         for name in ("bf16", "gradient_checkpointing", "prefix_sharing", "max_num_seqs"):
             setattr(self.policy, name, getattr(self, name))
         if self.env is not None and self.policy.adapter is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +17,11 @@ from agents.adapters import Adapter
 from agents.distributed import placed, world
 from agents.identity import is_rebuilt, qualified_name
 from agents.pretrained import RECORD, PretrainedFiles, files_of, record_of, write
+from agents.quantization import is_quantized
 from agents.sharded import gathered, is_sharded
+from llm_env.capabilities import plain_outputs, trial, trial_rows
+
+SAME = 1e-3  # nats; devices and versions differ by 1e-5
 
 
 class Weights(BasePolicy):
@@ -120,9 +125,12 @@ class Weights(BasePolicy):
         """
         critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
         files = files_of(self.lm, self.tokenizer, self.base, self.processor)
+        record = record_of(files)
         if self.chat_template_kwargs:
-            record = {**record_of(files), "chat_template_kwargs": self.chat_template_kwargs}
-            files[RECORD] = json.dumps(record, default=str).encode()
+            record["chat_template_kwargs"] = self.chat_template_kwargs
+        if (said := self._fingerprint()) is not None:
+            record["fingerprint"] = said
+        files[RECORD] = json.dumps(record, default=str).encode()
         if not self._told_of_class and not is_rebuilt(self.base):
             self._told_of_class = True
             warnings.warn(
@@ -134,6 +142,35 @@ class Weights(BasePolicy):
             return {"model": files | self.adapter.files(), **critic}
         record = json.loads(files[RECORD]) | self._trained()
         return {"model": {**files, RECORD: json.dumps(record).encode()}, **critic}
+
+    @torch.no_grad()
+    def _fingerprint(self) -> list[float] | None:
+        """Log-probs of a few tokens; None where they say nothing: of quantized, sharded or broken weights."""
+        if is_quantized(self.base) or is_sharded(self):
+            return None
+        row = trial_rows(self.lm)[0]
+        with trial(self.lm):
+            logp = plain_outputs(self.lm, [row])[0].float().log_softmax(-1)
+        said = logp[torch.arange(len(row) - 1), torch.tensor(row[1:], device=logp.device)]
+        return said.tolist() if bool(said.isfinite().all()) else None
+
+    def check_fingerprint(self, saved: dict[str, Any]) -> None:
+        """Warn if the model computes other log-probs than the one that was saved, whose weights it has.
+
+        Args:
+            saved: what `_get_constructor_parameters` gave for the file.
+        """
+        before, now = record_of(saved.get("model")).get("fingerprint"), self._fingerprint()
+        if before is None or now is None:
+            return
+        gap = max(abs(a - b) for a, b in zip(before, now, strict=True)) if len(before) == len(now) else float("inf")
+        if not gap <= SAME:
+            warnings.warn(
+                f"the loaded {qualified_name(self.base)} computes other log-probs than the saved one, by up to {gap:.2g} nats, "
+                "with the same weights: something of that model is in no file (a hook, an attribute, a config that was changed "
+                "later); make the model as it was and give it: load(path, policy=<model>)",
+                stacklevel=3,
+            )
 
     def _trained(self) -> dict[str, list[str]]:
         """The names of the parameters that are frozen, and of those of the critic that it has in common with the model."""

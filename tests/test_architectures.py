@@ -341,10 +341,19 @@ def test_a_model_that_sees_later_tokens_is_refused_before_training():
         GRPO(model, env_of(), group_size=2, n_envs=4, policy_kwargs={"tokenizer": TOKENIZER})
 
 
+def test_a_loss_of_routers_by_another_name_is_refused():
+    with pytest.raises(ValueError, match=r"config\.output_router_logits=True.*weight 0\.01"):
+        LanguagePolicy(build("jetmoe", output_router_logits=True), TOKENIZER)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_a_loss_of_routers_that_nothing_adds_is_refused(name):
     """TRL adds `router_aux_loss_coef` times it; without weight there is nothing to add."""
     with pytest.raises(ValueError, match=r"config\.output_router_logits=True.*set config\.output_router_logits=False"):
         LanguagePolicy(build(name, output_router_logits=True), TOKENIZER)
     LanguagePolicy(build(name, output_router_logits=True, router_aux_loss_coef=0.0), TOKENIZER)
-    LanguagePolicy(build(name), TOKENIZER)
+    policy = LanguagePolicy(build(name), TOKENIZER)
+    agent = GRPO(policy, env_of(), group_size=2, n_envs=4)
+    policy.lm.config.output_router_logits = True
+    with pytest.raises(ValueError, match=r"config\.output_router_logits=True"):
+        agent.learn(4)

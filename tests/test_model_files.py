@@ -10,6 +10,7 @@ import zipfile
 import cloudpickle
 import numpy as np
 import pytest
+import stable_baselines3
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -316,7 +317,7 @@ def test_the_algorithm_of_a_file(wrote, tmp_path):
     agent.save(tmp_path / "agent")
     for reads in ALGORITHMS:
         for source in (tmp_path / "agent", file):
-            if issubclass(reads, wrote):
+            if issubclass(reads, wrote) or issubclass(wrote, reads):
                 assert type(reads.load(source)) is reads
             else:
                 message = rf"saved by {wrote.__name__}, not by {reads.__name__}; load it with {wrote.__name__}.load"
@@ -492,3 +493,58 @@ def test_a_tokenizer_that_its_files_do_not_rebuild_is_the_envs(tmp_path):
         alone, again = GRPO.load(tmp_path / "agent"), GRPO.load(tmp_path / "agent", env=env)
     assert alone.policy.tokenizer is None and again.policy.tokenizer is tokenizer
     refused(alone.generate, ["a"], match="the policy has no tokenizer")
+
+
+# --- what is in no file -----------------------------------------------------------------------------------------------------
+
+
+def hooked(model):
+    model.lm_head.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)
+
+
+def reconfigured(model):
+    """After it was made, so that its modules do not know; a model that is rebuilt from the config would."""
+    model.config.rms_norm_eps = 0.5
+
+
+def rescaled(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+
+
+@pytest.mark.parametrize("change", [hooked, reconfigured, rescaled])
+def test_a_model_that_comes_back_as_another_is_told(change, tmp_path):
+    model = make_model("llama", V)
+    change(model)
+    agent = agent_of(model).learn(4)
+    agent.save(tmp_path / "agent")
+    with pytest.warns(
+        UserWarning, match=r"computes other log-probs than the saved one, by up to .* load\(path, policy=<model>\)"
+    ):
+        again = GRPO.load(tmp_path / "agent")
+    assert (logp_of(again.policy) - logp_of(agent.policy)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_comes_back_as_it_was_is_not_spoken_of(family, tmp_path, recwarn):
+    agent = agent_of(make_model(family, V)).learn(4)
+    agent.save(tmp_path / "agent")
+    again = GRPO.load(tmp_path / "agent")
+    assert torch.equal(logp_of(again.policy), logp_of(agent.policy))
+    assert not [warning for warning in recwarn if "log-probs" in str(warning.message)]
+
+
+def test_what_is_no_agents_file_is_told_apart(tmp_path):
+    agent = agent_of(make_model("llama", V))
+    agent.policy.save_pretrained(tmp_path / "model")
+    refused(GRPO.load, tmp_path / "model", match=r"is a folder, as save_pretrained writes it; make an agent of it: GRPO\(")
+    agent.save(tmp_path / "agent")
+    refused(
+        GRPO.load,
+        tmp_path / "agent",
+        policy={"a": 1},
+        error=TypeError,
+        match="the model given to load is a dict; give a model, its path",
+    )
+    stable_baselines3.PPO("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu").save(tmp_path / "sb3")
+    refused(PPO.load, tmp_path / "sb3", match="was not saved by an agent of this package, but by Stable-Baselines3")
