@@ -50,7 +50,7 @@ from agents.compatibility import (
 )
 from agents.diagnostics import check_agent
 from agents.distributed import ALONE, World, placed, world
-from agents.engines.base import Engine, PolicyEngine
+from agents.engines.base import PolicyEngine
 from agents.engines.registry import check_engine, check_engine_env, make_engine
 from agents.engines.weight_sync import ExternalEngine, SyncedEngine
 from agents.generation import StepState
@@ -117,10 +117,9 @@ LIVE = (  # attributes that are not in a checkpoint
 
 
 class CommonArguments(TypedDict, total=False):
-    """Keyword arguments of every agent; `LanguageAgent` documents them."""
+    """Keyword arguments that every algorithm passes on; `LanguageAgent` documents them."""
 
     n_envs: int | None
-    n_epochs: int
     batch_size: int | None
     micro_batch_size: int | None
     max_tokens_per_batch: int | None
@@ -139,7 +138,6 @@ class CommonArguments(TypedDict, total=False):
     optimizer: str
     engine: str | ExternalEngine | None
     engine_kwargs: dict[str, Any] | None
-    aggregation: str
     mask_truncated: bool
     stats_window_size: int | None
     tensorboard_log: str | None
@@ -154,8 +152,8 @@ class LanguageAgent(BaseAlgorithm):
     """Trains a causal language model on a text env; the algorithms fill in `compute_advantages` and `loss`.
 
     One timestep is one action token. A rollout is `n_envs` episodes; `n_epochs` passes over it are cut into minibatches of
-    `batch_size` episodes, one optimizer step each. The agent holds the settings, and builds the components that do the work from
-    them: a collector with an engine (`agents.collection`, `agents.engines`) and a trainer (`agents.training`), whose
+    `batch_size` episodes, one optimizer step each. The agent holds the settings, and builds from them the components that do
+    the work: a collector with an engine (`agents.collection`, `agents.engines`) and a trainer (`agents.training`), whose
     `Objective` it is.
 
     Args:
@@ -163,8 +161,8 @@ class LanguageAgent(BaseAlgorithm):
             a model object, parameters with `requires_grad=False` stay as they are; a quantized model needs an adapter.
         env: a text env, its id, or an SB3 VecEnv over text envs; may be given to `learn` instead.
         learning_rate: a number or an SB3 schedule. None takes 3e-4 for a model of a million parameters, 1e-6 for one of a
-            billion, and a power law between them, divided by `n_epochs`, because passes over the same episodes add up; ten times
-            that for an adapter.
+            billion, and a power law between them, divided by `n_epochs`, because passes over the same episodes add up; ten
+            times that for an adapter.
         n_envs: episodes in a rollout; 64, or the rows of a vector env, by default.
         n_epochs: passes over a rollout.
         batch_size: episodes in an optimizer step, whole groups where it is a multiple of them; the whole rollout by default.
@@ -511,9 +509,7 @@ class LanguageAgent(BaseAlgorithm):
         if not engine.takes_uniforms:
             sampler = sampler.spawn(0)  # the agent's generator is the update's
         engine = engine.snapshot(self.rules)
-        return PrefetchedRollout(
-            ResponseCollector(self.policy, engine, venv, sampler, self.group_size, self.world), began
-        )
+        return PrefetchedRollout(ResponseCollector(self.policy, engine, venv, sampler, self.group_size, self.world), began)
 
     def _discard_prefetched(self) -> None:
         """Wait for the rollout that is being prefetched, and drop it."""
@@ -567,7 +563,9 @@ class LanguageAgent(BaseAlgorithm):
                     {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
                 )
                 goes_on = callback.on_step() and goes_on
-                if not goes_on and self.world.size == 1:  # else other processes may be in a collective of a callback's next call
+                if (
+                    not goes_on and self.world.size == 1
+                ):  # else other processes may be in a collective of a callback's next call
                     break
         except Exception as raised:
             error = raised

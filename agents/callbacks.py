@@ -68,5 +68,9 @@ def all_callbacks(callback: BaseCallback | None) -> Iterator[BaseCallback]:
     if callback is None:
         return
     yield callback
-    for part in (*getattr(callback, "callbacks", ()), getattr(callback, "callback", None), getattr(callback, ON_NEW_BEST, None)):
+    for part in (
+        *getattr(callback, "callbacks", ()),
+        getattr(callback, "callback", None),
+        getattr(callback, ON_NEW_BEST, None),
+    ):
         yield from all_callbacks(part)

@@ -41,8 +41,8 @@ class Stateful(Protocol):
 class TrainingState:
     """What a rollout and its update move besides weights and optimizer: counts, random states, order of prompts, KL.
 
-    A *snapshot* is the state of all parts, by name. Weights and a snapshot are all that training resumes from. A rollout and its
-    update happen together or not at all; see `rollback_on_error`.
+    A *snapshot* is the state of all parts, by name. Weights and a snapshot are all that training resumes from. A rollout and
+    its update happen together or not at all; see `rollback_on_error`.
 
     Args:
         waiting: a saved snapshot, of which a part takes its state as soon as it is added.

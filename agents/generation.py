@@ -97,7 +97,7 @@ def sample_responses(
             at = numbers[rows, [len(responses[row]) for row in rows]]
             tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
             if not logp.isfinite().all():
-                raise ValueError("the model's logits are not finite: its weights, or the update that made them, have gone wrong")
+                raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
             for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
                 responses[row].append(token)
                 logps[row].append(value)

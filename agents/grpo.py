@@ -10,7 +10,6 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
-
 from typing_extensions import Unpack
 
 from agents.advantages import SCALES, equal_groups, group_relative, group_relative_steps

@@ -112,7 +112,7 @@ def record_update(logger: Logger, rollout: Rollout, statistics: dict[str, float]
         record("train/explained_variance", float(explained_variance(values, returns)))
 
 
-def record_time(logger: Logger, iteration: int, timesteps: int, new_timesteps: int, start_time: int) -> None:
+def record_time(logger: Logger, iteration: int, timesteps: int, new_timesteps: int, start_time: float) -> None:
     """Record `time/` entries.
 
     Args:
@@ -130,7 +130,7 @@ def record_time(logger: Logger, iteration: int, timesteps: int, new_timesteps: i
     logger.record("time/total_timesteps", timesteps, exclude="tensorboard")
 
 
-def episode_infos(rollout: Rollout, start_time: int) -> list[dict[str, Any]]:
+def episode_infos(rollout: Rollout, start_time: float) -> list[dict[str, Any]]:
     """Return the last infos with what SB3's `Monitor` adds, for its callbacks; `start_time` is in nanoseconds."""
     seconds = round((time.time_ns() - start_time) / 1e9, 6)
     returns = rollout.scores.tolist()

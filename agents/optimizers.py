@@ -37,7 +37,7 @@ def class_of(name: str) -> type[Optimizer]:
 
 
 def make_optimizer(
-    name: str, given: dict[str, Any], parameters: Sequence[Tensor], *, lr: float, eps: float
+    name: str, offload: bool, given: dict[str, Any], parameters: Sequence[Tensor], *, lr: float, eps: float
 ) -> Optimizer:
     """An optimizer of the trained parameters.
 
@@ -68,6 +68,8 @@ def make_optimizer(
         raise ValueError(f"optimizer_kwargs has lr={kwargs['lr']!r}; give the agent learning_rate= in its place")
     if "optimizer_class" not in given or kind is torch.optim.AdamW:
         kwargs = {"weight_decay": 0.0, "eps": eps, **kwargs}
+    if offload:
+        kind = offloaded(kind)  # type: ignore[arg-type]
     return kind(parameters, lr=lr, **kwargs)
 
 

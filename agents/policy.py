@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.adapters import with_frozen_in_common
-from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
 from agents.pretrained import PretrainedFiles, load, processor_of, record_of
 from agents.recomputing import recomputing
 from agents.sampler import Sampler
 from agents.sharded import is_spread, whole
+from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
 from llm_env.capabilities import trial, vocabulary_of

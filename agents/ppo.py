@@ -41,6 +41,7 @@ class PPO(LanguageAgent):
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
         bootstrap_truncated: add gamma * V of the state after the last token where the length limit ended an episode, as SB3
             does. Off by default: its score was paid, so its end is an end.
+        aggregation: how token losses become one number; see `agents.losses.token_weights`.
         common: see `LanguageAgent`.
     """
 
@@ -64,6 +65,7 @@ class PPO(LanguageAgent):
         separate_critic: bool = False,
         target_kl: float | None = None,
         bootstrap_truncated: bool = False,
+        aggregation: str = "token",
         **common: Unpack[CommonArguments],
     ) -> None:
         check_numbers(0.0, gamma=gamma, gae_lambda=gae_lambda, clip_range=clip_range, clip_range_vf=clip_range_vf)
@@ -79,7 +81,7 @@ class PPO(LanguageAgent):
         self.separate_critic = separate_critic
         self.target_kl = target_kl
         self.bootstrap_truncated = bootstrap_truncated
-        super().__init__(policy, env, learning_rate, n_epochs=n_epochs, **common)
+        super().__init__(policy, env, learning_rate, n_epochs=n_epochs, aggregation=aggregation, **common)
 
     def compute_advantages(self, rollout: Rollout) -> None:
         """Compute GAE over the action tokens; the values' targets are made before the advantages are normalized."""

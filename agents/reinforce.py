@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -49,6 +50,8 @@ class REINFORCE(LanguageAgent):
         vf_coef: weight of the value loss.
         separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's; for
             adapters see `PPO`.
+        n_epochs: passes over a rollout.
+        aggregation: how token losses become one number; see `agents.losses.token_weights`.
         common: see `LanguageAgent`.
     """
 
@@ -59,7 +62,7 @@ class REINFORCE(LanguageAgent):
         self,
         policy: Any,
         env: Any = None,
-        learning_rate: Any = None,
+        learning_rate: float | Schedule | None = None,
         *,
         baseline: str | None = None,
         group_size: int | None = None,
@@ -67,6 +70,8 @@ class REINFORCE(LanguageAgent):
         ent_coef: float = 0.0,
         vf_coef: float = 0.1,
         separate_critic: bool = False,
+        n_epochs: int = 1,
+        aggregation: str = "token",
         **common: Unpack[CommonArguments],
     ) -> None:
         check_choice("baseline", baseline, BASELINES)
@@ -83,7 +88,7 @@ class REINFORCE(LanguageAgent):
         self.vf_coef = vf_coef
         self.separate_critic = separate_critic
         self.running_mean, self._rollouts_averaged = 0.0, 0
-        super().__init__(policy, env, learning_rate, **common)
+        super().__init__(policy, env, learning_rate, n_epochs=n_epochs, aggregation=aggregation, **common)
 
     @property
     def needs_values(self) -> bool:  # type: ignore[override]

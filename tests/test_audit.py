@@ -3,28 +3,28 @@
 import copy
 import random
 
+import agents.audit.memory
+import agents.audit.table
+import agents.preflight
+import agents.update
 import numpy as np
 import pytest
 import torch
+from agents.diagnostics.preserve import untouched
+from agents.preflight import USABLE, LongestPass
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 from torch.profiler import ProfilerActivity, profile
 
-import agents.audit.memory
-import agents.audit.table
 import agents.decoding
 import agents.generation
 import agents.memory
 import agents.policy
-import agents.preflight
-import agents.update
 import llm_env.scoring
 import llm_env.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent
 from agents.memory import LiveBytes, free_bytes, peak_bytes
 from agents.policy import Evaluation
-from agents.preflight import USABLE, LongestPass
-from agents.untouched import untouched
 from llm_env.reference import Reference
 from llm_env.report import CheckRow
 from tests.conftest import FAMILIES, make_model, make_tokenizer

@@ -15,7 +15,6 @@ from agents import GRPO, PPO
 from agents.memory import peak_bytes
 from agents.optimizers import states_to_come
 from agents.recomputing import layers_of
-from agents.update import accumulate
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
 from tests.test_preflight import longest_pass
@@ -47,7 +46,7 @@ def gradients(agent, rollout):
     rollout.old_logp = None
     agent.compute_advantages(rollout)
     rollout.advantages = torch.linspace(-1, 1, rollout.advantages.numel()).view(rollout.advantages.shape) * rollout.mask
-    accumulate(agent, rollout, rollout.mask / rollout.mask.sum(), fresh=True)
+    agent.make_trainer().backward_micro_batch(rollout, rollout.mask / rollout.mask.sum(), is_first_pass=True)
     return [p.grad.clone() for p in agent.policy.parameters() if p.grad is not None]
 
 
@@ -87,7 +86,7 @@ def test_layers_are_computed_again_and_the_gradient_is_the_same(family, sharing,
         again = gradients(agent, rollout)
         assert len(calls) == 3 * layers
         with torch.no_grad():
-            agent.policy.evaluate(rollout.prompts, rollout.responses)
+            agent.policy.evaluate_actions(rollout.prompts, rollout.responses)
         assert len(calls) == 4 * layers
     assert len(plain) == len(again) > 10
     for a, b in zip(plain, again, strict=True):

@@ -20,7 +20,6 @@ from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.progress import tokens_to_go
 from llm_env.prompts import PromptCursor
 from llm_env.reference import AdaptiveKLController
 from tests.conftest import make_model, refused

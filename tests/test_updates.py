@@ -3,6 +3,7 @@
 from itertools import groupby
 from types import SimpleNamespace
 
+import agents.update as update_module
 import numpy as np
 import pytest
 import torch
@@ -10,16 +11,14 @@ from stable_baselines3.common.logger import Logger
 from transformers import BloomConfig, BloomForCausalLM
 
 import agents.decoding
-import agents.update as update_module
 import llm_env
 from agents import GRPO, PPO, REINFORCE
-from agents.batches import micro_batches
-from agents.rollout import collect
 from llm_env.passes import DEFAULT_TOKENS_CPU
 from llm_env.scoring import head_of
 from llm_env.sharing import shares_prompts
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
+from tests.rollouts import collect
 
 TOKENIZER = make_tokenizer("abcdefgh")
 PROMPTS = ("abcdefgh", "bcdef", "cd", "hgfedcba", "ba")
@@ -62,10 +61,10 @@ def make_agent(kind=GRPO, env=None, model=None, scale=2.0, **kwargs):
 
 
 def prepared(agent):
-    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler())
     if agent.needs_values:
         torch.nn.init.normal_(agent.policy.value_head.weight, std=0.3)
-        update_module.score_before_update(agent, rollout, EPISODES)
+        agent.make_trainer().compute_old_logprobs(rollout)
     agent.compute_advantages(rollout)
     assert rollout.advantages.any()
     agent.set_logger(Logger(None, []))
@@ -97,10 +96,10 @@ def test_passes_change_no_step(case, monkeypatch):
     def step(budget, size=None):
         agent.max_tokens_per_batch, agent.micro_batch_size = budget, size
         shapes.clear()
-        part = rollout.take(range(EPISODES))
+        part = rollout.select(range(EPISODES))
         if agent.needs_values:
-            update_module.score_before_update(agent, part, EPISODES)
-        statistics = update_module.optimize(agent, part, np.arange(EPISODES)[::-1].copy(), fresh=True)
+            agent.make_trainer().compute_old_logprobs(part)
+        statistics = agent.make_trainer().step(part, np.arange(EPISODES)[::-1].copy(), is_first_pass=True)
         gradient = [None if p.grad is None else p.grad.clone() for p in agent.policy.parameters()]
         return gradient, statistics, part
 
@@ -155,7 +154,7 @@ def planned(prompts, lengths, budget=None, size=None, shares=True):
     policy, device = SimpleNamespace(prefix_sharing="auto", lm=lm), torch.device("cuda")  # where there is no bound by default
     agent = SimpleNamespace(micro_batch_size=size, max_tokens_per_batch=budget, device=device, policy=policy)
     rollout = SimpleNamespace(prompts=prompts, lengths=np.array(lengths))
-    parts = micro_batches(agent, rollout, np.arange(len(prompts)))
+    parts = agent.make_trainer().micro_batches(rollout, np.arange(len(prompts)))
     assert sorted(row for part in parts for row in part) == list(range(len(prompts)))
     return parts
 

@@ -65,5 +65,3 @@ class Objective(Protocol):
 
     def should_stop(self, statistics: dict[str, float]) -> bool:
         """Return whether to end the passes over this rollout, given the statistics of the last optimizer step."""
-
-

@@ -73,8 +73,7 @@ def check_reference_sync(policy: LanguagePolicy, reference: Reference | None, ev
         return
     if reference is None:
         raise ValueError(
-            f"reference_every={every} needs a reference that can follow the policy; make the env with "
-            "reference=<path or model>"
+            f"reference_every={every} needs a reference that can follow the policy; make the env with reference=<path or model>"
         )
     if isinstance(reference, BaseReference):
         raise ValueError(
@@ -96,6 +95,4 @@ def check_reference_sync(policy: LanguagePolicy, reference: Reference | None, ev
             f"{differing}; make the env with a reference of the policy's architecture"
         )
     if reference.model is policy.base:
-        raise ValueError(
-            "the env's reference is the policy itself, so that their KL is always 0; make it with Reference(model), which copies"
-        )
+        raise ValueError("the env's reference is the policy itself, so that their KL is always 0; use Reference(model), a copy")

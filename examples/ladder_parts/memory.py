@@ -16,7 +16,6 @@ from agents import GRPO, PPO, REINFORCE
 from agents.base import LanguageAgent
 from agents.memory import LiveBytes
 from agents.rollout import Rollout
-from agents.update import update
 from llm_env import TextGenerationEnv
 
 CRITICS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {

@@ -64,8 +64,8 @@ class VLLMEngine:
     Args:
         base_url: of a server, for instance `"http://localhost:8000"`; by default vLLM runs in this process. Several processes
             need a server each: a list of urls. A server is started with `VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0
-            vllm serve MODEL --worker-extension-cls agents.engines.vllm.worker.PolicyWeights`, where this package is installed too.
-            MODEL has the policy's shape; its weights do not matter. In that mode whoever reaches the server can do with it
+            vllm serve MODEL --worker-extension-cls agents.engines.vllm.worker.PolicyWeights`, where this package is installed
+            too. MODEL has the policy's shape; its weights do not matter. In that mode whoever reaches the server can do with it
             what they like: keep it private.
         tolerance: how far, in nats, a log-prob may be from the policy's after a push. By default 1e-3 in float32, and 0.1 in
             bfloat16 and float16, where weights that lag behind by one small step do not show.
