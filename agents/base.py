@@ -72,11 +72,8 @@ class LanguageAgent(SetUp):
             default 2 where another engine or older weights draw, else off.
         gradient_checkpointing: keep nothing of the model's layers but their inputs for the backward pass, which computes them
             again: less memory, more time, the same gradient. Sampling is as fast as without.
-        optimizer: `"adamw_torch"`, or `"adamw_8bit"`, whose two moments take a byte a weight each (needs bitsandbytes); another
-            one is given by `policy_kwargs`.
-        offload_optimizer: keep the optimizer's state on the CPU but for that of the parameter that is stepped; changes nothing
-            but memory and time.
-        offload_reference: keep the reference's weights on the CPU but while it is asked, likewise.
+        optimizer: `"adamw_torch"`, or one of bitsandbytes: `"adamw_8bit"` stores each of the two moments in one byte a weight,
+            `"paged_adamw_8bit"` also moves them to the CPU when the GPU is full. `policy_kwargs` takes any other class.
         engine: what draws the responses in training: None for the policy itself, `"vllm"`, or an `agents.engines.Engine`.
             Evaluation, `predict` and `generate` stay with the policy.
         engine_kwargs: arguments of `agents.vllm_engine.VLLMEngine`, for instance `base_url`.
@@ -120,8 +117,6 @@ class LanguageAgent(SetUp):
         importance_cap: float | None = None,
         gradient_checkpointing: bool = False,
         optimizer: str = "adamw_torch",
-        offload_optimizer: bool = False,
-        offload_reference: bool = False,
         engine: Any = None,
         engine_kwargs: dict[str, Any] | None = None,
         aggregation: str = "token",
@@ -154,7 +149,6 @@ class LanguageAgent(SetUp):
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
         switches = {"preflight": preflight, "overlap": overlap, "bf16": bf16, "gradient_checkpointing": gradient_checkpointing}
-        switches |= {"offload_optimizer": offload_optimizer, "offload_reference": offload_reference}
         check_computation(prefix_sharing, max_num_seqs, self.group_size, **switches)
         class_of(optimizer)  # refuses an unknown one
         check_numbers(0.0, max_grad_norm=max_grad_norm)
@@ -185,8 +179,6 @@ class LanguageAgent(SetUp):
         self.importance_cap = importance_cap
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer = optimizer
-        self.offload_optimizer = offload_optimizer
-        self.offload_reference = offload_reference
         self.set_engine(engine, engine_kwargs)
         self.aggregation = aggregation
         self.mask_truncated = mask_truncated

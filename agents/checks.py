@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.optimizers import BITSANDBYTES
 from agents.quantization import weight_count
 from agents.vec_env import all_rules
 from llm_env.arguments import as_whole, whole
 from llm_env.capabilities import vocabulary_of
 from llm_env.end_tokens import missing_end_tokens
 from llm_env.positions import check_length
-from llm_env.reference import BaseReference, Reference, coefficient
+from llm_env.reference import BaseReference, coefficient
 from llm_env.rules import Rules
 
 if TYPE_CHECKING:
@@ -145,25 +146,22 @@ def check_processes(n_envs: int, group_size: int, processes: int) -> None:
         )
 
 
-def check_sharding(sharded: bool, optimizer: str, quantized: bool = False, **offloads: bool) -> None:
-    """Refuse to move weights about that accelerate has spread over processes, and an optimizer that cannot update them.
+def check_sharding(sharded: bool, optimizer: str, quantized: bool = False) -> None:
+    """Raise if the weights cannot be sharded, or the optimizer cannot update sharded weights.
 
     Raises:
-        ValueError: something is to be offloaded, the optimizer is bitsandbytes', or the weights are quantized.
+        ValueError: If the weights are sharded and quantized, or sharded and the optimizer is bitsandbytes'.
     """
     if sharded and quantized:
         raise ValueError(
             "the model is quantized, and quantized weights are not sharded (FSDP2); launch without sharding, which keeps the "
             "whole quantized model in every process, or load the model without quantization"
         )
-    if sharded and optimizer == "adamw_8bit":
+    if sharded and optimizer in BITSANDBYTES:
         raise ValueError(
-            "optimizer='adamw_8bit', but the weights are sharded, which bitsandbytes cannot update; leave it out: each process "
-            "keeps its share of the optimizer's state alone"
+            f"optimizer={optimizer!r}, but the weights are sharded, which bitsandbytes cannot update; leave it out: each "
+            "process keeps its share of the optimizer's state alone"
         )
-    if sharded and any(offloads.values()):
-        name = next(name for name, wanted in offloads.items() if wanted)
-        raise ValueError(f"{name}=True, but the weights are sharded, and each process keeps its share alone; set {name}=False")
 
 
 def episodes_of(wanted: int | None, default: int, rows: int, by_response: bool) -> int:
@@ -217,20 +215,6 @@ def check_positions(policy: LanguagePolicy, rules: Rules) -> None:
         ValueError: If they have.
     """
     check_length(policy.max_positions, max(map(len, rules.prompts.ids)), rules.max_new_tokens)
-
-
-def check_reference(reference: Reference, policy: LanguagePolicy, offload: bool) -> None:
-    """Refuse to take weights from the device that the policy computes with.
-
-    Raises:
-        ValueError: the reference is to be offloaded and shares weights with the policy.
-    """
-    shared = {id(parameter) for parameter in policy.parameters()} & {id(p) for p in reference.model.parameters()}
-    if offload and shared:
-        raise ValueError(
-            "offload_reference=True, but the env's reference has its weights in common with the policy and takes no memory of "
-            "its own; set offload_reference=False"
-        )
 
 
 def check_base_reference(policy: LanguagePolicy, rules: Rules) -> None:

@@ -14,7 +14,6 @@ from agents.checks import (
     agree_on_ends,
     check_fit,
     check_processes,
-    check_reference,
     check_sharding,
     check_trainable,
     default_learning_rate,
@@ -48,8 +47,6 @@ class SetUp(Drawing):
     bf16: bool
     gradient_checkpointing: bool
     optimizer: str
-    offload_optimizer: bool
-    offload_reference: bool
     prefix_sharing: PrefixSharing
     max_num_seqs: int | None
     _model: Any
@@ -72,9 +69,8 @@ class SetUp(Drawing):
         if self.policy.adapter is not None:
             self.policy.adapter.base.to(self.device)  # what it does not have in common with the policy: buffers
         self.policy.train(False)
-        offloads = {"offload_optimizer": self.offload_optimizer, "offload_reference": self.offload_reference}
         quantized = self.policy.adapter is not None and self.policy.adapter.quantized
-        check_sharding(self.world.sharded, self.optimizer, quantized, **offloads)
+        check_sharding(self.world.sharded, self.optimizer, quantized)
         self._hand_down()
         self._share_policy()
         if self._wanted_learning_rate is None:
@@ -84,7 +80,6 @@ class SetUp(Drawing):
         self.policy.optimized = frozenset(trained)
         self.policy.optimizer = make_optimizer(
             self.optimizer,
-            self.offload_optimizer,
             self.policy_kwargs,
             list(trained.values()),
             lr=self.lr_schedule(1),
@@ -190,8 +185,7 @@ class SetUp(Drawing):
                     rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
         reference = None if self.env is None else rules_of_vec_env(self.env).reference
         if reference is not None:
-            check_reference(reference, self.policy, self.offload_reference)
-            reference.place(self.device, self.offload_reference)
+            reference.place(self.device)
         for name in ("temperature", "bf16", "prefix_sharing", "max_tokens_per_batch"):
             if reference is not None:
                 setattr(reference, name, getattr(self, name))
