@@ -184,8 +184,8 @@ class LanguageAgent(BaseAlgorithm):
             default 2 where another engine or older weights generate, else off.
         gradient_checkpointing: keep only the inputs of the model's layers for the backward pass, which computes the layers
             again: less memory, more time, the same gradient. Sampling is as fast as without.
-        optimizer: `"adamw_torch"`, or `"adamw_8bit"` and `"paged_adamw_8bit"`, whose two moments take a byte a weight each
-            (need bitsandbytes); another one is given by `policy_kwargs`.
+        optimizer: `"adamw_torch"`, or one of bitsandbytes: `"adamw_8bit"` stores each of the two moments in one byte a weight,
+            `"paged_adamw_8bit"` also moves them to the CPU when the GPU is full. `policy_kwargs` takes any other class.
         engine: generates the responses in training: None for the policy itself, `"vllm"`, or an object like
             `agents.engines.weight_sync.ExternalEngine`. Evaluation, `predict` and `generate` use the policy.
         engine_kwargs: arguments of `agents.engines.vllm.engine.VLLMEngine`, for instance `base_url`.
@@ -504,12 +504,12 @@ class LanguageAgent(BaseAlgorithm):
     def _prefetch(self) -> PrefetchedRollout:
         """Begin to generate the next rollout with the weights as they are now."""
         assert self.env is not None
-        venv, began, engine, sampler = vector_env_of(self.env), self._state.snapshot(), self.engine, self.sampler()
+        venv, began, sampler = vector_env_of(self.env), self._state.snapshot(), self.sampler()
         assert venv is not None
-        if not engine.takes_uniforms:
-            sampler = sampler.spawn(0)  # the agent's generator is the update's
-        engine = engine.snapshot(self.rules)
-        return PrefetchedRollout(ResponseCollector(self.policy, engine, venv, sampler, self.group_size, self.world), began)
+        if not self.engine.takes_uniforms:
+            sampler = sampler.spawn(0)  # the update draws from the agent's own generator meanwhile
+        frozen = self.engine.snapshot(self.rules)
+        return PrefetchedRollout(ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.world), began)
 
     def _discard_prefetched(self) -> None:
         """Wait for the rollout that is being prefetched, and drop it."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from agents.optimizers import BITSANDBYTES
 from llm_env.arguments import as_whole, whole
 from llm_env.capabilities import vocabulary_of
 from llm_env.positions import check_length
@@ -142,25 +143,22 @@ def check_processes(n_envs: int, group_size: int, processes: int) -> None:
         )
 
 
-def check_sharding(sharded: bool, optimizer: str, quantized: bool = False, **offloads: bool) -> None:
-    """Check that the optimizer and the model can be sharded by accelerate (FSDP2).
+def check_sharding(sharded: bool, optimizer: str, quantized: bool = False) -> None:
+    """Raise if the weights cannot be sharded, or the optimizer cannot update sharded weights.
 
     Raises:
-        ValueError: If the optimizer is bitsandbytes', the weights are quantized, or something is to be offloaded.
+        ValueError: If the weights are sharded and quantized, or sharded and the optimizer is bitsandbytes'.
     """
     if sharded and quantized:
         raise ValueError(
             "the model is quantized, and quantized weights are not sharded (FSDP2); launch without sharding, which keeps the "
             "whole quantized model in every process, or load the model without quantization"
         )
-    if sharded and optimizer == "adamw_8bit":
+    if sharded and optimizer in BITSANDBYTES:
         raise ValueError(
-            "optimizer='adamw_8bit', but the weights are sharded, which bitsandbytes cannot update; leave it out: each process "
-            "keeps its share of the optimizer's state alone"
+            f"optimizer={optimizer!r}, but the weights are sharded, which bitsandbytes cannot update; leave it out: each "
+            "process keeps its share of the optimizer's state alone"
         )
-    if sharded and any(offloads.values()):
-        name = next(name for name, wanted in offloads.items() if wanted)
-        raise ValueError(f"{name}=True, but the weights are sharded, and each process keeps its share alone; set {name}=False")
 
 
 def episodes_per_rollout(n_envs: int | None, default: int, rows: int, by_response: bool) -> int:

@@ -20,9 +20,7 @@ from llm_env.models import check_causal, load_causal_lm
 from llm_env.passes import passes
 from llm_env.positions import check_length, max_positions
 from llm_env.scoring import autocast, score
-from llm_env.shared_prompt import Rows
 from llm_env.sharing import PrefixSharing
-from llm_env.visiting import visiting
 
 
 class Reference:
@@ -40,7 +38,6 @@ class Reference:
 
     Attributes:
         max_positions: tokens that it can read, prompt and response together; None without a limit.
-        visited: the device that its weights are on during a pass only; None where they stay, see `place`.
         temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
         bf16, prefix_sharing: how it is computed, set by the agent likewise; see `agents.policy.LanguagePolicy`.
         max_tokens_per_batch: positions per forward pass, set by the agent likewise; see `llm_env.passes.passes`.
@@ -73,16 +70,14 @@ class Reference:
 
     def _settle(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.visited: torch.device | None = None
         self.temperature = 1.0
         self.bf16 = False
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_tokens_per_batch: int | None = None
 
-    def place(self, device: torch.device, offload: bool = False) -> None:
-        """Compute on `device` from here on; with `offload` the weights are there during a pass only, and else on the CPU."""
-        self.visited = device if offload else None
-        self.model.to("cpu" if offload else device)
+    def place(self, device: torch.device) -> None:
+        """Move the model to a device."""
+        self.model.to(device)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a model that cannot score all token ids of the env.
@@ -127,12 +122,6 @@ class Reference:
         if not len(prompts):
             return []
         self.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)), 0)
-        if self.visited is None:
-            return self._log_probs(prompts, responses, allowed)
-        with visiting([*self.model.parameters(), *self.model.buffers()], self.visited):
-            return self._log_probs(prompts, responses, allowed)
-
-    def _log_probs(self, prompts: Rows, responses: Rows, allowed: Sequence[np.ndarray] | None) -> list[np.ndarray]:
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
         lengths, most = list(map(len, responses)), self.max_tokens_per_batch
         for rows in passes(self.model, prompts, lengths, self.batch_size, most, self.prefix_sharing):
@@ -178,8 +167,8 @@ class BaseReference(Reference):
         self.max_positions = max_positions(model)
         super().check_vocabulary(self._vocab_size)
 
-    def place(self, device: torch.device, offload: bool = False) -> None:
-        """Nothing: the model stays where the agent has it, which refuses to offload it."""
+    def place(self, device: torch.device) -> None:
+        """Do nothing: the model is on the agent's device already."""
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """See `Reference`; a model that comes later is checked then."""

@@ -247,8 +247,8 @@ def refused(folder):
     model = make_model("llama", len(TOKENIZER))
     for call in (
         make_agent,
-        lambda: make_agent(offload_reference=True),
         lambda: GRPO(model, make_text_env(), optimizer="adamw_8bit"),
+        lambda: GRPO(model, make_text_env(), optimizer="paged_adamw_8bit"),
         lambda: check_processes(4, 4, distributed.world().size),
     ):
         try:

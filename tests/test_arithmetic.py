@@ -149,8 +149,7 @@ def test_the_table_counts_bytes_as_they_are(arithmetic, tmp_path):
     assert plain.optimizer == pytest.approx(8 * count, rel=0.01) and small.optimizer < 0.3 * plain.optimizer
     assert plain.update > 4 * count and again.update < 0.9 * plain.update
     assert rows["bf16=True"].update < plain.update + 2 * count
-    text = memory.report(results, "title", "cpu").splitlines()
-    assert [line.count("not measured") >= 6 for line in text[6:-2]] == ["offload" in line for line in text[6:-2]]
+    text = memory.report(results, "title").splitlines()
     assert f"| {plain.weights / 2**20:.1f} |" in text[6] and text[6].count("1.00") == 3 and len(text) == 6 + len(results) + 2
 
 

@@ -178,8 +178,8 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
             and "n_envs=4 with group_size=4 is 1 prompts a rollout, fewer than the 2 processes; raise n_envs to 8" in text
         )
         assert re.search("ValueError: .*does not fit LanguagePolicy.*LlamaDecoderLayer.*BertLayer", text), text[-3000:]
-        assert "offload_reference=True, but the weights are sharded" in text
         assert "optimizer='adamw_8bit', but the weights are sharded" in text
+        assert "optimizer='paged_adamw_8bit', but the weights are sharded" in text
 
 
 @pytest.mark.parametrize(

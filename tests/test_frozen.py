@@ -17,7 +17,6 @@ CASES = {
     "PPO": (PPO, {"n_epochs": 2}),
     "PPO with a critic of its own": (PPO, {"separate_critic": True, "n_epochs": 2}),
     "GRPO, layers computed again": (GRPO, {"group_size": 4, "gradient_checkpointing": True}),
-    "GRPO, state on the CPU": (GRPO, {"group_size": 4, "offload_optimizer": True}),
 }
 
 

@@ -8,9 +8,9 @@ import torch
 
 from agents import GRPO, PPO, REINFORCE
 from agents.losses import truncated_importance
-from tests.rollouts import collect
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
+from tests.rollouts import collect
 
 TOKENIZER = make_tokenizer("abcdefgh")
 V = len(TOKENIZER)

@@ -8,6 +8,7 @@ from gymnasium.wrappers import TransformReward
 from agents import GRPO, PPO, REINFORCE
 from agents.advantages import equal_groups
 from agents.losses import kl_k3, ratio
+from agents.rollout import concat
 from llm_env import process_reward
 from llm_env.reference import AdaptiveKLController
 from tests.conftest import FAMILIES, make_model, make_tokenizer, refused

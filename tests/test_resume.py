@@ -195,12 +195,9 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path):
         (110, 100, 0, 0),
     ],
 )
-def test_tokens_to_go(done, asked_before, asked, go):
-    class Agent:
-        num_timesteps, _total_timesteps = done, asked_before
-
-    assert tokens_to_go(Agent, asked, False) == go
-    assert tokens_to_go(Agent, asked, True) == asked
+def test_remaining_timesteps(done, asked_before, asked, go):
+    assert remaining_timesteps(asked, done, asked_before, False) == go
+    assert remaining_timesteps(asked, done, asked_before, True) == asked
 
 
 def scalars(folder):

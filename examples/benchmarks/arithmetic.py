@@ -17,7 +17,6 @@ USABLE = 0.9  # as `agents.preflight` reckons
 PEAK, MFU = 989e12, 0.4  # FLOP/s in bfloat16, dense; the share of them that a pass gets
 HBM, HBM_SHARE = 3.35e12, 0.6  # bytes/s; likewise, for a step of decoding
 NVLINK, INFINIBAND, LINK_SHARE = 450e9, 400e9, 0.8  # bytes/s in one direction of a GPU, and of a node of eight
-PCIE = 64e9  # bytes/s in one direction
 PROMPTS, GROUP, PROMPT, NEW = 64, 8, 512, 1024
 CHUNK, TABLES = 2**28, 5  # bytes of logits at a time, and how many tables of that size there are at the peak
 RANK = 16
@@ -108,23 +107,20 @@ class Sharding:
         gpus: S.
         sharded: FSDP2; each GPU holds 1/S of all that is held.
         lora: adapters are trained, and the reference is the model without them.
-        offloaded: the optimizer's state and the reference are on the CPU.
     """
 
     name: str
     gpus: int
     sharded: bool = False
     lora: bool = False
-    offloaded: bool = False
 
     def held(self, model: Model) -> dict[str, float]:
         """Bytes on each GPU by what they are, all the time."""
         parts = self.gpus if self.sharded else 1
         trained = model.adapter(RANK) if self.lora else model.parameters
         weights = 4 * (model.parameters + (trained if self.lora else 0))
-        moments = 0 if self.offloaded else 8 * trained
-        reference = 0 if self.offloaded or self.lora else 4 * model.parameters
-        kinds = {"weights": weights, "gradients": 4 * trained, "moments": moments, "reference": reference}
+        reference = 0 if self.lora else 4 * model.parameters
+        kinds = {"weights": weights, "gradients": 4 * trained, "moments": 8 * trained, "reference": reference}
         return {name: size / parts for name, size in kinds.items()}
 
     def working(self, model: Model) -> float:
@@ -137,10 +133,9 @@ class Sharding:
         return 2 * (2 * layer + (1 if model.tied else 2) * model.vocabulary * model.hidden) + 4 * layer  # and a gradient
 
     def update(self, model: Model) -> float:
-        """Bytes on each GPU at the peak of an update, one group at a time, or while an offloaded reference is there."""
+        """Bytes on each GPU at the peak of an update, one group at a time."""
         passed = self.working(model) + activation_bytes(model, PROMPT + GROUP * NEW)
-        visiting = 4 * model.parameters if self.offloaded else 0
-        return sum(self.held(model).values()) + max(passed, visiting) + TABLES * CHUNK
+        return sum(self.held(model).values()) + passed + TABLES * CHUNK
 
     def gathered(self, model: Model) -> float:
         """Bytes of weights in bfloat16 beside those held, while sampling: all; sharded, those of a second model too."""
@@ -161,7 +156,6 @@ class Sharding:
 
 SHARDINGS = [
     *(Sharding("data parallel", gpus) for gpus in (1, 8, 64)),
-    *(Sharding("data parallel, offloaded", gpus, offloaded=True) for gpus in (1, 8, 64)),
     *(Sharding("FSDP2", gpus, sharded=True) for gpus in (8, 64)),
     *(Sharding("LoRA", gpus, lora=True) for gpus in (1, 8, 64)),
     *(Sharding("LoRA, FSDP2", gpus, sharded=True, lora=True) for gpus in (8, 64)),
@@ -202,8 +196,6 @@ def seconds(model: Model, sharding: Sharding) -> dict[str, float]:
         moved = (1 if sharding.lora else 2) * gather + passes * (2 * gather + scatter)  # sampling, the reference; update
     else:
         moved = all_reduce(4 * trained, gpus)
-    if sharding.offloaded:
-        moved += (16 * trained + 4 * model.parameters) / (PCIE * LINK_SHARE)
     return {
         "prompts": 2 * model.multiplied * groups * PROMPT / speed,
         "decoding": waves * NEW * token,

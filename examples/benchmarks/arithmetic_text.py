@@ -18,7 +18,6 @@ would have to sample, and sharded weights cannot be given to one yet. Times of w
 
 - *data parallel*: every weight, gradient and moment on each GPU; gradients are summed once an optimizer step, after the
   backward pass.
-- *data parallel, offloaded*: likewise, with `offload_optimizer=True` and `offload_reference=True`.
 - *FSDP2*: each GPU holds 1/S of everything; a layer's weights come together when it is computed, and all of them, in
   bfloat16, for sampling.
 - *LoRA*: adapters of rank 16 beside every matrix of every layer are trained; the reference is the model without them.
@@ -37,8 +36,8 @@ parameters of the adapters, M = N less an input embedding that is not the output
 | :--- | :--- |
 | weights (float32 masters) | 4 N; FSDP2: 4 N / S |
 | gradients (float32; they stay until the next update begins) | 4 N; FSDP2: 4 N / S; LoRA: 4 a |
-| AdamW's two moments (float32) | 8 N; FSDP2: 8 N / S; LoRA: 8 a; offloaded: 0; `adamw_8bit`: 2 N (1 + 4 / 256) |
-| reference (float32) | 4 N; FSDP2: 4 N / S; LoRA: 0; offloaded: 4 N in its own pass only |
+| AdamW's two moments (float32) | 8 N; FSDP2: 8 N / S; LoRA: 8 a; `adamw_8bit`: 2 N (1 + 4 / 256) |
+| reference (float32) | 4 N; FSDP2: 4 N / S; LoRA: 0 |
 | weights in bfloat16, update | 2 N, which autocast keeps; FSDP2: two layers, the embeddings; LoRA: the largest matrix |
 | activations, checkpointed | (P + G T) (4 h L + 16 h + 2 (2 h + 2 n d + 2 k d + 4 f)) |
 | logits | 5 x 2^28, float32 tables of a chunk (`llm_env.scoring.CHUNK_BYTES`) at the peak; 4.8 were counted |
@@ -56,7 +55,6 @@ With C = 0.4 x 989e12 FLOP/s, H = 0.6 x 3.35e12 bytes/s and V = 0.8 x 450e9 byte
 | `update` | (6 M + 2 M) (P + G T) B / (G C), 2 M for computing layers again; LoRA: 4 M + 2 M, no gradient of N |
 | `moving`, data parallel | all-reduce: 2 (S - 1) / S x 4 N / V; LoRA: 4 a in the place of 4 N |
 | `moving`, FSDP2 | (S - 1) / S x (2 N + 2 N + B / G x (2 N + 2 N + 4 N)) / V; LoRA: 4 a in the place of 4 N, one 2 N less |
-| `moving`, offloaded | and (8 N there + 8 N back + 4 N reference) / (0.8 x 64e9) |
 
 FSDP2 gathers policy and reference once for a rollout, and the policy twice, with one reduce-scatter, in each pass of
 the update. With LoRA the reference is the policy's weights, gathered or not. LoRA without FSDP2 reads 8 M bytes a
@@ -64,7 +62,7 @@ token in the place of 2 M: autocast keeps its bfloat16 copy of a weight that is 
 of a weight that is not (counted on a CPU).
 
 Sources. Models: `config.json` of the repositories named. H100 SXM: 989 TFLOP/s in bfloat16 without sparsity, 80 GB, 3.35
-TB/s, NVLink 900 GB/s and PCIe 128 GB/s in both directions together (NVIDIA, H100 data sheet). InfiniBand: eight ConnectX-7
+TB/s, NVLink 900 GB/s in both directions together (NVIDIA, H100 data sheet). InfiniBand: eight ConnectX-7
 of 400 Gb/s a node of eight GPUs (NVIDIA, DGX H100 user guide), which a ring over nodes uses together: 400 GB/s. 6 N a token:
 Kaplan et al., arXiv 2001.08361, section 2.1. Volumes of collectives: nccl-tests, PERFORMANCE.md. AdamW's bytes: Rajbhandari
 et al., arXiv 1910.02054, section 3.1.

@@ -9,8 +9,7 @@ reference, optimizer's state) is counted tensor by tensor, after an update, and 
 activations, logits) is `agents.memory.peak_bytes`: on CUDA by its allocator, on a CPU by the tensors that live. The updates
 of all keywords take turns, so that what else the machine does falls on all of them; the first turn does not count.
 
-On a machine without a GPU the two `offload` keywords move nothing: their memory is "not measured" there, and their time is that
-of the bookkeeping. The table is left in `outputs/benchmarks`; the one in this folder is of the defaults.
+The table is left in `outputs/benchmarks`; the one in this folder is of the defaults.
 """
 
 import argparse
@@ -37,18 +36,14 @@ from agents.rollout import Rollout
 from llm_env import TextGenerationEnv
 from llm_env.reference import Reference
 
-OFFLOADS = {"offload_optimizer": True, "offload_reference": True}
 SMALL = {"gradient_checkpointing": True, "optimizer": "adamw_8bit"}
 ROWS: list[dict[str, Any]] = [
     {},
     {"bf16": True},
     {"gradient_checkpointing": True},
     {"optimizer": "adamw_8bit"},
-    {"offload_optimizer": True},
-    {"offload_reference": True},
     SMALL,
     {"bf16": True, **SMALL},
-    {"bf16": True, **SMALL, **OFFLOADS},
 ]
 MB = 2**20
 
@@ -160,18 +155,15 @@ def measure(work: Work, repeats: int) -> list[Measured]:
     return results
 
 
-def report(results: list[Measured], title: str, device: str) -> str:
+def report(results: list[Measured], title: str) -> str:
     """The table."""
     lines = ["# Memory of an update", "", title, ""]
     lines += ["| keywords | weights | reference | optimizer | update | peak, MiB | of (none) | time of (none) | by CPU time |"]
     lines += ["| :--- |" + " ---: |" * 8]
     first = results[0]
     for row in results:
-        if device == "cpu" and OFFLOADS.keys() & row.keywords.keys():
-            sizes = ["not measured"] * 6
-        else:
-            parts = (row.weights, row.reference, row.optimizer, row.update, row.peak)
-            sizes = [*(f"{part / MB:.1f}" for part in parts), f"{row.peak / first.peak:.2f}"]
+        parts = (row.weights, row.reference, row.optimizer, row.update, row.peak)
+        sizes = [*(f"{part / MB:.1f}" for part in parts), f"{row.peak / first.peak:.2f}"]
         times = ["not measured"] * 2
         if row.seconds:
             pairs = ((row.seconds, first.seconds), (row.cpu_seconds, first.cpu_seconds))
@@ -201,9 +193,8 @@ def title_of(work: Work, parameters: int, repeats: int) -> str:
         f"tokens, {work.group} responses of {work.new_tokens} to each, one optimizer step.\n\n"
         "Between two updates the weights, the reference and the optimizer's state are held; `update` is what one takes besides "
         f"at its peak: gradients, activations and logits. Times are ratios of medians of {repeats} updates, taken alternately; "
-        "the sampling is in none of them. Where there is no GPU, offloading moves nothing: its memory is not measured, and how "
-        "far its time is from 1 is how far the times can be trusted. Nor is the time of `bf16` measured on a CPU without "
-        "bfloat16 products, which imitates them, several times as slowly as float32."
+        "the sampling is in none of them. The time of `bf16` is not measured on a CPU without bfloat16 products, which "
+        "imitates them, several times as slowly as float32."
     )
 
 
@@ -217,7 +208,7 @@ def main() -> None:
         shape = (arguments.prompt, arguments.group, arguments.new_tokens, arguments.problems, 1)
         work = Work(folder, arguments.vocabulary, *shape, arguments.device, "float32", arguments.threads)
         results = measure(work, arguments.repeats)
-        text = report(results, title_of(work, parameters, arguments.repeats), torch.device(arguments.device).type)
+        text = report(results, title_of(work, parameters, arguments.repeats))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "memory.md").write_text(text)
     print(f"{text}\nsaved memory.md in {arguments.out}")

@@ -68,14 +68,14 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
         agent = kind(copy.deepcopy(model), env, n_envs=episodes, seed=0, **settings)
         agent.set_logger(Logger(folder=None, output_formats=[]))
         with LiveBytes() as live:
-            update(agent, endless_rollout(agent, prompt, response))
+            agent.train(endless_rollout(agent, prompt, response))
             live.peak = live.now
-            update(agent, endless_rollout(agent, prompt, response))
+            agent.train(endless_rollout(agent, prompt, response))
         seconds = []
         for _ in range(repeats):
             rollout = endless_rollout(agent, prompt, response)
             start = time.process_time()
-            update(agent, rollout)
+            agent.train(rollout)
             seconds.append(time.process_time() - start)
         weights = sum(parameter.nbytes for parameter in agent.policy.parameters())  # were there before
         results[name] = (min(seconds), float(weights + live.peak))
