@@ -317,20 +317,14 @@ class LanguageAgent(BaseAlgorithm):
         self._window_is_rollout = stats_window_size is None
         self._policy_data: dict[str, Any] = {}
         self._saved_state: dict[str, Any] = {}
-        self._checkpoint_format = FORMAT
         self._reference_weights: dict[str, Any] | None = None
         self._tokens_left_over = 0
         self._has_had_env = False
         self._had_hook = self.on_iteration is not None
-        self._name_algorithm()
         if _init_setup_model:
             self._setup_model()
             if env is not None:
                 self._set_env(as_vec_env(env, self.n_envs))
-
-    def _name_algorithm(self) -> None:
-        self._algorithm = type(self).__name__  # the class that writes a checkpoint
-        self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
 
     # --- what an algorithm fills in: see `agents.training.objective.Objective` -------------------------------------------
 
@@ -971,7 +965,9 @@ class LanguageAgent(BaseAlgorithm):
         All of several processes call it, and the main one writes the file, which is the same for any number of processes.
         """
         check_optimizer(self.policy)
-        self._name_algorithm()
+        self._checkpoint_format = FORMAT
+        self._algorithm = type(self).__name__  # the class that writes the checkpoint
+        self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
         self._policy_data = self.policy._get_constructor_parameters()
         self._saved_state = self._training_state()
         try:

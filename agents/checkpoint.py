@@ -262,8 +262,9 @@ def migrate(attributes: dict[str, Any]) -> None:
     if attributes.get("_checkpoint_format", 1) >= FORMAT:
         return
     for old, new in RENAMED_ATTRIBUTES.items():
-        if old in attributes:
-            attributes.setdefault(new, attributes.pop(old))
+        value = attributes.pop(old, None)
+        if not attributes.get(new):  # what `load` was given goes first
+            attributes[new] = value
     position = attributes.pop("_position", {})
     state = {new: position[old] for old, new in RENAMED_PARTS.items() if position.get(old) is not None}
     if position.get("env") is not None:
@@ -271,7 +272,7 @@ def migrate(attributes: dict[str, Any]) -> None:
     sync = {new: attributes.pop(old) for old, new in RENAMED_REFERENCE_SYNC.items() if old in attributes}
     if sync:
         state["reference_sync"] = {"has_moved": False, "num_rollouts": 0, "rollouts": [], **sync}
-    attributes["_saved_state"] = state
+    attributes["_saved_state"] = {**attributes.get("_saved_state", {}), **state}
     attributes["_checkpoint_format"] = FORMAT
     for name in DROPPED_ATTRIBUTES:
         attributes.pop(name, None)

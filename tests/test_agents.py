@@ -3,7 +3,6 @@
 import copy
 from types import SimpleNamespace
 
-import agents.update as update_module
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from stable_baselines3.common.logger import Logger
 from agents import GRPO, PPO, REINFORCE
 from agents.losses import token_weights
 from agents.sampler import Sampler
+from agents.training.trainer import Trainer
 from llm_env import TextGenerationVectorEnv
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import PROBES, make_env
@@ -60,24 +60,25 @@ class Ratios:
 
     def __init__(self, monkeypatch):
         self.deviations = []
-        original = update_module.optimize
+        original = Trainer.step
 
-        def spy(agent, rollout, rows, fresh):
+        def spy(trainer, rollout, rows, is_first_pass):
+            agent = trainer.objective
             loss = agent.loss
 
             def loss_spy(part, result, part_weights):
                 if part.old_logp is not None:
                     gap = ((result.logp - part.old_logp).exp() - 1).abs() * part.mask
-                    self.deviations.append((agent._n_updates, gap.max().item()))
+                    self.deviations.append((agent.policy.num_steps, gap.max().item()))
                 return loss(part, result, part_weights)
 
             agent.loss = loss_spy
             try:
-                return original(agent, rollout, rows, fresh)
+                return original(trainer, rollout, rows, is_first_pass)
             finally:
                 del agent.loss
 
-        monkeypatch.setattr(update_module, "optimize", spy)
+        monkeypatch.setattr(Trainer, "step", spy)
 
 
 @pytest.mark.parametrize("batch", [{}, {"batch_size": 8}, {"micro_batch_size": 8}], ids=["whole", "minibatches", "micro"])

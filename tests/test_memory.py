@@ -235,7 +235,7 @@ def test_a_run_that_is_saved_goes_on_exactly(keywords, large, tmp_path):
     whole, first = (make_agent(model=copy.deepcopy(large), environment=fresh(), **keywords) for _ in range(2))
     whole.learn(150).learn(150, reset_num_timesteps=False)
     first.learn(150).save(tmp_path / "agent")
-    assert first._reference_moved == (keywords is MOVING)
+    assert first._reference_sync.has_moved == (keywords is MOVING)
     second = GRPO.load(tmp_path / "agent", env=fresh())
     assert second._n_updates > 1 and [getattr(second, key) for key in keywords] == list(keywords.values())
     second.learn(150, reset_num_timesteps=False)
