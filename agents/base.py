@@ -58,7 +58,7 @@ class LanguageAgent(SetUp):
         max_tokens_per_batch: positions in a forward pass: prompts, each counted as often as it is computed, responses and
             padding; another bound of the kind. By default 2048 (or one group) on a CPU, where more is
             slower, and none elsewhere.
-        preflight: try before the first rollout whether the longest pass fits into memory; see `agents.preflight.preflight`.
+        preflight: on a GPU, try the longest pass of the update before the first rollout; see `agents.preflight.preflight`.
         max_grad_norm: the gradient is scaled down to this norm.
         temperature: divides the logits, in sampling and in training.
         top_k, top_p, min_p: restrict the sampling (off by default); the training is then off-policy, and says so.

@@ -1,9 +1,8 @@
-"""The longest pass that an update can meet, tried before the first rollout, so that memory runs out in the first minute."""
+"""Try the longest pass of the update before the first rollout, so that a GPU runs out of memory in the first minute."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 from heapq import nlargest
 from itertools import groupby
@@ -15,68 +14,63 @@ import torch
 
 from agents.batches import kept_together, micro_batches
 from agents.checks import check_budget
-from agents.memory import free_bytes, peak_bytes, size_of
 from agents.optimizers import states_to_come
 from agents.rollout import Rollout
 from agents.untouched import replaced, untouched
 from agents.update import accumulate
 from llm_env.constraints import TokenConstraint
 from llm_env.passes import positions_of
-from llm_env.scoring import CHUNK_BYTES
 from llm_env.sharing import Extent
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
 
-USABLE = 0.9  # of what is free: allocators lose some of it between the pieces
-UNTRIED = ("cpu",)  # devices on which a pass that is too large ends the process, so that it is reckoned and not tried
+DEVICES = ("cuda",)  # where an allocation that fails is an error; a CPU process that asks for too much may be killed
 
 _passed: WeakKeyDictionary[LanguageAgent, tuple[object, ...]] = WeakKeyDictionary()  # with these limits
 
 
 def preflight(agent: LanguageAgent) -> None:
-    """Find out before anything is drawn whether the largest pass of the update has room in memory.
+    """Try the largest pass of the update on a GPU before the first rollout.
 
-    That is an optimizer step of the env's longest prompts with `max_new_tokens` each, or as many of them as `micro_batch_size`
-    and `max_tokens_per_batch` let into one pass, forward and backward, with all gradients and the optimizer's state beside it.
-    On a GPU it is run. On a CPU, where a process that asks for too much is killed, some rows are measured and the rest is
-    reckoned (`LongestPass.bytes_of`), if the system says how much is free. An agent does so once, and again where a limit
-    has changed; with `preflight=False` never. Its weights, attributes and random numbers stay as they were, but for what a loss
-    of one's own adds to a list or buffer. Such a loss may want more than made-up episodes have: it fails with a warning.
-    Sampling and the reference are not tried.
+    The pass is an optimizer step of the env's longest prompts with `max_new_tokens` each, or as many of them as
+    `micro_batch_size` and `max_tokens_per_batch` allow in one pass: forward and backward, with all gradients and the
+    optimizer's state allocated. It runs once, and again after a limit has changed. On other devices, with sharded weights
+    and with `preflight=False` nothing is tried. Sampling and the reference are never tried.
+
+    The agent's weights, attributes and random states are restored, except for what a custom loss adds to a list or buffer.
+    A custom loss may need more than the made-up episodes contain: its error becomes a warning.
 
     Raises:
-        ValueError: there is no env, or `max_tokens_per_batch` does not hold its longest episode.
-        MemoryError: there is no room; the message names a `max_tokens_per_batch` that there is room for. The agent is as it
-            was: set that and go on.
+        ValueError: If there is no env, or `max_tokens_per_batch` is smaller than its longest episode.
+        MemoryError: If the pass runs out of memory. The message names a `max_tokens_per_batch` that was tried successfully;
+            set it on the agent and call `learn` again.
     """
     rules, device, budget = agent.rules, agent.device, agent.max_tokens_per_batch
     check_budget(budget, rules)
     longest = max(map(len, rules.prompts.ids)), rules.max_new_tokens
     limits = (*longest, agent.n_envs, agent.batch_size, agent.micro_batch_size, budget, device, agent.gradient_checkpointing)
-    is_tried = device.type not in UNTRIED
     # Sharded, every pass brings all processes together.
-    if not agent.preflight or agent.world.sharded or _passed.get(agent) == limits:
+    if device.type not in DEVICES or not agent.preflight or agent.world.sharded or _passed.get(agent) == limits:
         return
-    agent.world.together(partial(_try, agent, is_tried))
+    agent.world.together(partial(_try, agent))
     _passed[agent] = limits
 
 
-def _try(agent: LanguageAgent, is_tried: bool) -> None:
-    budget, device, optimizer, processes = agent.max_tokens_per_batch, agent.device, agent.policy.optimizer, agent.world.size
+def _try(agent: LanguageAgent) -> None:
+    budget, optimizer, processes = agent.max_tokens_per_batch, agent.policy.optimizer, agent.world.size
     with untouched(agent, 0):
         longest_pass = LongestPass(agent, optimizer, processes)
-        fits = longest_pass.runs if is_tried else longest_pass.has_room
         try:
-            has_room = fits(budget)
+            has_room = longest_pass.runs(budget)
         except Exception as error:
             detail = f"{type(error).__name__}: {error}"
             warnings.warn(f"preflight could not try the longest pass ({detail}); preflight=False leaves it out", stacklevel=3)
             has_room = True
         if not has_room:
-            fault = f"does not fit into the memory of {device}" if is_tried else longest_pass.reckoned(budget)
             raise MemoryError(
-                f"the longest pass of the update, {longest_pass.described(budget)}, {fault}; {longest_pass.remedy(fits)}"
+                f"the longest pass of the update, {longest_pass.described(budget)}, does not fit into the memory of "
+                f"{agent.device}; {longest_pass.remedy()}"
             )
 
 
@@ -100,7 +94,6 @@ class LongestPass:
         self.prompt, self.new = max(map(len, self.rules.prompts.ids)), self.rules.max_new_tokens
         self.states = states_to_come(optimizer)
         self._trained = [parameter for parameter in agent.policy.parameters() if parameter.requires_grad]
-        self._measured: dict[int, int] = {}
 
     def _longest_rollout(self, rows: int) -> Rollout:
         """An optimizer step's episodes; those of one prompt follow each other, more than a group where the env has few."""
@@ -175,64 +168,25 @@ class LongestPass:
             torch.cuda.empty_cache()
         return False
 
-    def has_room(self, budget: int | None) -> bool:
-        """Whether there is room for the largest pass, as it is reckoned; True where nobody says how much is free."""
-        free = free_bytes(self.device)
-        return free is None or self.bytes_of(budget, free) <= free * USABLE
-
-    def bytes_of(self, budget: int | None, free: float = float("inf")) -> float:
-        """The most bytes that the largest pass holds, gradients and the optimizer's state included.
-
-        One row is measured, and then one group and two (one row and two, where no group stays together), or so many that their
-        logits are more than are made at a time; each position more, up to the budget, is reckoned at their difference. What
-        by that would not fit into `free` is not measured.
-        """
-        rows = self.rows_at_once(budget)
-        positions = self.positions(rows, self.new)
-        if budget is not None and rows < self.most:
-            positions = max(positions, budget)
-        chunk = -(-CHUNK_BYTES // (4 * self.rules.vocab_size * self.new))  # rows
-        unit = max(self.unit, chunk) if rows > chunk else self.unit
-        seen, peak, slope = 0, self.states + sum(parameter.nbytes for parameter in self._trained), 0.0
-        for size in sorted({min(size, rows) for size in (1, unit, 2 * unit)}):
-            here = self.positions(size, self.new)
-            if seen and peak + (here - seen) * slope > free:
-                break
-            found = self._measure(size)
-            seen, peak, slope = here, found, max((found - peak) / (here - seen), 0.0)
-        return peak + (positions - seen) * slope
-
-    def _measure(self, rows: int) -> int:
-        if rows not in self._measured:
-            self._measured[rows] = peak_bytes(partial(self.run, rows, self.new), self.device)
-        return self._measured[rows]
-
     def described(self, budget: int | None) -> str:
         """The largest pass in words."""
         return f"{self.rows_at_once(budget)} episodes of {self.prompt + self.new} tokens"
 
-    def reckoned(self, budget: int | None) -> str:
-        """What it takes of what there is, in words."""
-        free = free_bytes(self.device)
-        taken = self.bytes_of(budget, float("inf") if free is None else free)
-        left = f"how much is free is not known on {self.device.type}" if free is None else f"{size_of(free)} are free"
-        return f"takes {size_of(taken)}, {size_of(self.states)} for the optimizer's state included; {left}"
-
-    def remedy(self, fits: Callable[[int | None], bool]) -> str:
-        """What to do where the largest pass does not fit."""
-        budget = self.fitting(fits)
+    def remedy(self) -> str:
+        """Name a budget that fits, or what else to change."""
+        budget = self.fitting()
         if budget is not None:
             return f"set max_tokens_per_batch={budget}"
         length = self.prompt + self.new
         return f"not even one of {length} tokens fits: lower max_new_tokens, shorten the prompts or take a smaller model"
 
-    def fitting(self, fits: Callable[[int | None], bool]) -> int | None:
+    def fitting(self) -> int | None:
         """A `max_tokens_per_batch` that fits where the agent's own does not, within an eighth of the largest; None for none."""
         low = self.prompt + self.new
         high = self.rows_at_once(self.agent.max_tokens_per_batch) * low
-        if not fits(low):
+        if not self.runs(low):
             return None
         while high - low > low // 8:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+            low, high = (middle, high) if self.runs(middle) else (low, middle)
         return self.positions(self.rows_at_once(low), self.new)  # what was tried, where more could be filled in

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agents.batches import kept_together, micro_batches, minibatches
 from agents.losses import token_weights, truncated_importance
+from agents.out_of_memory import suggest_token_budget
 from agents.records import record_training
 from agents.rollout import Rollout
 from agents.sharded import whole, whole_tensor
@@ -50,7 +51,8 @@ def score_before_update(agent: LanguageAgent, rollout: Rollout, step: int) -> No
     with whole(agent.policy):
         for rows in own_passes(agent, rollout, np.arange(len(rollout)), step):
             part = rollout.take(rows)
-            result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
+            with suggest_token_budget(agent.policy, agent.rules, part.prompts, part.responses):
+                result = agent.policy.evaluate(part.prompts, part.responses, agent.temperature)
             width = result.logp.shape[1]
             rollout.old_logp[rows, :width] = result.logp * part.mask
             if result.values is not None:
@@ -102,7 +104,8 @@ def optimize(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, fresh: bo
         own: dict[str, float] = {}
         for part_rows in parts:
             part = rollout.take(part_rows)
-            terms, means = accumulate(agent, part, weights[part_rows], fresh)
+            with suggest_token_budget(agent.policy, agent.rules, part.prompts, part.responses):
+                terms, means = accumulate(agent, part, weights[part_rows], fresh)
             if fresh and rollout.old_logp is not None and part.old_logp is not None:
                 rollout.old_logp[part_rows, : part.old_logp.shape[1]] = part.old_logp * part.mask
             share = part.mask.sum() / tokens
