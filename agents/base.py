@@ -471,7 +471,7 @@ class LanguageAgent(BaseAlgorithm):
             self.world,
             self.policy.optimizer,
             self.np_random,
-            self.rules.max_new_tokens,
+            self.rules,
             n_epochs=self.n_epochs,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,

@@ -15,13 +15,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agents.distributed import World, world
-from agents.memory import free_bytes, size_of
 
 _reshards: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a layer's weights are given back after its pass
 _whole: WeakSet[nn.Module] = WeakSet()
 _shadows: WeakKeyDictionary[nn.Module, Shadow] = WeakKeyDictionary()
-
-USABLE = 0.9  # of what is free, for the whole weights beside what a process keeps of them
 
 
 class Shadow:
@@ -62,17 +59,9 @@ def shard(world: World, model: nn.Module, entry: str) -> None:
 
     Raises:
         ValueError: the configuration does not fit the model.
-        MemoryError: the whole weights, which sampling needs, have no room in a process.
     """
     from accelerate.utils import fsdp2_prepare_model
 
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    free = free_bytes(next(model.parameters()).device)
-    if free is not None and whole > free * USABLE:  # beside the copy that is there now, which sharding gives back
-        raise MemoryError(
-            f"sampling gathers the whole weights, {size_of(whole)}, in every process, but {size_of(free)} are free; take a "
-            "smaller model, or GPUs with more memory"
-        )
     layers = sorted({name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()})
     model._no_split_modules = layers  # type: ignore[assignment]
     state, plugin = world.accelerator.state, world.accelerator.state.fsdp_plugin

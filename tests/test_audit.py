@@ -3,30 +3,22 @@
 import copy
 import random
 
-import agents.audit.memory
-import agents.audit.table
-import agents.preflight
-import agents.update
 import numpy as np
 import pytest
 import torch
-from agents.diagnostics.preserve import untouched
-from agents.preflight import USABLE, LongestPass
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
-from torch.profiler import ProfilerActivity, profile
 
+import agents.audit.table
 import agents.decoding
 import agents.generation
-import agents.memory
 import agents.policy
+import agents.update
 import llm_env.scoring
 import llm_env.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent
-from agents.memory import LiveBytes, free_bytes, peak_bytes
 from agents.policy import Evaluation
 from llm_env.reference import Reference
-from llm_env.report import CheckRow
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import make_env
 
@@ -37,8 +29,8 @@ SAMPLED, TRAINED = "sampler against a plain forward", "trainer against a plain f
 BATCHES, END, ONLY = "gradient under other micro-batches", "end token in the loss", "only response tokens in the loss"
 TURN = "end of a turn"
 VALUES, DROPOUT, GROUPS = "values before each token", "dropout is off", "groups with equal rewards"
-KL, MEMORY, ENV = "KL to the reference", "memory of the longest step", "env left as it was"
-ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, PADDING, BATCHES, END, TURN, ONLY, VALUES, DROPOUT, GROUPS, KL, MEMORY, ENV]
+KL, ENV = "KL to the reference", "env left as it was"
+ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, PADDING, BATCHES, END, TURN, ONLY, VALUES, DROPOUT, GROUPS, KL, ENV]
 
 
 def lengths_and_letters(completions, **kwargs):
@@ -56,12 +48,6 @@ def make_agent(kind=GRPO, family="llama", env=None, model=None, **kwargs):
     model = make_model(family, len(TOKENIZER)) if model is None else model
     settings = {"learning_rate": 1e-3, "n_envs": 16, "seed": 0, "temperature": 0.7, **defaults, **kwargs}
     return kind(model, env_of() if env is None else env, **settings)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Leaves out the measurement of the memory, half of an audit's time; it has tests of its own."""
-    monkeypatch.setattr(agents.audit.table, "memory_row", lambda *args: CheckRow(MEMORY, "passed"))
 
 
 def failures(agent, n=8):
@@ -93,7 +79,6 @@ def test_clean_agents_pass(kind, family, capsys):
     ],
     ids=["fixed", "function"],
 )
-@pytest.mark.usefixtures("quick")
 def test_constrained_agents_pass(kind, arguments):
     assert not failures(make_agent(kind, "gpt2", env_of(**arguments)))
 
@@ -114,7 +99,6 @@ def without_positions(model, input_ids, attention_mask):
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-@pytest.mark.usefixtures("quick")
 def test_positions_that_padding_shifts_in_training(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
     monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)  # plain rows, which are the ones that are padded
@@ -123,7 +107,6 @@ def test_positions_that_padding_shifts_in_training(monkeypatch):
     assert "Only rows whose prompt was padded on the left are wrong" in found[TRAINED]
 
 
-@pytest.mark.usefixtures("quick")
 def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
     monkeypatch.setattr(agents.generation, "model_inputs", without_positions)
@@ -134,7 +117,6 @@ def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatc
     assert "position_ids" in found[SAMPLED] and "position_ids" in found[TRAINED]
 
 
-@pytest.mark.usefixtures("quick")
 def test_padding_that_is_attended_to(monkeypatch):
     original = llm_env.scoring.model_inputs
 
@@ -148,7 +130,6 @@ def test_padding_that_is_attended_to(monkeypatch):
     assert "padding is attended to" in found[TRAINED]
 
 
-@pytest.mark.usefixtures("quick")
 def test_an_end_token_without_weight(monkeypatch):
     original = agents.update.token_weights
 
@@ -169,13 +150,11 @@ def test_an_end_token_without_weight(monkeypatch):
     assert ONLY in found and "response token 0 of episode 0 has no weight in the loss" in found[ONLY]
 
 
-@pytest.mark.usefixtures("quick")
 def test_no_response_that_ended_is_said():
     agent = make_agent(env=env_of(allowed_tokens=[2, 3]))
     assert agent.audit(n=8, quiet=True)[END].result == "not run"
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_temperature_that_training_leaves_out(monkeypatch):
     original = llm_env.scoring.log_probs_and_entropies
     monkeypatch.setattr(
@@ -189,7 +168,6 @@ def test_a_temperature_that_training_leaves_out(monkeypatch):
     assert not failures(make_agent(temperature=1.0))
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", [GRPO, PPO])
 def test_dropout_that_is_on(kind, monkeypatch):
     original = agents.policy.LanguagePolicy.evaluate
@@ -208,7 +186,6 @@ def test_dropout_that_is_on(kind, monkeypatch):
     assert not any(module.training for module in agent.policy.lm.modules())  # put back
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_mask_that_begins_one_token_early(monkeypatch):
     """Log-probs of the last prompt token up to the last but one of the response."""
     original = agents.policy.score
@@ -225,7 +202,6 @@ def test_a_mask_that_begins_one_token_early(monkeypatch):
     assert "off-by-one" in found[TRAINED] and "tokens of the prompt are in the loss" in found[ONLY]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_prompt_token_beside_the_response_in_the_loss():
     """Every log-prob is right; the loss pushes the last prompt token as well."""
 
@@ -242,7 +218,6 @@ def test_a_prompt_token_beside_the_response_in_the_loss():
     assert failures(make_agent(Leaking, env=env, group_size=4)).keys() == {ONLY}
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("where", ["in the loss", "before the update"])
 @pytest.mark.parametrize("kind", [PPO, REINFORCE])
 def test_values_of_the_state_after_the_token(kind, where, monkeypatch):
@@ -269,7 +244,6 @@ def test_values_of_the_state_after_the_token(kind, where, monkeypatch):
         assert "V of the state after the token" in found[VALUES]
 
 
-@pytest.mark.usefixtures("quick")
 def test_old_log_probs_of_other_weights(monkeypatch):
     original = agents.update.score_before_update
 
@@ -282,7 +256,6 @@ def test_old_log_probs_of_other_weights(monkeypatch):
     assert found.keys() == {RATIO} and "max |ratio - 1| is 0.049" in found[RATIO]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_cache_whose_positions_stand_still(monkeypatch):
     """Every token after the first is sampled as if it stood where the first does."""
     original = agents.decoding.SharedDecoding.__call__
@@ -297,7 +270,6 @@ def test_a_cache_whose_positions_stand_still(monkeypatch):
     assert found.keys() == {TRAINER, SAMPLED} and "cache of keys and values" in found[SAMPLED]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_mean_within_each_micro_batch():
     class Mean(REINFORCE):
         def loss(self, batch, result, weights):
@@ -306,7 +278,6 @@ def test_a_mean_within_each_micro_batch():
     assert failures(make_agent(Mean, baseline=None, micro_batch_size=5)).keys() == {BATCHES, ONLY}
 
 
-@pytest.mark.usefixtures("quick")
 def test_groups_whose_rewards_are_equal():
     report = make_agent(env=env_of(reward=lambda completions: [0.5] * len(completions))).audit(n=8, quiet=True)
     assert report[GROUPS].result == "note" and "2 of 2 groups of 4" in report[GROUPS].detail
@@ -318,7 +289,6 @@ def test_groups_whose_rewards_are_equal():
     assert report.passed and report[GROUPS].result == "note" and "1 of 2 groups" in report[GROUPS].detail
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_kl_to_a_reference():
     model = make_model("llama", len(TOKENIZER))
     same = make_agent(env=env_of(reference=Reference(model)), model=copy.deepcopy(model), kl_coef=0.1)
@@ -329,84 +299,6 @@ def test_the_kl_to_a_reference():
     same.rules.reference.temperature = 1.0  # the same weights, asked otherwise
     found = failures(same)
     assert found.keys() == {KL} and "the agent's is 0.7, the reference's 1" in found[KL]
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------------
-
-
-def allocated_peak(call):
-    """The most bytes between allocations and releases of torch's CPU allocator, as the profiler tells them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(np.cumsum([size for _, size in sorted(events)]))
-
-
-def test_live_bytes_are_those_of_the_allocator():
-    model = make_model("llama", 500)
-    ids = torch.arange(3 * 40).view(3, 40)
-
-    def step():
-        model.zero_grad()
-        model(ids, use_cache=False).logits.log_softmax(-1)[..., 7].sum().backward()
-
-    step()  # what is made once and kept
-    model.zero_grad()
-    live = LiveBytes()
-    with live:
-        step()
-    gradients = sum(parameter.nbytes for parameter in model.parameters())
-    assert live.now == gradients
-    model.zero_grad()
-    assert live.peak == pytest.approx(allocated_peak(step), rel=0.02) and live.peak > 2 * gradients
-
-
-def test_memory_by_rows_is_a_line_and_the_suggestion_just_fits(monkeypatch):
-    prompts = tuple(a + b + "ab" for a in "abcd" for b in "efgh")
-    agent = make_agent(PPO, env=env_of(prompts=prompts, max_new_tokens=12), micro_batch_size=8)
-    optimizer = agent.policy.optimizer
-    with untouched(agent, 0):
-        longest = LongestPass(agent, optimizer)
-        assert longest.rows_at_once(None) == 8 and "8 episodes of 16 tokens" in longest.described(None)
-        one, two, six = (peak_bytes(lambda n=n: longest.run(n, 12), agent.device) for n in (1, 2, 6))
-        predicted = longest.bytes_of(6 * 16)
-        assert predicted == one + 5 * (two - one)
-        assert six <= predicted <= 1.1 * six and six > 1.5 * one
-
-    def free(room):
-        monkeypatch.setattr(agents.audit.memory, "free_bytes", lambda device: room)
-        monkeypatch.setattr(agents.preflight, "free_bytes", lambda device: room)
-
-    free((predicted + 1) / USABLE)
-    found = failures(agent)[MEMORY]
-    budget = int(found.split("set max_tokens_per_batch=")[1])
-    assert 5 * 16 <= budget < 7 * 16 and "8 episodes of 16 tokens" in found
-    agent.max_tokens_per_batch = budget
-    assert not failures(agent)
-    free(one / 2)
-    assert "not even one of 16 tokens fits" in failures(agent)[MEMORY]
-
-
-def test_free_memory_is_what_the_system_and_the_container_leave(tmp_path, monkeypatch):
-    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:      64 kB\n")
-    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(agents.memory, "CGROUP", tmp_path)
-    cpu = torch.device("cpu")
-    assert free_bytes(cpu) == 64 * 1024
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.stat").write_text("anon 500\nactive_file 100\ninactive_file 200\nslab 7\n")
-    for limit, free in (("max", 64 * 1024), ("5000", 4300)):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert free_bytes(cpu) == free
-    monkeypatch.setattr(agents.memory, "MEMINFO", tmp_path / "none")
-    assert free_bytes(cpu) is None and make_agent().audit(n=8, quiet=True)[MEMORY].result == "note"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_memory_on_cuda_is_that_of_its_allocator():
-    x = torch.zeros(1 << 20, device="cuda")
-    assert peak_bytes(lambda: x + 1, x.device) == 4 << 20
 
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------------
@@ -471,14 +363,12 @@ def test_an_audited_agent_trains_to_the_same_bits(kind, wrapped, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the env is stepped token by token")
-@pytest.mark.usefixtures("quick")
 def test_an_env_that_cannot_be_copied_is_said(tmp_path):
     agent = make_agent(env=Monitor(env_of(), str(tmp_path / "log")), n_envs=8)
     report = agent.audit(n=8, quiet=True)
     assert report.passed and report[ENV].result == "note" and "TextIOWrapper" in report[ENV].detail
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_same_seed_sees_the_same_and_another_another():
     agent = make_agent()
     first, again, other = (str(check_agent(agent, n=8, seed=seed, quiet=True)[GROUPS]) for seed in (0, 0, 1))

@@ -12,12 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 import llm_env.reference
 from agents import GRPO, PPO
-from agents.memory import peak_bytes
 from agents.optimizers import states_to_come
 from agents.recomputing import layers_of
+from examples.benchmarks.peak import peak_bytes
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
-from tests.test_preflight import longest_pass
 
 TOKENIZER = make_tokenizer("abcdefgh")
 PROMPTS = ("abcdefgh", "cd", "efg")
@@ -125,19 +124,6 @@ def make_model_of(**sizes):
     return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes, **common))
 
 
-def test_the_preflight_reckons_with_layers_that_are_computed_again():
-    reckoned = []
-    for wanted in (False, True):
-        agent = make_agent(model=make_model_of(hidden_size=64, intermediate_size=256, num_hidden_layers=6), n_envs=48)
-        agent.policy.gradient_checkpointing = wanted
-        with longest_pass(agent) as longest:
-            reckoned.append(longest.bytes_of(None))
-            taken = peak_bytes(lambda longest=longest: longest.run(48, 6), agent.device)
-        assert 0.95 * taken <= reckoned[-1] <= 1.15 * taken
-    weights = 3 * sum(p.nbytes for p in agent.policy.parameters())  # gradients and moments
-    assert reckoned[1] - weights < 0.6 * (reckoned[0] - weights)
-
-
 @pytest.mark.parametrize("sharing", ["auto", False])
 def test_sampling_keeps_its_cache(sharing):
     """Prompts are fed once, and then one token a response at a time, as without checkpointing; and the same is drawn."""
@@ -182,6 +168,30 @@ def test_a_model_without_such_layers_is_refused_and_its_own_switch_is_spoken_of(
     model.activation_checkpointing_enable()
     with pytest.warns(UserWarning, match="own gradient checkpointing is on, which does nothing in evaluation mode"):
         make_agent(model=model)
+
+
+# --- peak memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_peak_memory_on_cuda_is_that_of_its_allocator():
+    x = torch.zeros(1 << 20, device="cuda")
+    assert peak_bytes(lambda: x + 1, x.device) == 4 << 20
+
+
+def test_peak_memory_on_a_cpu_by_hand():
+    """Three tables of 4 MiB at once, the fourth after two were released."""
+
+    def call():
+        a = x + x
+        b = a + a
+        c = b + b
+        del a, b
+        return c + c
+
+    x = torch.zeros(1 << 20)
+    assert peak_bytes(call, x.device) == 3 * 4 << 20
 
 
 # --- optimizers ------------------------------------------------------------------------------------------------------

@@ -1,21 +1,20 @@
-"""Before the first rollout: whether the longest pass of the update has room, and what does where it has not."""
+"""The longest pass is tried before the first rollout, and a pass that runs out of memory names a smaller token budget."""
 
 import random
 import re
 from contextlib import contextmanager
 from itertools import islice, permutations
 
-import agents.preflight
 import numpy as np
 import pytest
 import torch
-from agents.diagnostics.preserve import untouched
-from agents.preflight import USABLE, LongestPass
 
+import agents.preflight
 import llm_env.scoring
 from agents import GRPO, PPO, REINFORCE
-from agents.memory import peak_bytes
 from agents.policy import LanguagePolicy
+from agents.preflight import LongestPass
+from agents.untouched import untouched
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
 from tests.test_resume import standing
@@ -53,16 +52,14 @@ def longest_pass(agent):
         yield LongestPass(agent, optimizer)
 
 
-def room_for(agent, rows, monkeypatch):
-    """As many bytes are free as `rows` of the longest episodes need, and a part of what one more needs."""
-    with longest_pass(agent) as longest:
-        few, more = (peak_bytes(lambda n=n: longest.run(n, NEW), agent.device) for n in (rows, rows + 1))
-    assert few < more
-    monkeypatch.setattr(agents.preflight, "free_bytes", lambda device: (few + 0.3 * (more - few)) / USABLE)
+@pytest.fixture
+def tried(monkeypatch):
+    """Let the CPU stand in for a GPU."""
+    monkeypatch.setattr(agents.preflight, "DEVICES", ("cpu",))
 
 
 @pytest.fixture
-def limit(monkeypatch):
+def limit(tried, monkeypatch):
     """A device, played by the CPU, on which a pass of more than so many positions, prompts computed every time, has no room."""
     original, passes, most = LanguagePolicy.evaluate, [], [10**9]
 
@@ -72,7 +69,6 @@ def limit(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, prompts, responses, *args)
 
-    monkeypatch.setattr(agents.preflight, "UNTRIED", ())
     monkeypatch.setattr(LanguagePolicy, "evaluate", evaluate)
     monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
 
@@ -128,50 +124,6 @@ def test_not_even_one_episode_fits(limit):
     )
 
 
-@pytest.mark.parametrize(("kind", "rows"), [(GRPO, 8), (GRPO, 3), (PPO, 5), (REINFORCE, 3)])
-def test_on_a_cpu_it_is_reckoned_from_a_few_rows(kind, rows, monkeypatch, tmp_path):
-    agent = make_agent(kind)
-    room_for(agent, rows, monkeypatch)
-    monkeypatch.setattr(agents.preflight, "UNTRIED", ("cpu",))
-    run, sizes = LongestPass.run, []
-    monkeypatch.setattr(LongestPass, "run", lambda self, n, new: (sizes.append(n), run(self, n, new)))
-    message = refusal(agent)
-    assert re.search(
-        r"16 episodes of 14 tokens, takes [\d.]+ [KM]iB, [\d.]+ KiB for the optimizer's state included; [\d.]+ ", message
-    )
-    assert max(sizes) <= 2 * GROUP if kind is GRPO else max(sizes) <= 2
-    budget = goes_on(agent, message, tmp_path / "agent")
-    assert budget < (rows + GROUP) * (LONGEST + NEW)
-    monkeypatch.setattr(agents.preflight, "free_bytes", lambda device: 10)
-    other = make_agent(kind)
-    assert "not even one of 14 tokens fits" in refusal(other)
-    monkeypatch.setattr(agents.preflight, "free_bytes", lambda device: None)
-    assert other.learn(1)._n_updates > 0
-
-
-@pytest.mark.parametrize(("kind", "batch_size"), [(GRPO, None), (GRPO, 6), (PPO, None)])
-def test_what_is_reckoned_is_what_is_taken(kind, batch_size):
-    agent = make_agent(kind, batch_size=batch_size, n_envs=48)
-    with longest_pass(agent) as longest:
-        assert longest.rows_at_once(None) == (batch_size or 48)
-        reckoned = longest.bytes_of(None)
-        assert sorted(longest._measured) == ([1, 4, 8] if longest.unit == 4 else [1, 2])
-        taken = peak_bytes(lambda: longest.run(batch_size or 48, NEW), agent.device)
-    assert 0.97 * taken <= reckoned <= 1.15 * taken
-
-
-def test_logits_of_more_than_a_chunk_are_not_reckoned_for_every_row(monkeypatch):
-    """A vocabulary so large that logits are most of it: they are made for 4 rows at a time, whatever the rows."""
-    for module in (llm_env.scoring, agents.preflight):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 4 * len(TOKENIZER) * NEW * 4)
-    agent = make_agent(PPO, n_envs=48)
-    with longest_pass(agent) as longest:
-        reckoned = longest.bytes_of(None)
-        assert sorted(longest._measured) == [1, 4, 8]
-        taken = peak_bytes(lambda: longest.run(48, NEW), agent.device)
-    assert 0.97 * taken <= reckoned <= 1.15 * taken
-
-
 @pytest.mark.parametrize(
     ("kind", "batch_size", "rows", "width"),
     [
@@ -192,7 +144,6 @@ def test_the_rows_are_the_longest_and_share_prompts_as_those_of_the_update_do(ki
     assert shapes == [(rows, width)]
 
 
-@pytest.mark.parametrize("tried", [True, False], ids=["tried", "reckoned"])
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
@@ -201,13 +152,11 @@ def test_the_rows_are_the_longest_and_share_prompts_as_those_of_the_update_do(ki
         (REINFORCE, {"baseline": "value", "mask_truncated": True}),
     ],
 )
-def test_it_leaves_no_trace(kind, arguments, tried, monkeypatch):
+@pytest.mark.usefixtures("tried")
+def test_it_leaves_no_trace(kind, arguments):
     def env():
         reference = make_model("llama", len(TOKENIZER), seed=1)
         return make_env(TOKENIZER, letters, PROMPTS, max_prompt_tokens=LONGEST, max_new_tokens=NEW, reference=reference)
-
-    if tried:
-        monkeypatch.setattr(agents.preflight, "UNTRIED", ())
 
     class Noisy(kind):
         calls = 0
@@ -230,6 +179,7 @@ def test_it_leaves_no_trace(kind, arguments, tried, monkeypatch):
     assert [key for key in a if a[key] != b[key]] == []
 
 
+@pytest.mark.usefixtures("tried")
 def test_it_is_done_once_for_the_same_limits_and_not_at_all_if_not_wanted(monkeypatch):
     made, original = [], LongestPass.__init__
     monkeypatch.setattr(LongestPass, "__init__", lambda self, *args: (made.append(1), original(self, *args))[1])
@@ -244,9 +194,12 @@ def test_it_is_done_once_for_the_same_limits_and_not_at_all_if_not_wanted(monkey
     agent.learn(1)
     assert len(made) == 3
     make_agent(preflight=False).learn(1)
+    monkeypatch.setattr(agents.preflight, "DEVICES", ("cuda",))
+    make_agent().learn(1)
     assert len(made) == 3
 
 
+@pytest.mark.usefixtures("tried")
 def test_a_loss_that_made_up_episodes_do_not_serve_is_a_warning():
     class Own(GRPO):
         def loss(self, batch, result, weights):
@@ -257,3 +210,76 @@ def test_a_loss_that_made_up_episodes_do_not_serve_is_a_warning():
     with pytest.warns(UserWarning, match=r"preflight could not try the longest pass \(AssertionError"):
         agent.learn(1)
     assert agent._n_updates == 1
+
+
+# --- out of memory in a training step ------------------------------------------------------------------------------------
+
+
+CPU_ERROR = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4000000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"), RuntimeError(CPU_ERROR)]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_runs_out_of_memory_names_half_the_tokens(kind, error, where, monkeypatch):
+    agent, text = make_agent(kind, preflight=False, prefix_sharing=False), str(error)
+    before, original, sizes = everything(agent)[0]["digest"], LanguagePolicy.evaluate, []
+
+    def fail(*args):
+        error.args = (text,)
+        raise error
+
+    def evaluate(self, prompts, responses, *args):
+        result = original(self, prompts, responses, *args)
+        sizes.append(len(prompts) * (max(map(len, prompts)) + max(map(len, responses))))
+        if sizes[-1] > 60 and where == "forward":
+            fail()
+        if sizes[-1] > 60 and result.logp.requires_grad:
+            result.logp.register_hook(fail)
+        return result
+
+    monkeypatch.setattr(LanguagePolicy, "evaluate", evaluate)
+    with pytest.raises(type(error)) as caught:
+        agent.learn(1)
+    assert type(caught.value) is type(error) and str(caught.value).endswith(f". {text}")
+    budget = sizes[-1] // 2
+    assert f"a pass over 16 episodes, {sizes[-1]} tokens with padding, ran out of memory" in str(caught.value)
+    assert f"has changed no weights. Set max_tokens_per_batch={budget}. " in str(caught.value) and budget > LONGEST + NEW
+    assert everything(agent)[0]["digest"] == before and all(p.grad is None for p in agent.policy.parameters())
+    for _ in range(3):
+        agent.max_tokens_per_batch = budget
+        sizes.clear()
+        try:
+            agent.learn(1)
+        except type(error) as again:
+            budget = int(re.search(r"max_tokens_per_batch=(\d+)", str(again))[1])
+    assert max(sizes) <= budget <= 60 and agent._n_updates > 0
+
+
+@pytest.mark.parametrize(
+    ("limit_at", "remedy"), [(20, "Set max_tokens_per_batch=14. "), (0, "Lower max_new_tokens, shorten the prompts or set")]
+)
+def test_no_budget_below_the_longest_episode_is_named(limit_at, remedy, limit, monkeypatch):
+    """Two episodes of 14 tokens are a pass, and then one."""
+    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
+    env = make_env(TOKENIZER, letters, PROMPTS[:1], max_prompt_tokens=LONGEST, max_new_tokens=NEW, min_new_tokens=NEW)
+    rows = 2 if limit_at else 1
+    agent = make_agent(REINFORCE, env, n_envs=2, preflight=False, micro_batch_size=rows)
+    limit(limit_at)
+    with pytest.raises(torch.OutOfMemoryError, match=remedy):
+        agent.learn(1)
+
+
+def test_other_errors_of_a_step_stay_as_they_are(monkeypatch):
+    agent = make_agent(preflight=False)
+
+    def fail(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(agent, "loss", fail)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        agent.learn(1)

@@ -13,8 +13,8 @@ import llm_env.scoring
 import llm_env.shared_prompt
 import llm_env.sharing
 from agents.generation import sample_responses
-from agents.memory import LiveBytes
 from agents.sampler import Sampler
+from examples.benchmarks.peak import peak_bytes
 from llm_env.scoring import head_of, response_states, score
 from llm_env.shared_prompt import group_states
 from llm_env.sharing import Extent, groups_of, shares_prompts, way_to_share
@@ -152,9 +152,10 @@ def test_memory_does_not_grow_with_the_vocabulary_beyond_a_chunk(monkeypatch):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **SIZES))
         score(model, prompts[:1], responses[:1], vocabulary)  # the trials
-        with LiveBytes() as live:
-            score(model, prompts, responses, vocabulary, entropy=True).logp.sum().backward()
-        return live.peak - sum(p.nbytes for p in model.parameters())  # the gradients
+        found = peak_bytes(
+            lambda: score(model, prompts, responses, vocabulary, entropy=True).logp.sum().backward(), model.device
+        )
+        return found - sum(p.nbytes for p in model.parameters())  # the gradients
 
     small, large = peak(1_000), peak(128_000)
     assert large - small < 8 * 2**24 < 1024 * 128_000 * 4 / 3  # some copies of a chunk, not one of all logits

@@ -12,7 +12,6 @@ from torch import Tensor
 from agents.audit.conditions import dropout_row, groups_row, kl_row, values_row
 from agents.audit.dry_run import POLICY_TERM, Step, fresh_episodes, take_step
 from agents.audit.gaps import LOGP_TOLERANCE, gap_of, likely_cause
-from agents.audit.memory import memory_row
 from agents.audit.plain import distance, policy_gradient, token_log_probs
 from agents.policy import Evaluation
 from agents.rollout import Rollout
@@ -45,17 +44,12 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     | dropout is off | gap of log-probs of two training forwards of one batch, in nats | > 1e-6 |
     | groups with equal rewards | their share, from which nothing is learned | never |
     | KL to the reference | of the trainer's log-probs; 0 where the reference has the policy's weights | > 1e-3 |
-    | memory of the longest step | of the longest prompts with `max_new_tokens`, reckoned from some of them | too much |
     | env left as it was | whether the agent's own env could stay out of this | never |
 
     The tolerances are for float32: two ways to the same log-prob differ by 1e-7 to 1e-4 nats, the more the deeper the model
     and the larger its logits, and gradients and values relatively as much, while wrong positions, temperatures or tokens
     make differences of 0.01 and more. The ratio has the tolerance of the log-probs, since ratio - 1 is their gap. The same
     forward pass twice gives the same bits, but for the order of atomic additions on a GPU, hence 1e-6 for dropout.
-
-    The memory is what torch's allocator counts on CUDA (`max_memory_allocated`, against `mem_get_info`); elsewhere the bytes of
-    the tensors alive (`agents.memory.LiveBytes`), against what the system calls available. The optimizer's state is
-    reckoned in, sampling is not.
 
     The agent, its env and the random states are left as they were: the training that follows is that which would have been.
     Reward functions are called, and what they keep in mind themselves, they keep. Wrapped envs are played in a copy.
@@ -79,14 +73,13 @@ def check_agent(agent: LanguageAgent, *, n: int = 64, seed: int = 0, quiet: bool
     """
     n, seed = whole("n", n, 1), whole("seed", seed, 0)
     agent.rules  # noqa: B018 - raises without an env
-    optimizer = agent.policy.optimizer
     with untouched(agent, seed):
         rollout, obstacle = fresh_episodes(agent, n)
         audit = _Audit(agent, rollout)
         rows = [audit.ratio(), *audit.gaps(), *audit.invariance(), audit.end_token(), _turn_row(agent.rules)]
         rows += [audit.only_responses()]
         rows += [values_row(agent, rollout), dropout_row(agent, rollout), groups_row(rollout)]
-        rows += [kl_row(agent, rollout, audit.trained), memory_row(agent, optimizer)]
+        rows += [kl_row(agent, rollout, audit.trained)]
     rows.append(_env_row(obstacle))
     report = Report(rows)
     if not quiet:

@@ -16,7 +16,9 @@ from agents.rollout import Rollout
 from agents.sharded import whole, whole_tensor
 from agents.training.batching import group_unit, minibatches
 from agents.training.objective import Objective
+from agents.training.out_of_memory import suggest_token_budget
 from llm_env.passes import passes
+from llm_env.rules import Rules
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Trainer:
         communicator: the processes that share the micro-batches of a step.
         optimizer: steps the policy's parameters.
         rng: draws the minibatches.
-        max_new_tokens: the length limit of a response, in tokens; divides the loss with `aggregation="constant"`.
+        rules: the env's; its length limit divides the loss with `aggregation="constant"`.
         n_epochs: passes over a rollout.
         batch_size: episodes in an optimizer step; the whole rollout by default.
         micro_batch_size: episodes in a forward pass; `batch_size` by default.
@@ -49,7 +51,7 @@ class Trainer:
     communicator: World
     optimizer: Optimizer
     rng: np.random.Generator
-    max_new_tokens: int
+    rules: Rules
     n_epochs: int = 1
     batch_size: int | None = None
     micro_batch_size: int | None = None
@@ -95,7 +97,8 @@ class Trainer:
         with whole(self.policy):
             for rows in self.local_micro_batches(rollout, np.arange(len(rollout)), size):
                 batch = rollout.select(rows)
-                evaluation = self.policy.evaluate_actions(batch.prompts, batch.responses, self.temperature)
+                with suggest_token_budget(self.policy, self.rules, batch.prompts, batch.responses):
+                    evaluation = self.policy.evaluate_actions(batch.prompts, batch.responses, self.temperature)
                 width = evaluation.logp.shape[1]
                 old_logp[rows, :width] = evaluation.logp * batch.mask
                 if evaluation.values is not None:
@@ -119,13 +122,14 @@ class Trainer:
 
         Raises:
             ValueError: If the gradient is not finite. The weights are unchanged.
+            torch.OutOfMemoryError: If a pass does not fit; the message names a smaller `max_tokens_per_batch`.
         """
         index, tokens = torch.as_tensor(rows, device=rollout.mask.device), float(rollout.lengths[rows].sum())
         mask = rollout.mask[index]
         if self.mask_truncated:
             mask = mask * ~rollout.truncated[index][:, None]
         weights = torch.zeros_like(rollout.mask)  # of all episodes: a row finds its own in whichever micro-batch it is
-        weights[index] = token_weights(mask, self.aggregation, self.max_new_tokens)
+        weights[index] = token_weights(mask, self.aggregation, self.rules.max_new_tokens)
         old_logp = torch.zeros_like(rollout.rewards) if is_first_pass else None
         micro_batches = self.local_micro_batches(rollout, rows)
         idle = self._num_idle_passes(len(micro_batches))
@@ -135,7 +139,8 @@ class Trainer:
         try:
             for part in micro_batches:
                 batch = rollout.select(part)
-                terms, statistics = self.backward_micro_batch(batch, weights[part], is_first_pass)
+                with suggest_token_budget(self.policy, self.rules, batch.prompts, batch.responses):
+                    terms, statistics = self.backward_micro_batch(batch, weights[part], is_first_pass)
                 if old_logp is not None and batch.old_logp is not None:
                     old_logp[part, : batch.old_logp.shape[1]] = batch.old_logp * batch.mask
                 share = batch.mask.sum() / tokens

@@ -13,7 +13,7 @@ from pathlib import Path
 from arithmetic_text import HEAD, MEMORY_HEAD, TIME_HEAD
 
 GB, GPU = 1e9, 80e9
-USABLE = 0.9  # as `agents.preflight` reckons
+USABLE = 0.9  # of a GPU: allocators lose some of it between the pieces
 PEAK, MFU = 989e12, 0.4  # FLOP/s in bfloat16, dense; the share of them that a pass gets
 HBM, HBM_SHARE = 3.35e12, 0.6  # bytes/s; likewise, for a step of decoding
 NVLINK, INFINIBAND, LINK_SHARE = 450e9, 400e9, 0.8  # bytes/s in one direction of a GPU, and of a node of eight

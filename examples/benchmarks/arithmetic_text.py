@@ -11,8 +11,8 @@ for the longest response.
 ## How to read
 
 One table of memory and one of time for each model; a line is a way to lay the model on S GPUs (H100 SXM, 80 GB). `update`
-and `sampling` are the two peaks, each with all that is held beside it; what exceeds 72 GB (0.9 of a GPU, as the preflight
-reckons) does not fit. "yes, `max_num_seqs=n`" fits with at most n responses under way on a GPU. "update yes, sampling no"
+and `sampling` are the two peaks, each with all that is held beside it; what exceeds 72 GB (0.9 of a GPU) does
+not fit. "yes, `max_num_seqs=n`" fits with at most n responses under way on a GPU. "update yes, sampling no"
 has no room for the whole weights, which sampling gathers on each GPU, beside what training holds: an engine that splits them
 would have to sample, and sharded weights cannot be given to one yet. Times of what does not fit are left out.
 

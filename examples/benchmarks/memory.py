@@ -6,7 +6,7 @@
 A Llama of 7.3 million random weights has answered 4 prompts of 256 tokens with 8 responses of 64 tokens each; all keywords
 learn from the same episodes, with GRPO's loss, a KL and one optimizer step. What is held between two updates (weights,
 reference, optimizer's state) is counted tensor by tensor, after an update, and what an update needs besides (gradients,
-activations, logits) is `agents.memory.peak_bytes`: on CUDA by its allocator, on a CPU by the tensors that live. The updates
+activations, logits) is `peak.peak_bytes`: on CUDA by its allocator, on a CPU by torch's profiler. The updates
 of all keywords take turns, so that what else the machine does falls on all of them; the first turn does not count.
 
 The table is left in `outputs/benchmarks`; the one in this folder is of the defaults.
@@ -26,12 +26,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from peak import peak_bytes
 from speed_parts.work import BETA, LEARNING_RATE, Work, build, even_words
 from stable_baselines3.common.logger import configure
 from torch import Tensor
 
 from agents import GRPO
-from agents.memory import peak_bytes
 from agents.rollout import Rollout
 from llm_env import TextGenerationEnv
 from llm_env.reference import Reference

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.peak import peak_bytes
 from stable_baselines3.common.logger import Logger
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import llm_env
 from agents import GRPO, PPO, REINFORCE
 from agents.base import LanguageAgent
-from agents.memory import LiveBytes
 from agents.rollout import Rollout
 from llm_env import TextGenerationEnv
 
@@ -67,10 +67,12 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
         settings = {"policy_kwargs": {"tokenizer": env.rules.tokenizer}, **settings}
         agent = kind(copy.deepcopy(model), env, n_envs=episodes, seed=0, **settings)
         agent.set_logger(Logger(folder=None, output_formats=[]))
-        with LiveBytes() as live:
-            agent.train(endless_rollout(agent, prompt, response))
-            live.peak = live.now
-            agent.train(endless_rollout(agent, prompt, response))
+
+        def two_updates(agent: LanguageAgent = agent) -> None:  # the second with the optimizer's state
+            for _ in range(2):
+                agent.train(endless_rollout(agent, prompt, response))
+
+        peak = peak_bytes(two_updates, agent.device)
         seconds = []
         for _ in range(repeats):
             rollout = endless_rollout(agent, prompt, response)
@@ -78,5 +80,5 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
             agent.train(rollout)
             seconds.append(time.process_time() - start)
         weights = sum(parameter.nbytes for parameter in agent.policy.parameters())  # were there before
-        results[name] = (min(seconds), float(weights + live.peak))
+        results[name] = (min(seconds), float(weights + peak))
     return results
