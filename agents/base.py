@@ -455,11 +455,7 @@ class LanguageAgent(BaseAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         rows = self.select_training_rows(rollout)
         trained = rollout if rows is None else rollout.select(rows)
-        steps = self.policy.num_steps
-        try:
-            statistics = self.make_trainer().train(trained)
-        finally:
-            self._n_updates += self.policy.num_steps - steps
+        statistics = self.make_trainer().train(trained)
         record_update(self.logger, trained, statistics, self._n_updates)
         self._sync_reference(rollout)
 
@@ -481,7 +477,11 @@ class LanguageAgent(BaseAlgorithm):
             aggregation=self.aggregation,
             mask_truncated=self.mask_truncated,
             importance_cap=self.importance,
+            on_step=self._count_step,
         )
+
+    def _count_step(self) -> None:
+        self._n_updates += 1
 
     def _make_collector(self) -> ResponseCollector | TokenCollector:
         """Build the collector from the agent's attributes as they are now: of whole responses where the env allows it."""

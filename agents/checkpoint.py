@@ -262,9 +262,9 @@ def migrate(attributes: dict[str, Any]) -> None:
     if attributes.get("_checkpoint_format", 1) >= FORMAT:
         return
     for old, new in RENAMED_ATTRIBUTES.items():
-        value = attributes.pop(old, None)
-        if not attributes.get(new):  # what `load` was given goes first
-            attributes[new] = value
+        if old in attributes:
+            value = attributes.pop(old)
+            attributes[new] = attributes.get(new) or value  # what `load` was given goes first
     position = attributes.pop("_position", {})
     state = {new: position[old] for old, new in RENAMED_PARTS.items() if position.get(old) is not None}
     if position.get("env") is not None:

@@ -3,17 +3,17 @@
 import copy
 import random
 
+import agents.audit.table
+import agents.update
 import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 
-import agents.audit.table
 import agents.decoding
 import agents.generation
 import agents.policy
-import agents.update
 import llm_env.scoring
 import llm_env.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent

@@ -71,9 +71,7 @@ def test_what_becomes_of_the_attributes_of_version_0_1():
     migrate(attributes)
     assert attributes == {
         "_engine_setting": "vllm",
-        "_engine_is_object": None,
         "_n_envs_setting": 8,
-        "_learning_rate_setting": None,
         "batch_size": 4,
         "_checkpoint_format": FORMAT,
         "_saved_state": {
@@ -89,4 +87,6 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
     agent = REINFORCE.load(FOLDER / "reinforce.zip")
     monkeypatch.setattr("agents.base.FORMAT", FORMAT + 1)
     agent.save(tmp_path / "newer")
-    refused(REINFORCE.load, tmp_path / "newer", error=ValueError, match=f"format {FORMAT + 1}, this version reads up to {FORMAT}")
+    refused(
+        REINFORCE.load, tmp_path / "newer", error=ValueError, match=f"format {FORMAT + 1}, this version reads up to {FORMAT}"
+    )

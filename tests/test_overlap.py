@@ -10,7 +10,7 @@ from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import GRPO, PPO, REINFORCE
-from agents.policy import LanguagePolicy
+from agents.engines.base import PolicyEngine
 from agents.rollout import Rollout
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import LETTERS, make_env
@@ -187,9 +187,9 @@ def test_ctrl_c_while_a_rollout_is_waited_for(monkeypatch):
         return [0.0 for _ in completions]
 
     agent = make_agent(env=make_env(TOKENIZER, reward), preflight=False)
-    drawn, waited, pressed = LanguagePolicy.respond, Future.result, threading.Event()
+    drawn, waited, pressed = PolicyEngine.generate, Future.result, threading.Event()
 
-    def respond(self, *args, **kwargs):
+    def generate(self, *args, **kwargs):
         if len(texts) == 1:
             threads.append(threading.current_thread())
             assert pressed.wait(60)
@@ -202,7 +202,7 @@ def test_ctrl_c_while_a_rollout_is_waited_for(monkeypatch):
             raise KeyboardInterrupt
         return waited(self, timeout)
 
-    monkeypatch.setattr(LanguagePolicy, "respond", respond)
+    monkeypatch.setattr(PolicyEngine, "generate", generate)
     monkeypatch.setattr(Future, "result", result)
     with pytest.raises(KeyboardInterrupt):
         agent.learn(400)
@@ -216,5 +216,5 @@ def test_where_it_cannot_be_it_says_so():
     wrapped = TransformReward(make_env(TOKENIZER), lambda reward: 2 * reward)
     with pytest.warns(UserWarning, match="token by token"):
         agent = make_agent(env=wrapped)
-    refused(agent.learn, 10, match="overlap=True draws whole responses")
+    refused(agent.learn, 10, match="overlap=True generates whole responses")
     refused(make_agent, overlap="yes", match="overlap='yes' must be True or False")

@@ -90,8 +90,10 @@ def digest(agent):
 def comparable(value):
     if isinstance(value, deque):  # of episodes; their seconds are left out
         return [value.maxlen, *({k: v for k, v in row.items() if k != "t"} if isinstance(row, dict) else row for row in value)]
-    if isinstance(value, torch.Generator):
-        return value.get_state().tolist()
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return tuple(map(comparable, value))
     if isinstance(value, np.random.Generator):
         return value.bit_generator.state
     if isinstance(value, gym.Space):

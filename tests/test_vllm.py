@@ -127,9 +127,9 @@ def test_allowed_tokens_and_a_least_length(engine):
 
 def test_the_generator_decides(engine):
     _, rules = begin(engine)
-    first, again, other = (engine.respond(rules.prompts.ids, rules, sampler(seed), 4)[0] for seed in (3, 3, 4))
+    first, again, other = (engine.generate(rules.prompts.ids, 4, spec(seed))[0] for seed in (3, 3, 4))
     assert first == again != other
-    assert len({tuple(r) for r in engine.respond([rules.prompts.ids[0]] * 8, rules, sampler(5), 1)[0]}) > 1
+    assert len({tuple(r) for r in engine.generate([rules.prompts.ids[0]] * 8, 1, spec(5))[0]}) > 1
 
 
 def test_every_push_arrives(engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +45,7 @@ class Trainer:
         aggregation: see `agents.losses.token_weights`.
         mask_truncated: leave responses that the length limit ended out of the loss.
         importance_cap: cap of the importance weights; None for none. See `agents.losses.truncated_importance`.
+        on_step: called after every optimizer step.
     """
 
     policy: LanguagePolicy
@@ -61,6 +63,7 @@ class Trainer:
     aggregation: str = "token"
     mask_truncated: bool = False
     importance_cap: float | None = None
+    on_step: Callable[[], None] | None = None
 
     def train(self, rollout: Rollout) -> dict[str, float]:
         """Update the policy on a rollout.
@@ -160,6 +163,8 @@ class Trainer:
         if not self.objective.should_stop(sums):
             self.optimizer.step()
             self.policy.num_steps += 1
+            if self.on_step is not None:
+                self.on_step()
         return {**sums, "grad_norm": norm.item()}
 
     def backward_micro_batch(
