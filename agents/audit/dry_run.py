@@ -11,7 +11,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.audit.gaps import active_dropout
-from agents.audit.plain import gradient_of
 from agents.batches import micro_batches
 from agents.policy import Evaluation
 from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
@@ -22,8 +21,6 @@ from llm_env import TextGenerationVectorEnv
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
-
-POLICY_TERM = "policy_gradient_loss"
 
 
 def fresh_episodes(agent: LanguageAgent, n: int) -> tuple[Rollout, str]:
@@ -64,42 +61,32 @@ class Step:
     """What one optimizer step was made of. B episodes in the order of `rows`, n_i tokens in response i.
 
     Attributes:
-        gradient: one tensor a trained weight, before any clipping; None where there is none.
         rows: (B,) numbers of the episodes.
         logp: B tensors (n_i,), log pi as the loss saw it, in nats.
         old_logp: B tensors (n_i,), log pi_old as the loss saw it.
-        advantages: B tensors (n_i,), as the loss saw them.
         weights: B tensors (T,), of all positions that the loss was given, beyond the response too.
         padded: B bools, whether the prompt was padded.
-        terms: the names of the terms of the loss.
         dropping: the names of the modules that dropped something out.
     """
 
-    gradient: list[Tensor | None]
     rows: np.ndarray
     logp: list[Tensor]
     old_logp: list[Tensor]
-    advantages: list[Tensor]
     weights: list[Tensor]
     padded: list[bool]
-    terms: list[str]
     dropping: list[str]
 
 
-def take_step(
-    agent: LanguageAgent, rollout: Rollout, rows: np.ndarray | None = None, fresh: bool = True, only: str | None = None
-) -> Step:
-    """An optimizer step by the agent's own update over (all) rows, and what its loss was given.
+def take_step(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray) -> Step:
+    """Run an optimizer step that changes no weights by the agent's own update, and return what its loss was given.
 
     Args:
         agent: within `untouched`.
-        rollout: with advantages; it is not changed.
+        rollout: with advantages and log-probs of pi_old; it is not changed.
         rows: the order of the episodes.
-        fresh: whether the log-probs of this step are those of pi_old, else they are the rollout's; see `update.optimize`.
-        only: the term of the loss that is wanted.
     """
     original = agent.loss
-    step = Step([], np.arange(len(rollout)) if rows is None else rows, [], [], [], [], [], [], [])
+    step = Step(rows, [], [], [], [], [])
 
     def loss(batch: Rollout, result: Evaluation, weights: Tensor) -> Any:
         terms, statistics = original(batch, result, weights)
@@ -107,19 +94,16 @@ def take_step(
         for i, n in enumerate(batch.lengths.tolist()):
             step.logp.append(result.logp.detach()[i, :n].cpu())
             step.old_logp.append((result.logp.detach() if batch.old_logp is None else batch.old_logp)[i, :n].cpu())
-            assert batch.advantages is not None
-            step.advantages.append(batch.advantages[i, :n])
             step.weights.append(weights[i])
             step.padded.append(len(batch.prompts[i]) < longest)
-        step.terms = list(terms)
-        return terms if only is None else {only: terms[only]}, statistics
+        return terms, statistics
 
     with replaced(agent, loss=loss):
-        optimize(agent, rollout.take(range(len(rollout))), step.rows, fresh)
+        optimize(agent, rollout.take(range(len(rollout))), step.rows, fresh=False)
     seen = [row for part in micro_batches(agent, rollout, step.rows) for row in part]
     places = [seen.index(row) for row in step.rows.tolist()]
-    for entries in (step.logp, step.old_logp, step.advantages, step.weights):
+    for entries in (step.logp, step.old_logp, step.weights):
         entries[:] = [entries[place] for place in places]
     step.padded = [step.padded[place] for place in places]
-    step.gradient, step.dropping = gradient_of(agent.policy), active_dropout(agent.policy)
+    step.dropping = active_dropout(agent.policy)
     return step
