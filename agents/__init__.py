@@ -1,6 +1,6 @@
 """Agents that train causal language models on text envs, through the Stable-Baselines3 API."""
 
-from agents.audit import check_agent
+from agents.diagnostics import check_agent
 from agents.extractors import TokenEmbeddingExtractor
 from agents.grpo import GRPO
 from agents.policy import LanguagePolicy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SCALES = ("std", "batch", "none")
 STD_EPSILON = 1e-4  # added to a standard deviation before dividing by it, as TRL does
 
 
@@ -106,7 +107,7 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
 
 def _centred_and_scaled(groups: Tensor, chosen: Tensor, scale: str) -> Tensor:
     """Distances to the mean of each row of `groups`, (N, K), over the chosen (1) entries; 0 at the others."""
-    if scale not in ("std", "batch", "none"):
+    if scale not in SCALES:
         raise ValueError(f"scale={scale!r} must be 'std', 'batch' or 'none'")
     here = chosen.view_as(groups).bool()
     counts = here.sum(1, keepdim=True)

@@ -1,97 +1,228 @@
-"""What all agents share: from collecting a rollout to the optimizer step, on SB3's `BaseAlgorithm`."""
+"""What all agents share: settings, learning, inference, checkpoints, on SB3's `BaseAlgorithm`."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from torch import Tensor
+from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.checks import check_computation, check_counts, check_groups, check_numbers, check_optimizer, sort_out
-from agents.distributed import placed, world
-from agents.losses import token_weights
-from agents.optimizers import class_of
-from agents.overlap import Ahead, check_overlap
+from agents.callbacks import remaining_timesteps, sync_callbacks, update_kl_controllers
+from agents.checkpoint import (
+    FORMAT,
+    Attributes,
+    CursorState,
+    EnvState,
+    KLCoefficient,
+    NumpyGenerator,
+    TorchGenerator,
+    TrainingState,
+    atomic_write,
+    check_algorithm,
+    defer_interrupt,
+    migrate,
+    verify_archive,
+)
+from agents.collection.collector import ResponseCollector, TokenCollector
+from agents.collection.evaluation import evaluate
+from agents.collection.prefetch import PrefetchedRollout, check_overlap
+from agents.compatibility import (
+    agree_on_ends,
+    check_fit,
+    check_optimizer,
+    check_positions,
+    check_tokenizers,
+    check_trainable,
+    default_learning_rate,
+)
+from agents.diagnostics import check_agent
+from agents.distributed import ALONE, World, placed, world
+from agents.engines.base import PolicyEngine
+from agents.engines.registry import check_engine, check_engine_env, make_engine
+from agents.engines.weight_sync import ExternalEngine, SyncedEngine
+from agents.generation import StepState
+from agents.losses import AGGREGATIONS
+from agents.metrics import episode_infos, record_rollout, record_time, record_update
+from agents.optimizers import class_of, make_optimizer
 from agents.policy import Evaluation, LanguagePolicy
-from agents.preflight import preflight
-from agents.progress import call_back, feed_kl_controllers, tokens_to_go, watch_together
-from agents.records import record_rollout, record_time
-from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
+from agents.prompt_encoding import encode_prompts
+from agents.recomputing import check_recomputing
+from agents.rollout import Rollout, concat
 from agents.sampler import Sampler
-from agents.setup import SetUp
-from agents.update import update
-from agents.vec_env import DEFAULT_N_ENVS, as_vec_env
+from agents.sharded import begin, gathered, is_sharded, scattered, scattered_for, wholeness
+from agents.training.objective import LossTerms, Statistics
+from agents.training.preflight import preflight
+from agents.training.reference_sync import ReferenceSync, check_reference_sync
+from agents.training.trainer import Trainer
+from agents.validation import (
+    check_choice,
+    check_counts,
+    check_groups,
+    check_max_num_seqs,
+    check_numbers,
+    check_processes,
+    check_sharding,
+    check_switches,
+    check_tokens,
+    episodes_per_rollout,
+    parse_learn_args,
+)
+from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env, unique_rules, vector_env_of
 from llm_env.arguments import whole
+from llm_env.observations import Observation
+from llm_env.prompts import PromptCursor
+from llm_env.reference import BaseReference, KLController, coefficient
+from llm_env.report import Report
 from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
+from llm_env.scoring import try_out
 from llm_env.sharing import PrefixSharing
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
-LossTerms = dict[str, tuple[float, Tensor]]
 DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
-DEFAULT_CAP = 2.0  # of importance weights, where another engine or older weights draw
-NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy knows them
+DEFAULT_IMPORTANCE_CAP = 2.0  # where another engine or older weights generate
+NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy has them
+LIVE = (  # attributes that are not in a checkpoint
+    "_model",
+    "_tokenizer",
+    "_peft_config",
+    "_generator",
+    "np_random",
+    "_cursor",
+    "_last_obs",
+    "_last_episode_starts",
+    "_state",
+    "_reference_weights",
+    "_prefetched",
+    "_preflighted",
+    "_engine",
+    "_reference_sync",
+    "on_iteration",
+    "world",
+)
 
 
-class LanguageAgent(SetUp):
+class CommonArguments(TypedDict, total=False):
+    """Keyword arguments that every algorithm passes on; `LanguageAgent` documents them."""
+
+    n_envs: int | None
+    batch_size: int | None
+    micro_batch_size: int | None
+    max_tokens_per_batch: int | None
+    preflight: bool
+    max_grad_norm: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    max_num_seqs: int | None
+    prefix_sharing: PrefixSharing
+    bf16: bool
+    overlap: bool
+    importance_cap: float | None
+    gradient_checkpointing: bool
+    optimizer: str
+    engine: str | ExternalEngine | None
+    engine_kwargs: dict[str, Any] | None
+    mask_truncated: bool
+    stats_window_size: int | None
+    tensorboard_log: str | None
+    policy_kwargs: dict[str, Any] | None
+    verbose: int
+    seed: int | None
+    device: torch.device | str
+    _init_setup_model: bool
+
+
+class LanguageAgent(BaseAlgorithm):
     """Trains a causal language model on a text env; the algorithms fill in `compute_advantages` and `loss`.
 
     One timestep is one action token. A rollout is `n_envs` episodes; `n_epochs` passes over it are cut into minibatches of
-    `batch_size` episodes, one optimizer step each.
+    `batch_size` episodes, one optimizer step each. The agent holds the settings, and builds from them the components that do
+    the work: a collector with an engine (`agents.collection`, `agents.engines`) and a trainer (`agents.training`), whose
+    `Objective` it is.
 
     Args:
-        policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`; or a LoRA adapter's folder, to train it on. Of a
-            model object, parameters with `requires_grad=False` stay as they are; a quantized model needs an adapter.
+        policy: a path, a hub id, a `PreTrainedModel` or a `LanguagePolicy`; or the folder of a LoRA adapter, to train it on. Of
+            a model object, parameters with `requires_grad=False` stay as they are; a quantized model needs an adapter.
         env: a text env, its id, or an SB3 VecEnv over text envs; may be given to `learn` instead.
         learning_rate: a number or an SB3 schedule. None takes 3e-4 for a model of a million parameters, 1e-6 for one of a
-            billion, and a power law between them, divided by `n_epochs`: passes over the same episodes add up; ten times that
-            for an adapter.
+            billion, and a power law between them, divided by `n_epochs`, because passes over the same episodes add up; ten
+            times that for an adapter.
         n_envs: episodes in a rollout; 64, or the rows of a vector env, by default.
         n_epochs: passes over a rollout.
-        batch_size: episodes in an optimizer step, whole groups where they fit in evenly; the whole rollout by default.
+        batch_size: episodes in an optimizer step, whole groups where it is a multiple of them; the whole rollout by default.
         micro_batch_size: episodes in a forward pass; bounds the memory and changes nothing else. `batch_size` by default.
-        max_tokens_per_batch: positions in a forward pass: prompts, each counted as often as it is computed, responses and
-            padding; another bound of the kind. By default 2048 (or one group) on a CPU, where more is
-            slower, and none elsewhere.
-        preflight: on a GPU, try the longest pass of the update before the first rollout; see `agents.preflight.preflight`.
+        max_tokens_per_batch: tokens in a forward pass: prompts, each counted as often as it is computed, responses and padding.
+            Also bounds the memory. By default 2048 (or one group) on a CPU, where more is slower, and no bound elsewhere.
+        preflight: try on a GPU before the first rollout whether the longest pass fits into memory; see
+            `agents.training.preflight.preflight`.
         max_grad_norm: the gradient is scaled down to this norm.
         temperature: divides the logits, in sampling and in training.
         top_k, top_p, min_p: restrict the sampling (off by default); the training is then off-policy, and says so.
-        max_num_seqs: responses under way at a time while sampling, at least a group: bounds the memory. All by default.
-        prefix_sharing: compute a prompt once for all answers to it: "auto" where the model can and it is less work, True or
+        max_num_seqs: responses that are sampled at a time, at least a group: bounds the memory. All by default.
+        prefix_sharing: compute a prompt once for all responses to it: "auto" where the model can and it is less work, True or
             False; see `llm_env.sharing`.
         bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32.
-        overlap: draw the next rollout while the last one is learned from; see `agents.overlap`.
+        overlap: generate the next rollout during the update; see `agents.collection.prefetch`.
         importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the
-            update: corrects for what lies between that and what drew the token; see `agents.losses.truncated_importance`. By
-            default 2 where another engine or older weights draw, else off.
-        gradient_checkpointing: keep nothing of the model's layers but their inputs for the backward pass, which computes them
+            update: corrects for the difference between training and sampling path; see `agents.losses.truncated_importance`. By
+            default 2 where another engine or older weights generate, else off.
+        gradient_checkpointing: keep only the inputs of the model's layers for the backward pass, which computes the layers
             again: less memory, more time, the same gradient. Sampling is as fast as without.
         optimizer: `"adamw_torch"`, or one of bitsandbytes: `"adamw_8bit"` stores each of the two moments in one byte a weight,
             `"paged_adamw_8bit"` also moves them to the CPU when the GPU is full. `policy_kwargs` takes any other class.
-        engine: what draws the responses in training: None for the policy itself, `"vllm"`, or an `agents.engines.Engine`.
-            Evaluation, `predict` and `generate` stay with the policy.
-        engine_kwargs: arguments of `agents.vllm_engine.VLLMEngine`, for instance `base_url`.
+        engine: generates the responses in training: None for the policy itself, `"vllm"`, or an object like
+            `agents.engines.weight_sync.ExternalEngine`. Evaluation, `predict` and `generate` use the policy.
+        engine_kwargs: arguments of `agents.engines.vllm.engine.VLLMEngine`, for instance `base_url`.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
-        mask_truncated: leave responses that the length limit cut off out of the loss; their rewards count as before.
+        mask_truncated: leave responses that the length limit ended out of the loss; their rewards count as before.
         stats_window_size: episodes over which `rollout/` means are taken; those of the last rollout by default.
         tensorboard_log: folder for TensorBoard.
         policy_kwargs: `tokenizer` (for a model object), `optimizer_class` and `optimizer_kwargs`; `peft_config` trains a LoRA
-            adapter and a value head in the place of all weights, see `agents.policy.LanguagePolicy`.
+            adapter and a value head instead of all weights, see `agents.policy.LanguagePolicy`.
         verbose: 0 silent, 1 a table of the logs after every rollout.
         seed: seeds sampling, minibatches and the order of the prompts.
-        device: "auto" takes CUDA where there is some.
+        device: "auto" takes CUDA where there is a GPU.
 
     Raises:
-        ValueError, TypeError: an argument is unusable, or env and model do not fit; the message says what to change.
+        ValueError, TypeError: If an argument is unusable, or env and model do not fit; the message says what to change.
     """
 
+    policy: LanguagePolicy
+    np_random: np.random.Generator
+    world: World = ALONE
     needs_old_logp = True
+    needs_values = False
+    separate_critic = False
+    group_size = 1
+    adam_epsilon = 1e-8
+    kl_coef: float | KLController = 0.0  # in the loss
+    max_resamples = 0
+    reference_every: int | None = None
+    on_iteration: Callable[[Any, list[Rollout]], None] | None = None
+    state_attributes: tuple[str, ...] = ()  # of the algorithm, that an update moves
+    engine_kwargs: dict[str, Any] | None = None
+    _engine_setting: Any = None
+    _engine_is_object = False
+    _engine: PolicyEngine | SyncedEngine | None = None
+    _prefetched: PrefetchedRollout | None = None
+    _preflighted: tuple[object, ...] | None = None
+    _had_hook = False
 
     def __init__(
         self,
@@ -117,7 +248,7 @@ class LanguageAgent(SetUp):
         importance_cap: float | None = None,
         gradient_checkpointing: bool = False,
         optimizer: str = "adamw_torch",
-        engine: Any = None,
+        engine: str | ExternalEngine | None = None,
         engine_kwargs: dict[str, Any] | None = None,
         aggregation: str = "token",
         mask_truncated: bool = False,
@@ -148,19 +279,20 @@ class LanguageAgent(SetUp):
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
-        switches = {"preflight": preflight, "overlap": overlap, "bf16": bf16, "gradient_checkpointing": gradient_checkpointing}
-        check_computation(prefix_sharing, max_num_seqs, self.group_size, **switches)
-        class_of(optimizer)  # refuses an unknown one
+        check_switches(preflight=preflight, overlap=overlap, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
+        check_choice("prefix_sharing", prefix_sharing, ("auto", True, False))
+        check_max_num_seqs(max_num_seqs, self.group_size)
+        class_of(optimizer)  # raises for an unknown one
         check_numbers(0.0, max_grad_norm=max_grad_norm)
         check_numbers(1.0, importance_cap=importance_cap)
-        token_weights(torch.ones(1, 1), aggregation)  # refuses an unknown one
-        Sampler(temperature, top_k, top_p, min_p=min_p)
+        check_choice("aggregation", aggregation, AGGREGATIONS)
+        Sampler(temperature, top_k, top_p, min_p=min_p)  # raises for unusable values
         if n_envs is not None:
             check_groups(self.group_size, n_envs)
         self._model = policy
         self._tokenizer, self._peft_config = ((policy_kwargs or {}).get(name) for name in NOT_SAVED)
-        self._wanted_n_envs = n_envs
-        self._wanted_learning_rate = learning_rate
+        self._n_envs_setting = n_envs
+        self._learning_rate_setting = learning_rate
         self.n_envs = n_envs or self.group_size * -(-DEFAULT_N_ENVS // self.group_size)
         self.n_epochs = n_epochs
         self.batch_size = batch_size
@@ -184,18 +316,40 @@ class LanguageAgent(SetUp):
         self.mask_truncated = mask_truncated
         self._window_is_rollout = stats_window_size is None
         self._policy_data: dict[str, Any] = {}
-        self._position: dict[str, Any] = {}
-        self._began: dict[str, Any] | None = None
-        self._reference_moved = False
+        self._saved_state: dict[str, Any] = {}
         self._reference_weights: dict[str, Any] | None = None
         self._tokens_left_over = 0
         self._has_had_env = False
-        self._algorithm = type(self).__name__
-        self._algorithms = [parent.__name__ for parent in type(self).__mro__]
+        self._had_hook = self.on_iteration is not None
         if _init_setup_model:
             self._setup_model()
             if env is not None:
-                self._attach(as_vec_env(env, self.n_envs))
+                self._set_env(as_vec_env(env, self.n_envs))
+
+    # --- what an algorithm fills in: see `agents.training.objective.Objective` -------------------------------------------
+
+    def check_env(self, rules: Rules) -> None:
+        """Check that an env can serve the algorithm's arguments; raise a ValueError if it cannot."""
+
+    def needs_more(self, rollouts: list[Rollout]) -> bool:
+        """Return whether another rollout is to be collected before the update."""
+        return False
+
+    def select_training_rows(self, rollout: Rollout) -> list[int] | None:
+        """Return which of the sampled episodes are trained on; None for all."""
+        return None
+
+    def compute_advantages(self, rollout: Rollout) -> None:
+        """Set `rollout.advantages`, and `rollout.returns` where there is a value head."""
+        raise NotImplementedError
+
+    def loss(self, batch: Rollout, evaluation: Evaluation, weights: Tensor) -> tuple[LossTerms, Statistics]:
+        """Compute the loss of one micro-batch; see `agents.training.objective.Objective.loss`."""
+        raise NotImplementedError
+
+    def should_stop(self, statistics: dict[str, float]) -> bool:
+        """Return whether the policy has moved far enough for this rollout."""
+        return False
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -215,140 +369,716 @@ class LanguageAgent(SetUp):
         """Train for at least `total_timesteps` action tokens, in whole rollouts.
 
         The callback's `on_step` is called once every `env.num_envs` tokens, as in SB3. A rollout in which a callback asks to
-        stop, or that an error or Ctrl-C cuts short, is neither trained on nor counted.
+        stop, or that an error or Ctrl-C ends early, is neither trained on nor counted. An update is not interrupted: Ctrl-C
+        takes effect after it, and a second Ctrl-C at once.
 
-        Going on (`reset_num_timesteps=False`), in this process or from a file, gives the weights of a run that was never
-        stopped: what one call overshot counts towards the next, so that twice k tokens are 2k. A schedule runs over all
-        tokens asked for so far: it is at its end after k, so that only a run of 2k that is stopped at n and goes on for
-        2k - n equals the whole one. SB3's callbacks count `on_step` from when they were made, and `iteration` from the call.
+        Resuming (`reset_num_timesteps=False`), in this process or from a file, gives the weights of a run that was never
+        stopped: the overshoot of one call counts towards the next, so that twice k tokens are 2k. A schedule runs over all
+        tokens requested so far: it is at its end after k, so that only a run of 2k that is stopped at n and resumes for
+        2k - n equals the uninterrupted one. SB3's callbacks count `on_step` from when they were made, and `iteration` from the
+        call.
 
         Args:
             env_or_timesteps: an env to train on, as in `learn(env)`, or `total_timesteps`, as in SB3.
             callback: SB3 callbacks; or a number, `total_timesteps`, as in `learn(env, 10_000)`.
             log_interval: rollouts between two dumps of the logs; None for none.
             tb_log_name: name of the run for TensorBoard; the algorithm's by default.
-            reset_num_timesteps: count from 0 and begin a new TensorBoard run; False goes on, in the latest run of that name.
+            reset_num_timesteps: count from 0 and begin a new TensorBoard run; False resumes, in the latest run of that name.
             progress_bar: show one (needs rich and tqdm).
             total_timesteps: number of action tokens; 100,000 by default.
             env: an env to train on.
         """
         check_counts(log_interval=log_interval)
-        env, callback, total_timesteps = sort_out(env_or_timesteps, callback, total_timesteps, env)
+        env, callback, total_timesteps = parse_learn_args(env_or_timesteps, callback, total_timesteps, env)
         if env is not None:
-            self._attach(as_vec_env(env, self.n_envs))
-        self._hand_down()
-        check_overlap(self)
+            self._set_env(as_vec_env(env, self.n_envs))
+        self._configure()
+        check_overlap(self.overlap, self.env is None or vector_env_of(self.env) is not None, self.world.sharded)
         check_optimizer(self.policy)
-        preflight(self)
-        asked = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
+        self._run_preflight()
+        requested = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         total_timesteps, callback = self._setup_learn(
-            tokens_to_go(self, asked, reset_num_timesteps),
+            remaining_timesteps(requested, self.num_timesteps, self._total_timesteps, reset_num_timesteps),
             callback,
             reset_num_timesteps,
             tb_log_name or type(self).__name__,
             progress_bar and self.world.main,
         )
-        watch_together(self, callback)
+        sync_callbacks(callback, self.policy, self.world, self.seed)
         callback.on_training_start(locals(), globals())
         iteration = 0
         try:
             while self.num_timesteps < total_timesteps:
                 # Before collecting: a rollout ends past the total, where a schedule would be 0 or less.
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                rollout = self.collect(callback)
-                if rollout is None:
-                    break
-                self.train(rollout)
+                callback.on_rollout_start()
+                self._sync_rng()
+                self._update_trainer_state()
+                steps = self.policy.num_steps
+                is_final = lambda: self.policy.num_steps != steps  # noqa: B023, E731 - called within this iteration only
+                with self._state.rollback_on_error(self._discard_prefetched, is_final) as transaction:
+                    rollout = self.sample_rollout()
+                    update_kl_controllers((self.rules.kl, self.kl_coef), rollout)
+                    if not self._run_callbacks(callback, rollout):
+                        transaction.roll_back()
+                        break
+                    callback.on_rollout_end()
+                    self._record_rollout(rollout)
+                    if self.overlap and self.num_timesteps < self._total_timesteps:
+                        self._prefetched = self._prefetch()
+                    with defer_interrupt("Ctrl-C: stopping after this update; press it again to stop at once"):
+                        self._state.began = None  # from here on a checkpoint has what the update has done
+                        self.train(rollout)
+                        transaction.commit()
                 iteration += 1
                 if log_interval is not None and (self.num_timesteps >= total_timesteps or iteration % log_interval == 0):
                     self.dump_logs(iteration)
-        except BaseException:  # Ctrl-C too: what was logged so far is written before it goes on its way
+        except BaseException:  # also KeyboardInterrupt: write what was logged so far, then re-raise
             self.logger.dump(self.num_timesteps)
             raise
         finally:
-            self.call_off()
+            self._cancel_prefetch()
             callback.on_training_end()
         return self
 
-    def collect(self, callback: BaseCallback) -> Rollout | None:
-        """One rollout, with the callbacks called for its tokens; None, and nothing has moved, where one asked to stop."""
-        assert self.env is not None
-        callback.on_rollout_start()
-        self._fall_in_step()
-        self._tell_rewards_how_far()
-        with self.rollout_under_way():
-            rollout = self.sample_rollout()
-            feed_kl_controllers((self.rules.kl, self.kl_coef), rollout)
-            if not call_back(self, callback, rollout):
-                self.stop_rollout()
-                return None
-            callback.on_rollout_end()
-            record_rollout(self, rollout)
-            if self.overlap and self.num_timesteps < self._total_timesteps:
-                self._ahead = Ahead(self)
-        return rollout
+    def sample_rollout(self) -> Rollout:
+        """Collect the next rollout: `n_envs` episodes, and more where the algorithm resamples."""
+        prefetched, self._prefetched = self._prefetched, None
+        collector = self._make_collector()
+        rollouts = [collector.collect() if prefetched is None else prefetched.result()]
+        while self.needs_more(rollouts):
+            rollouts.append(collector.collect())
+        return rollouts[0] if len(rollouts) == 1 else concat(rollouts)
 
-    def _tell_rewards_how_far(self) -> None:
-        """Keep what reward functions may ask for as `trainer_state`."""
+    def train(self, rollout: Rollout) -> None:
+        """Update the policy on a rollout, and every `reference_every` rollouts the reference; log `train/` entries."""
+        self._update_learning_rate(self.policy.optimizer)
+        rows = self.select_training_rows(rollout)
+        trained = rollout if rows is None else rollout.select(rows)
+        steps = self.policy.num_steps
+        try:
+            statistics = self.make_trainer().train(trained)
+        finally:
+            self._n_updates += self.policy.num_steps - steps
+        record_update(self.logger, trained, statistics, self._n_updates)
+        self._sync_reference(rollout)
+
+    def make_trainer(self) -> Trainer:
+        """Build the trainer from the agent's attributes as they are now."""
+        return Trainer(
+            self.policy,
+            self,
+            self.world,
+            self.policy.optimizer,
+            self.np_random,
+            self.rules,
+            n_epochs=self.n_epochs,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            max_grad_norm=self.max_grad_norm,
+            temperature=self.temperature,
+            aggregation=self.aggregation,
+            mask_truncated=self.mask_truncated,
+            importance_cap=self.importance,
+        )
+
+    def _make_collector(self) -> ResponseCollector | TokenCollector:
+        """Build the collector from the agent's attributes as they are now: of whole responses where the env allows it."""
+        assert self.env is not None
+        venv = vector_env_of(self.env)
+        if venv is None:
+            return TokenCollector(self.policy, self.env, self.sampler(), self.group_size, self.world, self._next_indexes)
+        return ResponseCollector(self.policy, self.engine, venv, self.sampler(), self.group_size, self.world)
+
+    def _next_indexes(self) -> list[int]:
+        groups = [self._cursor.next() for _ in range(self.n_envs // self.group_size)]
+        return [index for index in groups for _ in range(self.group_size)]
+
+    def _prefetch(self) -> PrefetchedRollout:
+        """Begin to generate the next rollout with the weights as they are now."""
+        assert self.env is not None
+        venv, began, sampler = vector_env_of(self.env), self._state.snapshot(), self.sampler()
+        assert venv is not None
+        if not self.engine.takes_uniforms:
+            sampler = sampler.spawn(0)  # the update draws from the agent's own generator meanwhile
+        frozen = self.engine.snapshot(self.rules)
+        return PrefetchedRollout(ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.world), began)
+
+    def _discard_prefetched(self) -> None:
+        """Wait for the rollout that is being prefetched, and drop it."""
+        if self._prefetched is not None:
+            self._prefetched.wait()
+            self._prefetched = None
+
+    def _cancel_prefetch(self) -> None:
+        """Drop the rollout that is being prefetched; its prompts and random numbers are drawn again."""
+        if self._prefetched is not None:
+            began = self._prefetched.began
+            self._discard_prefetched()
+            self._state.restore(began)
+
+    def _sync_reference(self, rollout: Rollout) -> None:
+        """After every `reference_every` rollouts, make the policy the reference and call `on_iteration`."""
+        if self._had_hook and self.on_iteration is None:
+            self._had_hook = False
+            warnings.warn(
+                "this agent was saved with an on_iteration hook, which is not in the file and is not called any more. Load it "
+                f"with {type(self).__name__}.load(path, env=env, on_iteration=hook)",
+                stacklevel=3,
+            )
+        if self.reference_every is not None and self._prefetched is not None:
+            self._prefetched.wait()  # it reads this reference
+        reference, keep = self.rules.reference, self.on_iteration is not None
+        rollouts = self._reference_sync.after_update(self.policy, reference, self.reference_every, rollout, keep)
+        if rollouts is not None and self.on_iteration is not None:
+            self.on_iteration(self, rollouts)
+
+    def _run_callbacks(self, callback: BaseCallback, rollout: Rollout) -> bool:
+        """Count the tokens of a rollout and call `on_step` once every `env.num_envs` of them; False if it asked to stop.
+
+        Tokens left over from a rollout count towards the first call of the next.
+        """
+        assert self.env is not None
+        rows = self.env.num_envs
+        infos, rewards = episode_infos(rollout, self.start_time), rollout.scores.cpu().numpy()
+        dones = np.ones(len(rollout), dtype=bool)
+        self._update_info_buffer(infos, dones)
+        new = int(rollout.lengths.sum())
+        calls = max(1, (self._tokens_left_over + new) // rows)
+        self._tokens_left_over = max(0, self._tokens_left_over + new - calls * rows)
+        end = self.num_timesteps + new
+        goes_on, error = True, None
+        try:
+            for call in range(1, calls + 1):
+                last = call == calls
+                self.num_timesteps = end if last else min(end, self.num_timesteps + rows)
+                callback.update_locals(
+                    {"dones": dones if last else ~dones, "infos": infos if last else [{}] * len(infos), "rewards": rewards}
+                )
+                goes_on = callback.on_step() and goes_on
+                if (
+                    not goes_on and self.world.size == 1
+                ):  # else other processes may be in a collective of a callback's next call
+                    break
+        except Exception as raised:
+            error = raised
+        return all(self.world.gather_or_raise(goes_on, error))
+
+    def _update_trainer_state(self) -> None:
+        """Set what reward functions may ask for as `trainer_state`."""
         done, steps = min(1.0, self.num_timesteps / max(1, self._total_timesteps)), self._n_updates
         planned = round(steps / done) if done else 1
         self.rules.rewards.trainer_state = TrainerState(steps, max(1, steps, planned), done, 1, self.num_timesteps)
 
-    def sample_rollout(self) -> Rollout:
-        """`n_envs` episodes, on the response clock where the env allows it; with `overlap`, those that are under way."""
-        assert self.env is not None
-        venv, ahead, self._ahead = clock_of(self.env), self._ahead, None
-        if ahead is not None:
-            return ahead.rollout()
-        if venv is not None:
-            return collect(self.policy, venv, self.group_size, self.sampler(), {}, self.world, self.responder())
-        indexes = np.repeat([self._cursor.next() for _ in range(self.n_envs // self.group_size)], self.group_size)
-        return collect_by_tokens(self.policy, self.env, indexes.tolist(), self.group_size, self.sampler(), self.world)
+    def _sync_rng(self) -> None:
+        """Take over the main process's random states: another process may have drawn numbers for itself."""
+        if self.world.size == 1:
+            return
+        torch_state, numpy_state = self.world.from_main((self._generator.get_state(), self.np_random.bit_generator.state))
+        self._generator.set_state(torch_state)
+        self.np_random.bit_generator.state = numpy_state
 
-    def train(self, rollout: Rollout) -> None:
-        """The update: see `agents.update`."""
-        self._update_learning_rate(self.policy.optimizer)
-        rows = self.training_rows(rollout)
-        update(self, rollout if rows is None else rollout.take(rows))
+    def _run_preflight(self) -> None:
+        """Try the longest pass, unless that was done with the limits as they are now."""
+        longest = max(map(len, self.rules.prompts.ids)), self.rules.max_new_tokens
+        sizes = self.n_envs, self.batch_size, self.micro_batch_size, self.max_tokens_per_batch
+        limits = (*longest, *sizes, self.device, self.gradient_checkpointing)
+        if self._preflighted != limits:
+            preflight(self.make_trainer(), self.rules, self.n_envs, is_on=self.preflight)
+            self._preflighted = limits
+
+    def _record_rollout(self, rollout: Rollout) -> None:
+        assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
+        record_rollout(
+            self.logger,
+            rollout,
+            self.rules,
+            episodes=self.ep_info_buffer,
+            successes=self.ep_success_buffer,
+            kl_in_loss=coefficient(self.kl_coef),
+            resamples=len(rollout) // self.n_envs - 1 if self.max_resamples else None,
+            engine=self.engine,
+        )
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write what has been recorded to the logger's outputs."""
-        record_time(self, iteration)
+        new_timesteps = self.num_timesteps - self._num_timesteps_at_start
+        record_time(self.logger, iteration, self.num_timesteps, new_timesteps, self.start_time)
         self.logger.dump(self.num_timesteps)
+
+    def set_logger(self, logger: Logger) -> None:
+        """Set the logger; of several processes the main one logs."""
+        super().set_logger(logger if self.world.main else Logger(None, []))
 
     @property
     def importance(self) -> float | None:
         """The cap of the importance weights; None where there are none."""
-        needed = self.overlap or self.engine is not None
-        return DEFAULT_CAP if self.importance_cap is None and needed else self.importance_cap
+        is_off_policy = self.overlap or self._engine_setting is not None
+        return DEFAULT_IMPORTANCE_CAP if self.importance_cap is None and is_off_policy else self.importance_cap
 
-    # --- what an algorithm fills in ----------------------------------------------------------------------------------
+    # --- the engine --------------------------------------------------------------------------------------------------
 
-    def check_rules(self, rules: Rules) -> None:
-        """Refuse an env that cannot serve the algorithm's arguments, with a ValueError."""
+    @property
+    def engine(self) -> PolicyEngine | SyncedEngine:
+        """What generates the responses in training.
 
-    def training_rows(self, rollout: Rollout) -> list[int] | None:
-        """Which of the sampled episodes are trained on; None for all."""
-        return None
+        Raises:
+            ValueError: If the agent was loaded from a file, and its engine was an object, which is not in it.
+        """
+        if self._engine is None:
+            if self._engine_setting is not None:
+                self._engine = make_engine(self._engine_setting, self.engine_kwargs)
+            elif self._engine_is_object:
+                raise ValueError(
+                    "the agent was trained with an engine object, which is not in its file; call agent.set_engine(engine), "
+                    "or agent.set_engine(None) to let the policy generate"
+                )
+            else:
+                self._engine = PolicyEngine(self.policy)
+        self._engine.update_weights(self.policy)
+        return self._engine
 
-    def compute_advantages(self, rollout: Rollout) -> None:
-        """Set `rollout.advantages` (and `rollout.returns` where there is a value head)."""
-        raise NotImplementedError
+    def set_engine(self, engine: str | ExternalEngine | None, engine_kwargs: dict[str, Any] | None = None) -> None:
+        """Generate with another engine from here on, or with the policy (None); one that the agent made itself is closed.
 
-    def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
-        """The loss of one micro-batch.
+        Raises:
+            ImportError: If vLLM is to run in this process and is not installed.
+            ValueError, TypeError: If there is no such engine, or it does not fit the env.
+        """
+        check_engine(engine, engine_kwargs)
+        made = None if engine is None else make_engine(engine, engine_kwargs)
+        if self.env is not None:
+            check_engine_env(engine, self.rules, vector_env_of(self.env) is not None, self.world.sharded)
+        if self._engine is not None and not self._engine_is_object:
+            self._engine.close()
+        self._engine_setting, self.engine_kwargs, self._engine = engine, engine_kwargs, made
+        self._engine_is_object = engine is not None and not isinstance(engine, str)
+
+    def sampler(self, deterministic: bool = False) -> Sampler:
+        """Return how tokens are sampled in training."""
+        return Sampler(self.temperature, self.top_k, self.top_p, deterministic, self._generator, self.min_p)
+
+    # --- policy and env ----------------------------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        """Build the policy (from what the user gave, or from a checkpoint), its optimizer and the random generators."""
+        migrate(vars(self))
+        self.policy = self._build_policy()
+        check_trainable(self.policy)
+        if self.needs_values:
+            self.policy.add_value_head(self.separate_critic)
+        check_recomputing(self.policy.lm, self.gradient_checkpointing)
+        self.policy = self.policy.to(self.device)
+        if self.policy.adapter is not None:
+            self.policy.adapter.base.to(self.device)  # buffers that it does not share with the policy
+        self.policy.train(False)
+        quantized = self.policy.adapter is not None and self.policy.adapter.quantized
+        check_sharding(self.world.sharded, self.optimizer, quantized)
+        self._configure()
+        self._share_policy()
+        if self._learning_rate_setting is None:
+            self.learning_rate = self._learning_rate_setting = default_learning_rate(self.policy, self.n_epochs)
+        self._setup_lr_schedule()
+        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.policy.optimized = frozenset(trained)
+        self.policy.optimizer = make_optimizer(
+            self.optimizer, self.policy_kwargs, list(trained.values()), lr=self.lr_schedule(1), eps=self.adam_epsilon
+        )
+        if not hasattr(self, "observation_space"):
+            self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
+        self._generator = torch.Generator(device=self.device)
+        self.np_random = np.random.default_rng(self.seed)
+        if self.seed is None:
+            self._generator.seed()
+        else:
+            self.set_random_seed(self.seed)
+            self._generator.manual_seed(self.seed)
+        self._reference_sync = ReferenceSync()
+        self._state = TrainingState(self._saved_state)
+        self._saved_state = {}
+        self._state.add(
+            counts=Attributes(self, "num_timesteps", "_tokens_left_over", "ep_info_buffer", "ep_success_buffer"),
+            objective=Attributes(self, *self.state_attributes),
+            torch=TorchGenerator(self._generator),
+            numpy=NumpyGenerator(self.np_random),
+            kl_in_loss=KLCoefficient(lambda: self.kl_coef, is_fixed_restored=True),
+            reference_sync=self._reference_sync,
+        )
+
+    def _build_policy(self) -> LanguagePolicy:
+        settings = {key: value for key, value in self.policy_kwargs.items() if not key.startswith("optimizer_")}
+        if self.seed is not None:
+            torch.manual_seed(self.seed)  # an adapter's weights are random
+        if self._policy_data:
+            base = None if self._model is LanguagePolicy else self._model  # of an adapter, where `load` was given one
+            return LanguagePolicy(**self._policy_data, base=base)
+        if not isinstance(self._model, LanguagePolicy):
+            return LanguagePolicy(self._model, self._tokenizer, peft_config=self._peft_config, **settings)
+        if self._peft_config is not None:
+            raise ValueError("policy is a LanguagePolicy, which is made already; give it the peft_config")
+        return self._model
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Train on another env from here on; its spaces must be those of the last one (SB3's rule)."""
+        vec_env = as_vec_env(env, self.n_envs)
+        if self._has_had_env:
+            check_for_correct_spaces(vec_env, self.observation_space, self.action_space)
+        self._set_env(vec_env)
+
+    def _set_env(self, env: VecEnv) -> None:
+        """Take an env for training, after checking that it and the model fit."""
+        rules, by_response = rules_of_vec_env(env), vector_env_of(env) is not None
+        n_envs = episodes_per_rollout(self._n_envs_setting, self.n_envs, env.num_envs, by_response)
+        check_fit(
+            self.policy,
+            rules,
+            self.sampler(),
+            n_envs=n_envs,
+            group_size=self.group_size,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            kl_coef=coefficient(self.kl_coef),
+        )
+        self.check_env(rules)
+        check_reference_sync(self.policy, rules.reference, self.reference_every)
+        check_processes(n_envs, self.group_size, self.world.size)
+        check_engine_env(self._engine_setting, rules, by_response, self.world.sharded)
+        self.env, self.n_envs = env, n_envs
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        if self._window_is_rollout:
+            self._stats_window_size = n_envs
+        agree_on_ends(self.policy, env)
+        self.policy.take_over(rules)
+        self._configure()
+        self._share_env(rules)
+        self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
+        self._last_obs = None
+        if self.seed is not None:
+            env.seed(self.seed)
+        self._state.add(
+            env=EnvState(env),
+            cursor=CursorState(self._cursor, len(rules.prompts)),
+            kl_in_reward=KLCoefficient(lambda: rules.kl, is_fixed_restored=False),
+        )
+        self._restore_reference(rules)
+        self._has_had_env = True
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of the training env.
+
+        Raises:
+            ValueError: If there is no env yet.
+        """
+        if self.env is None:
+            raise ValueError(f"the agent has no env yet: give one to {type(self).__name__}(...), set_env(env) or learn(env)")
+        return rules_of_vec_env(self.env)
+
+    def _configure(self) -> None:
+        """Let policy and reference compute as the agent's attributes say now."""
+        self.policy.configure(
+            bf16=self.bf16,
+            gradient_checkpointing=self.gradient_checkpointing,
+            prefix_sharing=self.prefix_sharing,
+            max_num_seqs=self.max_num_seqs,
+        )
+        if self.env is None:
+            return
+        if self.policy.adapter is not None:
+            for rules in unique_rules(self.env):
+                if isinstance(rules.reference, BaseReference):
+                    rules.reference.bind(self.policy.base, wholeness(self.policy))
+                    rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
+        reference = self.rules.reference
+        if reference is not None:
+            reference.place(self.device)
+            reference.temperature, reference.bf16 = self.temperature, self.bf16
+            reference.prefix_sharing, reference.max_tokens_per_batch = self.prefix_sharing, self.max_tokens_per_batch
+
+    def _share_policy(self) -> None:
+        """Let all processes begin with the main one's weights, sharded where the launcher says so; only the main one logs."""
+        communicator, policy = self.world, self.policy
+        if not communicator.main:
+            self.verbose, self.tensorboard_log = 0, None
+        if is_sharded(policy):
+            return
+
+        def try_out_all() -> None:
+            for model in (policy.lm, policy.critic):
+                if model is not None:
+                    try_out(model)
+
+        def warm_up() -> None:
+            try_out_all()
+            policy._evaluate([[0]], [[0]], None, 1.0)
+
+        communicator.spread(policy)
+        try_out_all()
+        if communicator.sharded and policy.adapter is not None:
+            _ = policy.adapter.base_hash  # which checkpoints have, of the base as it is now
+        if communicator.sharded and policy.critic is not None:
+            # Frozen weights are shared with the policy, and each of the two is sharded by itself.
+            policy.critic = copy.deepcopy(policy.critic)
+        begin(communicator, policy, warm_up, "_evaluate", None if policy.adapter is None else policy.adapter.base)
+
+    def _share_env(self, rules: Rules) -> None:
+        """Do the same for the reference; and let every process but the main one record episodes to a separate file."""
+        communicator, reference = self.world, rules.reference
+        if reference is not None and not isinstance(reference, BaseReference):  # which is the policy's
+            model = reference.model
+
+            def warm_up() -> None:
+                try_out(model)
+                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+
+            if not is_sharded(model):
+                communicator.spread(model)
+                begin(communicator, model, warm_up, "forward")
+        rules.record_apart(communicator.rank)
+
+    # --- inference ---------------------------------------------------------------------------------------------------
+
+    def predict(  # type: ignore[override]
+        self,
+        observation: Observation,
+        state: StepState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, StepState | None]:
+        """Return the next token for an observation or a batch of them, and the state (the KV cache) for the next call.
+
+        See `LanguagePolicy.predict`; tokens are sampled at the agent's temperature.
+        """
+        return self.policy.predict(
+            observation,
+            state,
+            episode_start,
+            deterministic,
+            action_masks=action_masks,
+            temperature=self.temperature,
+            generator=self._generator,
+        )
+
+    @placed
+    def generate(self, prompts: Sequence[Any], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
+        """Generate a response text for each prompt, given as text or as a chat.
+
+        Prompts become token ids as in training: with the env's chat template and its arguments, or without an env the
+        tokenizer's own.
 
         Args:
-            batch: some episodes of the rollout.
-            result: what the training path says of them now.
-            weights: (B, T), the tokens' weights in the loss of the whole optimizer step.
+            prompts: a list of str, of chats (lists of messages), or of rows as an env takes them (dicts with `prompt`, and
+                perhaps `tools` and `chat_template_kwargs`).
+            deterministic: greedy decoding; otherwise sampled at the agent's temperature.
+            max_new_tokens: the env's limit by default, 64 without an env. The env's end tokens and stop strings apply.
+
+        Raises:
+            TypeError: If the prompts are no such list.
+            ValueError: If a prompt is no valid text, has no tokens, or is too long for the model; the message names it.
+        """
+        check_counts(max_new_tokens=max_new_tokens)
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
+        if not isinstance(prompts, (list, tuple, np.ndarray)):
+            raise TypeError(f"prompts is a {type(prompts).__name__}; give a list of str or of chats")
+        if not len(prompts):
+            return []
+        rules = rules_of_vec_env(self.env) if self.env is not None else None
+        tokenizer = self.policy.tokenizer if rules is None else rules.tokenizer
+        if tokenizer is None:
+            raise ValueError("the policy has no tokenizer: pass policy_kwargs={'tokenizer': ...}, or give the agent an env")
+        contexts = encode_prompts(prompts, self.policy.prompt_format() if rules is None else rules.prompts.format, rules)
+        limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
+        check_tokens(contexts, limit, self.policy.vocab_size, self.policy.max_positions)
+        responses, _ = self.policy.sample(
+            contexts,
+            1,
+            limit,
+            self.temperature,
+            deterministic=deterministic,
+            generator=self._generator,
+            completes_stop=rules.completes_stop if rules is not None and rules.stop else None,
+        )
+        if rules is not None:
+            return rules.decode(responses)
+        return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @placed
+    def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
+        """Run one episode for every prompt of an env.
+
+        Args:
+            env: a text env or its id, for instance `gym.make("llm_env/Addition-v0", split="test")`.
+            deterministic: greedy decoding.
+            batch_size: prompts at a time.
 
         Returns:
-            The terms of the loss by name, each a coefficient and a weighted sum over tokens; and statistics by name, means
-            over the action tokens.
-        """
-        raise NotImplementedError
+            Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
+            and `reward/<name>` for every component.
 
-    def stops_early(self, statistics: dict[str, float]) -> bool:
-        """Whether the policy has moved far enough for this rollout."""
-        return False
+        Raises:
+            ValueError: If the env's tokens or lengths do not fit the model.
+        """
+        vec_env = as_vec_env(env, 1)
+        rules = rules_of_vec_env(vec_env)
+        check_tokenizers(self.policy, rules)
+        check_positions(self.policy, rules)
+        agree_on_ends(self.policy, vec_env)
+        rules.record_apart(self.world.rank)
+        if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
+            rules.reference.bind(self.policy.base, wholeness(self.policy))
+        return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.world)
+
+    def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
+        """Measure on fresh episodes whether sampling and training fit together; see `agents.check_agent`."""
+        return check_agent(self, n=n, seed=seed, quiet=quiet)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _excluded_save_params(self) -> list[str]:
+        engine = ["_engine_setting"] if self._engine_is_object else []
+        return [*super()._excluded_save_params(), *LIVE, *engine]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    def _training_state(self) -> dict[str, Any]:
+        """Return the state that a checkpoint gets: that of the last rollout's end, while the next is being collected."""
+        if self._state.began is not None:
+            return self._state.began
+        return self._state.snapshot() | ({} if self._prefetched is None else self._prefetched.began)
+
+    @placed
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """Write the agent to one zip file: weights, optimizer, counts and random states, but not the env.
+
+        Of a policy with an adapter, the weights are the adapter's and the critic's; the base is known by its path and a hash.
+        The file also has the names of the trained parameters, the class of the model, and the algorithm. Of a model that
+        transformers does not rebuild from its config (a class of your own, `trust_remote_code`, images and text, replaced
+        modules) `save` warns that `load` will need `policy=<model>`.
+
+        A file is first written beside its name and renamed once it is complete and on the disk, so that a run that is killed
+        here leaves the old one. A callback that saves in the middle of a rollout saves the agent as it was at the rollout's
+        beginning; whoever resumes from there collects it again, token for token.
+
+        All of several processes call it, and the main one writes the file, which is the same for any number of processes.
+        """
+        check_optimizer(self.policy)
+        self._checkpoint_format = FORMAT
+        self._algorithm = type(self).__name__  # the class that writes the checkpoint
+        self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
+        self._policy_data = self.policy._get_constructor_parameters()
+        self._saved_state = self._training_state()
+        try:
+            if not isinstance(path, (str, Path)):
+                return super().save(path, exclude, include)
+            if not self.world.main:
+                if self.world.sharded:
+                    self.get_parameters()  # the main process needs this one's shards
+                return None
+            target = Path(path)
+            if target.suffix == "":
+                target = target.with_name(f"{target.name}.zip")
+            with atomic_write(target) as file:
+                super().save(file, exclude, include)
+        finally:
+            self._policy_data, self._saved_state = {}, {}
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """Return the weights as SB3 saves them, and those of a reference that has moved since the env was made."""
+        if self.world.sharded:
+            self.world.gather(None, "weights")
+        weights = self._reference_weights  # of an agent that was loaded and has no env yet
+        if self._reference_sync.has_moved and self.env is not None:
+            reference = self.rules.reference
+            weights = None if reference is None else gathered(reference.model.state_dict())
+        return gathered(super().get_parameters()) | ({} if weights is None else {"reference": weights})
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
+        """Load weights: those of `get_parameters`, or a checkpoint's."""
+        params = load_path_or_dict
+        if not isinstance(params, dict):
+            verify_archive(params)
+            _, params, _ = load_from_zip_file(params, device=device, load_data=False)
+        self._reference_weights = params.get("reference")
+        weights = {key: params[key] for key in params if key != "reference"}
+        if is_sharded(self.policy):
+            weights["policy"] = scattered(weights["policy"], self.policy.state_dict())
+            if "policy.optimizer" in weights:
+                weights["policy.optimizer"] = scattered_for(self.policy.optimizer, weights["policy.optimizer"])
+        super().set_parameters(weights, exact_match, device)
+        if self.env is not None:
+            self._restore_reference(self.rules)
+
+    def _restore_reference(self, rules: Rules) -> None:
+        """Load the reference's weights from a checkpoint into the env's reference, if there are any."""
+        weights, self._reference_weights = self._reference_weights, None
+        if weights is None:
+            return
+        if rules.reference is None:
+            raise ValueError(
+                "the saved agent's reference had moved and its weights are in the file, but the env has no reference; make it "
+                "with reference=<the model that training began with>"
+            )
+        try:
+            rules.reference.model.load_state_dict(scattered(weights, rules.reference.model.state_dict()))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the saved reference's weights do not fit the env's {type(rules.reference.model).__name__} "
+                f"({str(error).splitlines()[-1].strip()}); make the env with the reference that training began with"
+            ) from error
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfAgent],
+        path: Any,
+        env: Any = None,
+        device: torch.device | str = "auto",
+        *,
+        policy: Any = None,
+        **kwargs: Any,
+    ) -> SelfAgent:
+        """Read an agent that `save` wrote, to use it or to resume training.
+
+        Training resumes bit for bit (on CPU, with the same libraries and threads) as if it had never stopped, with the same
+        env and `learn(..., reset_num_timesteps=False)`. The state of wrappers, of reward functions and of callbacks is not in
+        the file.
+
+        Args:
+            path: the zip file.
+            env: the env to resume with; its order of prompts goes on where it was if it has as many prompts and rows.
+            device: where to put it.
+            policy: the model to load the weights into, a path, a hub id or a `PreTrainedModel`: one of the saved class and
+                config, where these do not come back from the file (see `save`), or the base of a saved adapter, where it was a
+                model object or is not where it was. The weights of a whole model come from the file; those of an adapter's base
+                are checked to be the right ones.
+            kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            TypeError: If `policy` is no causal language model.
+            ValueError: If the file was cut off or damaged, another algorithm wrote it, its model cannot be rebuilt, `policy` is
+                another one, or an adapter's base is not there or has other weights.
+        """
+        with world().at("load"):
+            world().gather(None)  # the main process has finished the file
+        if isinstance(path, (str, Path)) and Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a folder, as save_pretrained writes it; make an agent of it: {cls.__name__}({str(path)!r}, env)"
+            )
+        verify_archive(path)
+        check_algorithm(path, cls)
+        if isinstance(policy, LanguagePolicy):
+            raise TypeError("policy is a LanguagePolicy; give the model, such as LanguagePolicy.lm, or its path")
+        if policy is not None and not isinstance(policy, (str, Path, nn.Module)):
+            raise TypeError(f"the model given to load is a {type(policy).__name__}; give a model, its path or its hub id")
+        replaced: dict[str, Any] = {} if policy is None else {"_model": policy}
+        if "engine" in kwargs:
+            replaced["_engine_setting"] = kwargs.pop("engine")
+        agent = super().load(path, None, device, **kwargs, **replaced)
+        agent.policy.check_fingerprint(agent._policy_data)
+        agent._policy_data = {}
+        if env is not None:
+            agent.set_env(env)
+        return agent

@@ -69,13 +69,19 @@ class World:
         """
         return [value]
 
-    def together(self, call: Callable[[], T]) -> list[T]:
-        """What `call()` gives in each process, in the order of their numbers; where it fails in one, it fails in all.
+    def gather_or_raise(self, value: T, error: Exception | None = None) -> list[T]:
+        """Return the value of each process, in the order of their ranks; an error in one process is raised in all.
+
+        Args:
+            value: this process's.
+            error: what this process failed with, if it did; raised here once the others know.
 
         Raises:
-            RuntimeError: it failed in another process; the message has the error. In that one it is the error itself.
+            RuntimeError: If another process failed; the message has its error.
         """
-        return [call()]
+        if error is not None:
+            raise error
+        return [value]
 
     def from_main(self, value: T) -> T:
         """What the main process has."""
@@ -137,21 +143,15 @@ class Processes(World):
             )
         return [value for _, value in found]
 
-    def together(self, call: Callable[[], T]) -> list[T]:
-        """What `call()` gives in each process, in the order of their numbers; where it fails in one, it fails in all."""
-        fault: Exception | None = None
-        result: Any = None
+    def gather_or_raise(self, value: T, error: Exception | None = None) -> list[T]:
+        """Return the value of each process; an error in one process is raised in all."""
+        if isinstance(error, OutOfStepError):
+            raise error  # raised in the others as well
         try:
-            result = call()
-        except OutOfStepError:
-            raise  # in the others as well
-        except Exception as error:
-            fault = error
-        try:
-            found = self.gather((result, None if fault is None else f"{type(fault).__name__}: {fault}"), "results")
+            found = self.gather((value, None if error is None else f"{type(error).__name__}: {error}"), "results")
         finally:
-            if fault is not None:
-                raise fault
+            if error is not None:
+                raise error
         for rank, (_, told) in enumerate(found):
             if told is not None:
                 raise RuntimeError(f"process {rank} of {self.size} failed, and all stop with it: {told}")

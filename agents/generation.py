@@ -24,7 +24,6 @@ from llm_env.sharing import PrefixSharing, shares_prompts
 StopRule = Callable[[Sequence[int]], bool]
 
 
-@torch.no_grad()
 def sample_responses(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -40,7 +39,7 @@ def sample_responses(
     prefix_sharing: PrefixSharing = "auto",
     numbers: Tensor | None = None,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Draw `group_size` responses to every prompt.
+    """Sample `group_size` responses to every prompt.
 
     Each prompt is computed once for its group, and rows that have ended leave the batch.
 
@@ -82,36 +81,37 @@ def sample_responses(
     if numbers is None:
         numbers = sampler.numbers(len(limits), int(limits.max(initial=0)), vocab_size, model.device)
     begun = 0
-    while begun < len(prompts) or rows:
-        if waiting := len(prompts) - begun:
-            free = min(places - len({row // group_size for row in rows}), waiting)
-            # A few at a time: what is there is copied.
-            if not rows or (decoding.refills and free >= max(1, min(places // 4, waiting))):
-                first = decoding.add(prompts[begun : begun + free])
-                logits = torch.cat([logits.reshape(-1, first.shape[-1]), first])
-                rows = [*rows, *range(begun * group_size, (begun + free) * group_size)]
-                begun += free
-        allowed = None
-        if constraint is not None:
-            allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
-        at = numbers[rows, [len(responses[row]) for row in rows]]
-        tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
-        if not logp.isfinite().all():
-            raise ValueError("the model's logits are not finite: its weights, or the update that made them, have gone wrong")
-        for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
-            responses[row].append(token)
-            logps[row].append(value)
-        goes_on = [
-            responses[row][-1] not in ends
-            and len(responses[row]) < limits[row]
-            and not (completes_stop is not None and completes_stop(responses[row]))
-            for row in rows
-        ]
-        if not all(goes_on):
-            rows = [row for row, more in zip(rows, goes_on, strict=True) if more]
-            tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
-            decoding.keep(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
-        logits = decoding(tokens) if rows else logits[:0]
+    with torch.no_grad():  # not a decorator: one frame less between `learn` and a sampled token
+        while begun < len(prompts) or rows:
+            if waiting := len(prompts) - begun:
+                free = min(places - len({row // group_size for row in rows}), waiting)
+                # A few at a time: what is there is copied.
+                if not rows or (decoding.refills and free >= max(1, min(places // 4, waiting))):
+                    first = decoding.add(prompts[begun : begun + free])
+                    logits = torch.cat([logits.reshape(-1, first.shape[-1]), first])
+                    rows = [*rows, *range(begun * group_size, (begun + free) * group_size)]
+                    begun += free
+            allowed = None
+            if constraint is not None:
+                allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
+            at = numbers[rows, [len(responses[row]) for row in rows]]
+            tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
+            if not logp.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
+            for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
+                responses[row].append(token)
+                logps[row].append(value)
+            goes_on = [
+                responses[row][-1] not in ends
+                and len(responses[row]) < limits[row]
+                and not (completes_stop is not None and completes_stop(responses[row]))
+                for row in rows
+            ]
+            if not all(goes_on):
+                rows = [row for row, more in zip(rows, goes_on, strict=True) if more]
+                tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
+                decoding.keep(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
+            logits = decoding(tokens) if rows else logits[:0]
     return responses, [np.array(row, dtype=np.float32) for row in logps]
 
 

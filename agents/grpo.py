@@ -1,4 +1,4 @@
-"""GRPO: the mean of a group of answers to one prompt takes the critic's place; and what was built on it since."""
+"""GRPO: the mean of a group of responses to one prompt replaces the critic; and the methods that were built on it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,33 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
+from typing_extensions import Unpack
 
-from agents.advantages import equal_groups, group_relative, group_relative_steps
-from agents.base import DEFAULT_GROUP_SIZE, LanguageAgent, LossTerms
-from agents.checks import check_counts, check_numbers, check_process_supervision
-from agents.iterations import Iterations
-from agents.losses import KL_ESTIMATORS, clipped_surrogate, ratio, ratio_statistics, surrogate_terms, weighted_sum
+from agents.advantages import SCALES, equal_groups, group_relative, group_relative_steps
+from agents.base import DEFAULT_GROUP_SIZE, CommonArguments, LanguageAgent
+from agents.losses import (
+    KL_ESTIMATORS,
+    RATIO_LEVELS,
+    SURROGATES,
+    check_dual_clip,
+    cispo_terms,
+    clipped_terms,
+    ratio,
+    ratio_statistics,
+    weighted_sum,
+)
 from agents.policy import Evaluation
-from agents.rollout import Rollout, join
+from agents.rollout import Rollout
+from agents.training.objective import LossTerms, Statistics
+from agents.validation import check_choice, check_counts, check_numbers, check_process_supervision
 from llm_env.arguments import whole
 from llm_env.reference import KLController, coefficient
 from llm_env.rules import Rules
 
+SUPERVISION = ("outcome", "process")
 
-class GRPO(Iterations, LanguageAgent):
+
+class GRPO(LanguageAgent):
     """Group relative policy optimization (DeepSeekMath, arXiv 2402.03300, section 4.1) and the methods that grew from it.
 
     Every token of answer i has the advantage A_i = (r_i - mean) / (std + 1e-4) over its group; the loss is the clipped
@@ -100,15 +113,14 @@ class GRPO(Iterations, LanguageAgent):
         reference_every: int | None = None,
         on_iteration: Callable[[Any, list[Rollout]], None] | None = None,
         ent_coef: float = 0.0,
-        **common: Any,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        one = torch.zeros(2, 1)
-        group_relative(one[:, 0], 2, scale)  # these two refuse unknown names
-        clipped_surrogate(one, one, one, one, 0.2, dual_clip=dual_clip, level=ratio_level, surrogate=surrogate)
-        if supervision not in ("outcome", "process"):
-            raise ValueError(f"supervision={supervision!r} must be 'outcome' or 'process'")
-        if kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator={kl_estimator!r} must be one of {sorted(KL_ESTIMATORS)}")
+        check_choice("scale", scale, SCALES)
+        check_choice("ratio_level", ratio_level, RATIO_LEVELS)
+        check_choice("surrogate", surrogate, SURROGATES)
+        check_dual_clip(dual_clip, surrogate)
+        check_choice("supervision", supervision, SUPERVISION)
+        check_choice("kl_estimator", kl_estimator, sorted(KL_ESTIMATORS))
         group_size = whole("group_size", group_size, 2)  # a group is its own baseline
         check_numbers(0.0, kl_coef=coefficient(kl_coef), clip_range=clip_range, clip_range_high=clip_range_high)
         check_numbers(1.0, dual_clip=dual_clip)
@@ -133,27 +145,25 @@ class GRPO(Iterations, LanguageAgent):
         self.supervision = supervision
         self.max_resamples = whole("max_resamples", max_resamples, 0)
         self.ent_coef = ent_coef
-        self._begin_iterations(reference_every, on_iteration)
+        if on_iteration is not None and not callable(on_iteration):
+            raise TypeError(f"on_iteration={on_iteration!r} must be callable, as on_iteration(agent, rollouts)")
+        if on_iteration is not None and reference_every is None:
+            raise ValueError("on_iteration is called every `reference_every` rollouts, which is None; say how often")
+        self.reference_every, self.on_iteration = reference_every, on_iteration
         super().__init__(policy, env, learning_rate, n_epochs=n_epochs, aggregation=aggregation, **common)
 
-    def check_rules(self, rules: Rules) -> None:
-        """Refuse an env whose rewards or reference cannot serve these arguments."""
+    def check_env(self, rules: Rules) -> None:
+        """Check that an env's rewards can serve the supervision."""
         if self.supervision == "process":
             check_process_supervision(rules)
-        self._check_reference(rules)
 
-    def sample_rollout(self) -> Rollout:
-        """A rollout, or several until enough groups have rewards that differ."""
-        rollouts = [super().sample_rollout()]
-        while len(rollouts) <= self.max_resamples and sum(map(self._useful, rollouts)) < len(rollouts[0]) // self.group_size:
-            rollouts.append(super().sample_rollout())
-        return join(rollouts)
+    def needs_more(self, rollouts: list[Rollout]) -> bool:
+        """Return whether too few groups have rewards that differ, and `max_resamples` allows another rollout."""
+        useful = sum(int((~equal_groups(rollout.scores, self.group_size)).sum()) for rollout in rollouts)
+        return len(rollouts) <= self.max_resamples and useful < len(rollouts[0]) // self.group_size
 
-    def _useful(self, rollout: Rollout) -> int:
-        return int((~equal_groups(rollout.scores, self.group_size)).sum())
-
-    def training_rows(self, rollout: Rollout) -> list[int] | None:
-        """Of what was sampled, the first groups whose rewards differ, filled up with others to the size of one rollout."""
+    def select_training_rows(self, rollout: Rollout) -> list[int] | None:
+        """Return the first groups whose rewards differ, filled up with others to the size of one rollout."""
         if len(rollout) == self.n_envs:
             return None
         equal = equal_groups(rollout.scores, self.group_size).cpu()
@@ -161,38 +171,32 @@ class GRPO(Iterations, LanguageAgent):
         return [row for group in groups.tolist() for row in range(group * self.group_size, (group + 1) * self.group_size)]
 
     def compute_advantages(self, rollout: Rollout) -> None:
-        """The group-relative score of an answer, or of its steps from a token on, is the advantage of the token."""
+        """Give each token the group-relative score of its response, or of the response's steps from the token on."""
         if self.supervision == "process":
             steps = group_relative_steps(rollout.rewards, rollout.step_ends, self.group_size, self.scale)
             rollout.advantages = steps * rollout.mask
         else:
             rollout.advantages = group_relative(rollout.scores, self.group_size, self.scale)[:, None] * rollout.mask
 
-    def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
-        """The surrogate, the KL to the reference and the entropy bonus."""
+    def loss(self, batch: Rollout, evaluation: Evaluation, weights: Tensor) -> tuple[LossTerms, Statistics]:
+        """Compute the surrogate, the KL to the reference and the entropy bonus."""
         assert batch.old_logp is not None and batch.advantages is not None
         low = self.clip_range(self._current_progress_remaining)
         high = low if self.clip_range_high is None else self.clip_range_high(self._current_progress_remaining)
-        surrogate = surrogate_terms(
-            result.logp,
-            batch.old_logp,
-            batch.advantages,
-            batch.mask,
-            low,
-            high,
-            dual_clip=self.dual_clip,
-            level=self.ratio_level,
-            surrogate=self.surrogate,
-        )
+        rho = ratio(evaluation.logp, batch.old_logp, batch.mask, self.ratio_level)
+        if self.surrogate == "clip":
+            surrogate = clipped_terms(rho, batch.advantages, low, high, self.dual_clip)
+        else:
+            surrogate = cispo_terms(evaluation.logp, rho, batch.advantages, low, high)
         terms: LossTerms = {
             "policy_gradient_loss": (1.0, weighted_sum(surrogate, weights)),
-            "entropy_loss": (self.ent_coef, -weighted_sum(result.entropy, weights)),
+            "entropy_loss": (self.ent_coef, -weighted_sum(evaluation.entropy, weights)),
         }
         if self.kl_coef:
             assert batch.ref_logp is not None
-            kl = KL_ESTIMATORS[self.kl_estimator](result.logp, batch.ref_logp)
+            kl = KL_ESTIMATORS[self.kl_estimator](evaluation.logp, batch.ref_logp)
             if self.unbiased_kl:
-                kl = kl * ratio(result.logp, batch.old_logp)
+                kl = kl * ratio(evaluation.logp, batch.old_logp)
             terms["kl_loss"] = (coefficient(self.kl_coef), weighted_sum(kl, weights))
-        statistics = ratio_statistics(result.logp, batch.old_logp, batch.mask, low, high, self.ratio_level)
+        statistics = ratio_statistics(evaluation.logp, batch.old_logp, batch.mask, low, high, self.ratio_level)
         return terms, statistics | {"clip_range": torch.tensor(low)}

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AGGREGATIONS = ("token", "sequence", "constant")
+RATIO_LEVELS = ("token", "sequence")
+SURROGATES = ("clip", "cispo")
 LOG_RATIO_LIMIT = 20.0  # clamped before exp: clamping after it gives 0 * inf = NaN in the backward pass
 
 
 def token_weights(mask: Tensor, aggregation: str = "token", length_limit: int | None = None) -> Tensor:
-    """The weight of every token in the loss of one optimizer step, (B, T); 0 outside the mask.
+    """Compute the weight of every token in the loss of one optimizer step, (B, T); 0 outside the mask.
 
     Args:
         mask: (B, T), 0/1, of all responses of the step.
@@ -101,6 +104,12 @@ def cispo_terms(
     return -clipped.detach() * advantages * logp
 
 
+def check_dual_clip(dual_clip: float | None, surrogate: str) -> None:
+    """Raise if `dual_clip` is given for a surrogate whose weights are clipped on both sides."""
+    if dual_clip is not None and surrogate == "cispo":
+        raise ValueError(f"dual_clip={dual_clip} has no meaning for surrogate='cispo', whose weights are clipped on both sides")
+
+
 def surrogate_terms(
     logp: Tensor,
     old_logp: Tensor,
@@ -119,8 +128,7 @@ def surrogate_terms(
         return clipped_terms(rho, advantages, clip_range, clip_range_high, dual_clip)
     if surrogate != "cispo":
         raise ValueError(f"surrogate={surrogate!r} must be 'clip' or 'cispo'")
-    if dual_clip is not None:
-        raise ValueError(f"dual_clip={dual_clip} has no meaning for surrogate='cispo', whose weights are clipped on both sides")
+    check_dual_clip(dual_clip, surrogate)
     return cispo_terms(logp, rho, advantages, clip_range, clip_range_high)
 
 

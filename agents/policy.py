@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.adapters import with_frozen_in_common
-from agents.checks import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
 from agents.pretrained import PretrainedFiles, load, processor_of, record_of
 from agents.recomputing import recomputing
 from agents.sampler import Sampler
 from agents.sharded import is_spread, whole
+from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
 from llm_env.capabilities import trial, vocabulary_of
@@ -89,6 +90,7 @@ class LanguagePolicy(Weights):
         gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
         max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
+        num_steps: optimizer steps since the policy was made: not all optimizers tell torch that weights have moved.
 
     Raises:
         TypeError: If `model` is none of these, or not a causal language model.
@@ -130,6 +132,7 @@ class LanguagePolicy(Weights):
         self.gradient_checkpointing = False
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_num_seqs: int | None = None
+        self.num_steps = 0
         self.chat_template_kwargs: dict[str, Any] = dict(record_of(model).get("chat_template_kwargs", {}))
         if tokenizer is not None:
             self.vocab_size = vocabulary_size(tokenizer)
@@ -165,6 +168,18 @@ class LanguagePolicy(Weights):
             self.lm.generation_config = copy.deepcopy(config)
             self.lm.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
+    def configure(
+        self, *, bf16: bool, gradient_checkpointing: bool, prefix_sharing: PrefixSharing, max_num_seqs: int | None
+    ) -> None:
+        """Set how the model is computed; see the attributes.
+
+        Raises:
+            ValueError: If the model's config asks for an auxiliary loss of routers.
+        """
+        check_auxiliary_loss(self.lm)  # a flag of the config, which may have been set since
+        self.bf16, self.gradient_checkpointing = bf16, gradient_checkpointing
+        self.prefix_sharing, self.max_num_seqs = prefix_sharing, max_num_seqs
+
     def prompt_format(self) -> PromptFormat:
         """Return how prompts become text and token ids: with the chat template, and its arguments, of training."""
         return PromptFormat(self.tokenizer, None, self.chat_template_kwargs)
@@ -198,10 +213,10 @@ class LanguagePolicy(Weights):
 
     # --- the training path -------------------------------------------------------------------------------------------
 
-    def evaluate(
+    def evaluate_actions(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> Evaluation:
-        """Log-probs, entropies and values of the responses' tokens, from one forward pass.
+        """Compute log-probs, entropies and values of the responses' tokens, in one forward pass.
 
         Args:
             prompts: B lists of token ids.
@@ -257,7 +272,7 @@ class LanguagePolicy(Weights):
     ) -> list[Tensor]:
         """Log pi of every response token, by the training path: one float32 tensor of the response's length a row."""
         with whole(self):
-            result = self.evaluate(prompts, responses, temperature)
+            result = self.evaluate_actions(prompts, responses, temperature)
         return [row[keep] for row, keep in zip(result.logp, result.mask.bool(), strict=True)]
 
     # --- the sampling path -------------------------------------------------------------------------------------------
@@ -273,7 +288,7 @@ class LanguagePolicy(Weights):
         completes_stop: StopRule | None = None,
         **sampler: Any,
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Draw `group_size` responses to each prompt.
+        """Sample `group_size` responses to each prompt.
 
         Args:
             prompts: N lists of token ids.
@@ -290,69 +305,38 @@ class LanguagePolicy(Weights):
         """
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("every prompt must hold at least one token")
-        return self._draw(
-            prompts,
-            Sampler(temperature, **sampler),
-            vocab_size=self.vocab_size,
-            eos_id=self._known_eos_ids() if eos_id is None else eos_id,
-            max_new_tokens=max_new_tokens,
-            group_size=group_size,
-            completes_stop=completes_stop,
-            constraint=self.constraint,
-        )
+        limits = response_limits(max_new_tokens, len(prompts))
+        with self.sampling(prompts, limits.tolist()):
+            return sample_responses(
+                self.lm,
+                prompts,
+                Sampler(temperature, **sampler),
+                vocab_size=self.vocab_size,
+                eos_id=self._known_eos_ids() if eos_id is None else eos_id,
+                max_new_tokens=max_new_tokens,
+                group_size=group_size,
+                completes_stop=completes_stop,
+                constraint=self.constraint,
+                max_num_seqs=self.max_num_seqs,
+                prefix_sharing=self.prefix_sharing,
+            )
 
-    def respond(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rules: Rules,
-        sampler: Sampler,
-        group_size: int = 1,
-        numbers: Tensor | None = None,
-    ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """`sample` under an env's rules: its end token, stop strings, length limit and allowed tokens.
+    @contextmanager
+    def sampling(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> Iterator[None]:
+        """Get ready to sample: no gradients, whole weights, and mixed precision as in training.
 
-        `numbers` are those by which the tokens are drawn; see `Sampler.numbers`.
-        """
-        return self._draw(
-            prompts,
-            sampler,
-            vocab_size=rules.vocab_size,
-            eos_id=rules.eos_ids,
-            max_new_tokens=rules.max_new_tokens,
-            group_size=group_size,
-            completes_stop=rules.completes_stop if rules.stop else None,
-            constraint=rules.constraint,
-            numbers=numbers,
-        )
-
-    def _draw(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampler: Sampler,
-        *,
-        group_size: int,
-        max_new_tokens: int | Sequence[int],
-        **settings: Any,
-    ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Sample with the model.
+        Args:
+            prompts: N lists of token ids.
+            max_new_tokens: the longest response, in tokens, or that to each of the prompts.
 
         Raises:
             ValueError: If a prompt and its longest response have more tokens than the model has positions.
         """
-        limits = response_limits(max_new_tokens, len(prompts))
-        for prompt, new in set(zip(map(len, prompts), limits.tolist(), strict=True)):
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+        for prompt, new in set(zip(map(len, prompts), limits, strict=True)):
             check_length(self.max_positions, prompt, new)
-        with whole(self), autocast(self.device, self.bf16):
-            return sample_responses(
-                self.lm,
-                prompts,
-                sampler,
-                group_size=group_size,
-                max_new_tokens=max_new_tokens,
-                max_num_seqs=self.max_num_seqs,
-                prefix_sharing=self.prefix_sharing,
-                **settings,
-            )
+        with torch.no_grad(), whole(self), autocast(self.device, self.bf16):
+            yield
 
     def next_tokens(
         self,

@@ -8,13 +8,15 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
+from typing_extensions import Unpack
 
 from agents.advantages import gae, normalize
-from agents.base import LanguageAgent, LossTerms
-from agents.checks import check_numbers
-from agents.losses import ratio_statistics, surrogate_terms, value_terms, weighted_sum
+from agents.base import CommonArguments, LanguageAgent
+from agents.losses import clipped_terms, ratio, ratio_statistics, value_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
+from agents.training.objective import LossTerms, Statistics
+from agents.validation import check_numbers
 
 
 class PPO(LanguageAgent):
@@ -39,6 +41,7 @@ class PPO(LanguageAgent):
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
         bootstrap_truncated: add gamma * V of the state after the last token where the length limit ended an episode, as SB3
             does. Off by default: its score was paid, so its end is an end.
+        aggregation: how token losses become one number; see `agents.losses.token_weights`.
         common: see `LanguageAgent`.
     """
 
@@ -62,7 +65,8 @@ class PPO(LanguageAgent):
         separate_critic: bool = False,
         target_kl: float | None = None,
         bootstrap_truncated: bool = False,
-        **common: Any,
+        aggregation: str = "token",
+        **common: Unpack[CommonArguments],
     ) -> None:
         check_numbers(0.0, gamma=gamma, gae_lambda=gae_lambda, clip_range=clip_range, clip_range_vf=clip_range_vf)
         check_numbers(0.0, vf_coef=vf_coef, target_kl=target_kl)
@@ -77,10 +81,10 @@ class PPO(LanguageAgent):
         self.separate_critic = separate_critic
         self.target_kl = target_kl
         self.bootstrap_truncated = bootstrap_truncated
-        super().__init__(policy, env, learning_rate, n_epochs=n_epochs, **common)
+        super().__init__(policy, env, learning_rate, n_epochs=n_epochs, aggregation=aggregation, **common)
 
     def compute_advantages(self, rollout: Rollout) -> None:
-        """GAE over the action tokens; the values' targets are made before the advantages are normalized."""
+        """Compute GAE over the action tokens; the values' targets are made before the advantages are normalized."""
         assert rollout.old_values is not None and rollout.last_values is not None
         last = rollout.last_values * rollout.truncated if self.bootstrap_truncated else None
         advantages, rollout.returns = gae(rollout.rewards, rollout.old_values, rollout.mask, self.gamma, self.gae_lambda, last)
@@ -91,21 +95,22 @@ class PPO(LanguageAgent):
             advantages = torch.zeros_like(advantages) if same else normalize(advantages, rollout.mask)
         rollout.advantages = advantages
 
-    def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
-        """The clipped surrogate, the clipped value loss and the entropy bonus."""
+    def loss(self, batch: Rollout, evaluation: Evaluation, weights: Tensor) -> tuple[LossTerms, Statistics]:
+        """Compute the clipped surrogate, the clipped value loss and the entropy bonus."""
         assert batch.old_logp is not None and batch.advantages is not None
-        assert result.values is not None and batch.old_values is not None and batch.returns is not None
+        assert evaluation.values is not None and batch.old_values is not None and batch.returns is not None
         clip = self.clip_range(self._current_progress_remaining)
         clip_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
-        errors = value_terms(result.values[:, :-1], batch.old_values, batch.returns, clip_vf)
-        surrogate = surrogate_terms(result.logp, batch.old_logp, batch.advantages, batch.mask, clip)
+        errors = value_terms(evaluation.values[:, :-1], batch.old_values, batch.returns, clip_vf)
+        surrogate = clipped_terms(ratio(evaluation.logp, batch.old_logp), batch.advantages, clip)
         terms: LossTerms = {
             "policy_gradient_loss": (1.0, weighted_sum(surrogate, weights)),
             "value_loss": (self.vf_coef, weighted_sum(errors, weights)),
-            "entropy_loss": (self.ent_coef, -weighted_sum(result.entropy, weights)),
+            "entropy_loss": (self.ent_coef, -weighted_sum(evaluation.entropy, weights)),
         }
-        return terms, ratio_statistics(result.logp, batch.old_logp, batch.mask, clip, clip) | {"clip_range": torch.tensor(clip)}
+        statistics = ratio_statistics(evaluation.logp, batch.old_logp, batch.mask, clip, clip)
+        return terms, statistics | {"clip_range": torch.tensor(clip)}
 
-    def stops_early(self, statistics: dict[str, float]) -> bool:
-        """Whether approx_kl is over 1.5 * target_kl."""
+    def should_stop(self, statistics: dict[str, float]) -> bool:
+        """Return whether approx_kl is over 1.5 * target_kl."""
         return self.target_kl is not None and statistics["approx_kl"] > 1.5 * self.target_kl

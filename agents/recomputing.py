@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agents.untouched import replaced
+from agents.patching import patched
 from llm_env.shared_prompt import attention_as_now
 
 
@@ -58,7 +58,7 @@ def recomputing(models: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for model in models:
             for layer in layers_of(model):
-                stack.enter_context(replaced(layer, forward=partial(_forward, layer.forward)))
+                stack.enter_context(patched(layer, forward=partial(_forward, layer.forward)))
         yield
 
 

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from typing_extensions import Unpack
 
 from agents.advantages import discounted_returns, group_relative, leave_one_out
-from agents.base import DEFAULT_GROUP_SIZE, LanguageAgent, LossTerms
-from agents.checks import check_numbers
+from agents.base import DEFAULT_GROUP_SIZE, CommonArguments, LanguageAgent
 from agents.losses import value_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
+from agents.training.objective import LossTerms, Statistics
+from agents.validation import check_choice, check_numbers
 from llm_env.arguments import whole
 
 GROUP_BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -47,16 +50,19 @@ class REINFORCE(LanguageAgent):
         vf_coef: weight of the value loss.
         separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's; for
             adapters see `PPO`.
+        n_epochs: passes over a rollout.
+        aggregation: how token losses become one number; see `agents.losses.token_weights`.
         common: see `LanguageAgent`.
     """
 
     needs_old_logp = False
+    state_attributes = ("running_mean", "_rollouts_averaged")
 
     def __init__(
         self,
         policy: Any,
         env: Any = None,
-        learning_rate: Any = None,
+        learning_rate: float | Schedule | None = None,
         *,
         baseline: str | None = None,
         group_size: int | None = None,
@@ -64,10 +70,11 @@ class REINFORCE(LanguageAgent):
         ent_coef: float = 0.0,
         vf_coef: float = 0.1,
         separate_critic: bool = False,
-        **common: Any,
+        n_epochs: int = 1,
+        aggregation: str = "token",
+        **common: Unpack[CommonArguments],
     ) -> None:
-        if baseline not in BASELINES:
-            raise ValueError(f"baseline={baseline!r} must be one of {BASELINES}")
+        check_choice("baseline", baseline, BASELINES)
         grouped = baseline in GROUP_BASELINES
         default = DEFAULT_GROUP_SIZE if grouped else 1
         self.group_size = whole("group_size", default if group_size is None else group_size, 2 if grouped else 1)
@@ -81,15 +88,15 @@ class REINFORCE(LanguageAgent):
         self.vf_coef = vf_coef
         self.separate_critic = separate_critic
         self.running_mean, self._rollouts_averaged = 0.0, 0
-        super().__init__(policy, env, learning_rate, **common)
+        super().__init__(policy, env, learning_rate, n_epochs=n_epochs, aggregation=aggregation, **common)
 
     @property
     def needs_values(self) -> bool:  # type: ignore[override]
-        """Whether there is a critic."""
+        """Return whether there is a critic."""
         return self.baseline == "value"
 
     def compute_advantages(self, rollout: Rollout) -> None:
-        """A_t = G_t less the baseline."""
+        """Set A_t = G_t minus the baseline."""
         returns = discounted_returns(rollout.rewards, rollout.mask, self.gamma)
         whole_returns = returns[:, 0]  # of whole responses: a mask begins with an action token
         if self.baseline == "value":
@@ -106,14 +113,14 @@ class REINFORCE(LanguageAgent):
             relative = GROUP_BASELINES[self.baseline](whole_returns, self.group_size)
             rollout.advantages = relative[:, None] * rollout.mask
 
-    def loss(self, batch: Rollout, result: Evaluation, weights: Tensor) -> tuple[LossTerms, dict[str, Tensor]]:
-        """-A log pi, the entropy bonus and the value loss."""
+    def loss(self, batch: Rollout, evaluation: Evaluation, weights: Tensor) -> tuple[LossTerms, Statistics]:
+        """Compute -A log pi, the entropy bonus and the value loss."""
         assert batch.advantages is not None
         terms: LossTerms = {
-            "policy_gradient_loss": (1.0, weighted_sum(-result.logp * batch.advantages, weights)),
-            "entropy_loss": (self.ent_coef, -weighted_sum(result.entropy, weights)),
+            "policy_gradient_loss": (1.0, weighted_sum(-evaluation.logp * batch.advantages, weights)),
+            "entropy_loss": (self.ent_coef, -weighted_sum(evaluation.entropy, weights)),
         }
-        if result.values is not None and batch.returns is not None and batch.old_values is not None:
-            errors = value_terms(result.values[:, :-1], batch.old_values, batch.returns, None)
+        if evaluation.values is not None and batch.returns is not None and batch.old_values is not None:
+            errors = value_terms(evaluation.values[:, :-1], batch.old_values, batch.returns, None)
             terms["value_loss"] = (self.vf_coef, weighted_sum(errors, weights))
         return terms, {}

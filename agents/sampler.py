@@ -68,7 +68,12 @@ class Sampler:
     def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draw from logits (B, V): tokens (B,) and their log-probs (B,) under the tempered distribution, in nats.
 
-        `numbers` (B, 1 or 2) are those to draw by; new ones by default.
+        One uniform random number a row, where `torch.multinomial` takes V, is looked up in the running sums of the
+        probabilities. In a large vocabulary it is looked up in the sums of blocks of tokens, and a second one within the block.
+
+        Args:
+            logits: (B, V).
+            numbers: (B, 1 or 2), the uniform random numbers; new ones by default.
         """
         scaled = logits.float() / self.temperature if self.temperature != 1 else logits.float()
         probabilities = scaled.softmax(-1)
@@ -77,7 +82,17 @@ class Sampler:
         else:
             if numbers is None:
                 numbers = self.numbers(len(scaled), 1, scaled.shape[-1], scaled.device)[:, 0]
-            tokens = _draw(self._restrict(scaled).softmax(-1) if self.restricted else probabilities, numbers)
+            weights = self._restrict(scaled).softmax(-1) if self.restricted else probabilities
+            uniform = numbers[:, :1]
+            if weights.shape[-1] <= LARGE:
+                tokens = _look_up(weights, uniform * weights.sum(-1, keepdim=True))
+            else:
+                # The second number is looked up within the block: tokens rarer than the steps of a float32 are sampled, too.
+                blocks = nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+                sums = blocks.sum(-1)
+                block = _look_up(sums, uniform * sums.sum(-1, keepdim=True))
+                weights = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
+                tokens = block * BLOCK + _look_up(weights, numbers[:, 1:] * weights.sum(-1, keepdim=True))
         return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
     def _restrict(self, scaled: Tensor) -> Tensor:
@@ -92,24 +107,6 @@ class Sampler:
         if self.min_p > 0:
             scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + math.log(self.min_p), -torch.inf)
         return scaled
-
-
-def _draw(weights: Tensor, numbers: Tensor) -> Tensor:
-    """One token a row, (B, 1), with probabilities in proportion to `weights` (B, V).
-
-    By one random number a row, `numbers` (B, 1), where `torch.multinomial` takes V: it is looked up in the running sums. In a
-    large vocabulary, (B, 2), it is looked up in those of blocks of tokens, and the second one in those of the tokens in its
-    block, so that tokens rarer than the steps of a float32 are drawn too.
-    """
-    at, size = numbers[:, :1], weights.shape[-1]
-    if size > LARGE:
-        weights = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-        sums = weights.sum(-1)
-        block = _look_up(sums, at * sums.sum(-1, keepdim=True))
-        weights = weights.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
-        token = _look_up(weights, numbers[:, 1:] * weights.sum(-1, keepdim=True))
-        return block * BLOCK + token
-    return _look_up(weights, at * weights.sum(-1, keepdim=True))
 
 
 def _look_up(weights: Tensor, at: Tensor) -> Tensor:

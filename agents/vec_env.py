@@ -24,7 +24,7 @@ DEFAULT_N_ENVS = 64
 TRANSPARENT_WRAPPERS = (OrderEnforcing, PassiveEnvChecker)
 
 
-class Face(VecEnv):
+class _TextVecEnvBase(VecEnv):
     """What the two SB3 faces of a vector env share; they differ in how a step is taken.
 
     What SB3's `Monitor` adds to the last info (`episode`: return `r`, length `l`, seconds `t`) is there too.
@@ -109,7 +109,7 @@ class Face(VecEnv):
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
 
-class TextVecEnv(Face):
+class TextVecEnv(_TextVecEnvBase):
     """A `TextGenerationVectorEnv` as an SB3 VecEnv, on the token clock: rows begin anew in the step in which they end.
 
     Args:
@@ -136,7 +136,7 @@ class TextVecEnv(Face):
         return episodes.observation(), rewards, dones, infos
 
 
-class WrappedTextVecEnv(Face):
+class WrappedTextVecEnv(_TextVecEnvBase):
     """Gymnasium's vector wrappers around a `TextGenerationVectorEnv` as an SB3 VecEnv: every token goes through them.
 
     Args:
@@ -260,9 +260,13 @@ def rules_of_vec_env(vec_env: VecEnv) -> Rules:
     return rules
 
 
-def all_rules(env: VecEnv | None) -> list[Rules]:
-    """Of all rows of an env, each once."""
-    assert env is not None
+def vector_env_of(vec_env: VecEnv) -> TextGenerationVectorEnv | None:
+    """Return the vector env to collect whole responses from; None where only the token clock honours all wrappers."""
+    return vec_env.venv if isinstance(vec_env, TextVecEnv) else None
+
+
+def unique_rules(env: VecEnv) -> list[Rules]:
+    """Return the rules of all rows of an env, each once."""
     return list({id(rules): rules for rules in env.get_attr("rules")}.values())
 
 

@@ -55,6 +55,25 @@ def call(
     return checked(values, lengths)
 
 
+def attempt(
+    function: Callable[..., Any], given: dict[str, Any], lengths: Sequence[int], timeout: float | None = None
+) -> list[Value] | str:
+    """Return the values of one call, or the message of its failure; see `call`."""
+    try:
+        return call(function, given, lengths, timeout)
+    except BadValue as error:
+        return str(error)
+    except TimeoutError as error:
+        return f"TimeoutError: {error}" if str(error) else time_out_message(timeout)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def time_out_message(timeout: float | None) -> str:
+    """Return the message of a call that took longer than `timeout` seconds."""
+    return f"TimeoutError: no answer within {timeout} s of the call's start"
+
+
 def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
     """The result of an awaitable, which is cancelled after `timeout` seconds and where the wait is interrupted.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import multiprocessing
 import os
 import pickle
 import queue
@@ -16,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.reward_calls import BadValue, Called, Value, call, checked, wait_for
+from llm_env.reward_calls import BadValue, Called, Value, attempt, time_out_message
+from llm_env.reward_processes import NoWorker, WorkerProcesses
 
 logger = logging.getLogger("llm_env")
 
 GRACE = 0.5  # seconds that an asynchronous call has to be cancelled by its own time-out, before it is left behind
 LONG = 10**9  # tokens, where a completion's length is not known
-NOT_PICKLED = ("_process_id", "_threads", "_lock", "_cache", "_children")
+NOT_PICKLED = ("_process_id", "_threads", "_lock", "_cache", "_processes")
 
 
 class PooledReward:
@@ -36,8 +36,9 @@ class PooledReward:
     Args:
         function: a reward function; see `llm_env.rewards`.
         workers: calls at the same time.
-        processes: use processes in the threads' place, for functions that keep Python busy, or crash. The function must be
-            importable (no lambda, nothing local), and a script must start its work under `if __name__ == "__main__":`.
+        processes: use processes instead of threads, for functions that keep Python busy, or crash. Needs pebble (the extra
+            `pool`). The function must be importable (no lambda, nothing local), and a script must start its work under
+            `if __name__ == "__main__":`.
         timeout: seconds that a call may take, counted from its own start and not from when it was put in line; None for no
             limit. A process is killed then; a thread cannot be, and runs on unheard.
         on_error: `"raise"`, or the score of a completion whose call failed.
@@ -46,7 +47,8 @@ class PooledReward:
             of these alone.
 
     Raises:
-        ValueError, TypeError: an argument is unusable; the message says how.
+        ValueError, TypeError: If an argument is unusable; the message says how.
+        ImportError: If `processes` is set and pebble is not installed.
 
     Examples:
         >>> import time
@@ -95,9 +97,7 @@ class PooledReward:
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._cache: OrderedDict[Any, Value] = OrderedDict()
-        self._children: queue.Queue[_Child] = queue.Queue()
-        for _ in range(self.workers if self.processes else 0):
-            self._children.put(_Child(self.function))
+        self._processes = WorkerProcesses(self.function, self.workers) if self.processes else None
 
     def _start_if_forked(self) -> None:
         if os.getpid() != self._process_id:  # here are no threads, and the workers are those of the process it came from
@@ -147,12 +147,10 @@ class PooledReward:
         return Called(values, errors)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Stop the worker processes that are not at work; the next call starts new ones."""
+        """Wait for the calls under way, then stop the worker processes; the next call starts new ones."""
         self._start_if_forked()
-        idle = [self._children.get() for _ in range(self._children.qsize())]
-        for child in idle:
-            child.kill()
-            self._children.put(child)
+        if self._processes is not None:
+            self._processes.close()
 
     def _keys(self, given: dict[str, Any], states: Sequence[Any]) -> list[Any]:
         if not self.cache_size:
@@ -186,30 +184,23 @@ class PooledReward:
             return self._threads
 
     def _attempt(self, given: dict[str, Any], lengths: Sequence[int], rows: list[int]) -> list[Value] | str:
-        """The values of one call, or what went wrong. Its time begins here, in the worker."""
+        """Return the values of one call, or the message of its failure. Its time begins here, in the worker."""
         part = {key: [column[row] for row in rows] for key, column in given.items()}
         spans = [lengths[row] for row in rows]
+        if self._processes is not None:
+            try:
+                return self._processes.call(part, spans, self.timeout)
+            except NoWorker:
+                raise
+            except Exception as error:  # columns that cannot be pickled
+                return f"{type(error).__name__}: {error}"
+        if self.timeout is None:
+            return attempt(self.function, part, spans)
+        patience = self.timeout + (GRACE if _is_async(self.function) else 0.0)
         try:
-            if self.processes:
-                child = self._children.get()
-                try:
-                    return checked(child.call(part, self.timeout), spans)
-                finally:
-                    self._children.put(child)
-            if self.timeout is None:
-                return call(self.function, part, spans)
-            patience = self.timeout + (GRACE if _is_async(self.function) else 0.0)
-            return _within(patience, lambda: call(self.function, part, spans, self.timeout))
-        except _NoWorker:
-            raise
-        except TimeoutError as error:
-            return f"TimeoutError: {str(error) or _late(self.timeout)}"
-        except Exception as error:
-            return str(error) if isinstance(error, (BadValue, _ChildError)) else f"{type(error).__name__}: {error}"
-
-
-def _late(timeout: float | None) -> TimeoutError:
-    return TimeoutError(f"no answer within {timeout} s of the call's start")
+            return _within(patience, lambda: attempt(self.function, part, spans, self.timeout))
+        except TimeoutError:
+            return time_out_message(self.timeout)
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
@@ -231,86 +222,10 @@ def _within(timeout: float, work: Callable[[], Any]) -> Any:
     try:
         worked, result = results.get(timeout=timeout)
     except queue.Empty:
-        raise _late(timeout) from None
+        raise TimeoutError from None
     if not worked:
         raise result
     return result
-
-
-class _ChildError(Exception):
-    """What a worker process said of its failure."""
-
-
-class _NoWorker(BadValue):
-    """There is no worker process to call: no failure of a call, so that no policy for errors applies."""
-
-
-class _Child:
-    """A worker process, started when it is first needed and again after it was killed or died."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._process: Any = None
-
-    def call(self, given: dict[str, Any], timeout: float | None) -> Any:
-        """The function's result; its time does not include the start of the process."""
-        if self._process is None or not self._process.is_alive():
-            self._begin()
-        try:
-            self._pipe.send(given)
-            if not self._pipe.poll(timeout):
-                self.kill()
-                raise _late(timeout)
-            worked, result = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            self._process.join(1.0)
-            code = self._process.exitcode
-            self.kill()
-            raise _ChildError(f"the worker process died with exit code {code}") from None
-        if not worked:
-            raise _ChildError(result)
-        return result
-
-    def _begin(self) -> None:
-        if multiprocessing.current_process().daemon:
-            raise _NoWorker(
-                "cannot start a worker process from a daemonic one; use processes=False, or daemon=False where the env's own "
-                "process is started (gymnasium's AsyncVectorEnv)"
-            )
-        context = multiprocessing.get_context("spawn")  # fork and torch's threads do not go together
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-        self._process.start()
-        theirs.close()
-        try:
-            self._pipe.recv()
-        except EOFError:
-            raise _NoWorker(
-                "has no worker: the process ended before it was ready; start the work of your script under "
-                'if __name__ == "__main__":, or use processes=False'
-            ) from None
-
-    def kill(self) -> None:
-        """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = None
-
-
-def _serve(pipe: Any, function: Callable[..., Any]) -> None:
-    pipe.send("ready")
-    while True:
-        try:
-            given = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            values = function(**given)
-            pipe.send((True, wait_for(values) if inspect.isawaitable(values) else values))
-        except Exception as error:
-            pipe.send((False, f"{type(error).__name__}: {error}"))
 
 
 def _check_importable(function: Callable[..., Any], name: str) -> None:

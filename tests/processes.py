@@ -17,8 +17,8 @@ from stable_baselines3.common.monitor import Monitor
 from transformers import LlamaForCausalLM
 
 from agents import GRPO, PPO, REINFORCE, distributed
-from agents.checks import check_processes
 from agents.sharded import whole
+from agents.validation import check_processes
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
 
@@ -229,7 +229,7 @@ def mixed(folder):
     found = {}
     for kind in ("GRPO", "PPO"):
         agent = make_agent(kind)
-        before = agent.policy.evaluate([[3, 4]] * 2, [[4, 5, 6]] * 2)
+        before = agent.policy.evaluate_actions([[3, 4]] * 2, [[4, 5, 6]] * 2)
         found[kind] = {"before": before, "bf16": agent.bf16, **learned(agent)}
     agent = make_agent("GRPO with an adapter")
     exam = Monitor(make_text_env(reference=agent.rules.reference))  # which asks the base, whole for that long

@@ -9,14 +9,14 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-import agents.update as update_module
 from agents import GRPO, PPO, REINFORCE
 from agents.losses import token_weights
-from agents.rollout import collect
 from agents.sampler import Sampler
+from agents.training.trainer import Trainer
 from llm_env import TextGenerationVectorEnv
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import PROBES, make_env
+from tests.rollouts import collect
 
 AGENTS = {
     "GRPO": (GRPO, {"group_size": 4}),
@@ -60,24 +60,25 @@ class Ratios:
 
     def __init__(self, monkeypatch):
         self.deviations = []
-        original = update_module.optimize
+        original = Trainer.step
 
-        def spy(agent, rollout, rows, fresh):
+        def spy(trainer, rollout, rows, is_first_pass):
+            agent = trainer.objective
             loss = agent.loss
 
             def loss_spy(part, result, part_weights):
                 if part.old_logp is not None:
                     gap = ((result.logp - part.old_logp).exp() - 1).abs() * part.mask
-                    self.deviations.append((agent._n_updates, gap.max().item()))
+                    self.deviations.append((agent.policy.num_steps, gap.max().item()))
                 return loss(part, result, part_weights)
 
             agent.loss = loss_spy
             try:
-                return original(agent, rollout, rows, fresh)
+                return original(trainer, rollout, rows, is_first_pass)
             finally:
                 del agent.loss
 
-        monkeypatch.setattr(update_module, "optimize", spy)
+        monkeypatch.setattr(Trainer, "step", spy)
 
 
 @pytest.mark.parametrize("batch", [{}, {"batch_size": 8}, {"micro_batch_size": 8}], ids=["whole", "minibatches", "micro"])
@@ -100,8 +101,8 @@ def test_the_ratio_is_one_before_the_first_update(name, family, batch, monkeypat
 def test_the_first_pass_is_that_of_the_sampler(name):
     """Sampling and training path agree on the log-probs of fresh data, for the agents without a ratio too."""
     agent = make_agent(name, scale=3.0, temperature=0.8)
-    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
-    result = agent.policy.evaluate(rollout.prompts, rollout.responses, 0.8)
+    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler())
+    result = agent.policy.evaluate_actions(rollout.prompts, rollout.responses, 0.8)
     torch.testing.assert_close(result.logp * rollout.mask, rollout.sampled_logp, atol=1e-4, rtol=0)
 
 
@@ -124,9 +125,9 @@ def test_micro_batches_and_padding_do_not_change_the_gradient(name, aggregation,
     """One step of 12 episodes, whole and in micro-batches of 5, on the same rollout."""
     agent = make_agent(name, n_envs=12, scale=3.0, aggregation=aggregation, max_grad_norm=1e9, n_epochs=1)
     agent.learn(1)  # sets up the logger; the optimizer's state does not matter for gradients
-    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler())
     assert len(set(rollout.lengths.tolist())) > 1
-    update_module.score_before_update(agent, rollout, 12)
+    agent.make_trainer().compute_old_logprobs(rollout)
     if not agent.needs_values:
         rollout.old_logp = None
     agent.compute_advantages(rollout)
@@ -134,8 +135,8 @@ def test_micro_batches_and_padding_do_not_change_the_gradient(name, aggregation,
 
     def gradient(size):
         agent.micro_batch_size = size
-        part = rollout.take(range(12))
-        statistics = update_module.optimize(agent, part, np.arange(12), fresh=agent.needs_old_logp)
+        part = rollout.select(range(12))
+        statistics = agent.make_trainer().step(part, np.arange(12), is_first_pass=agent.needs_old_logp)
         return [p.grad.clone() for p in agent.policy.parameters()], statistics
 
     whole, statistics = gradient(None)
@@ -152,7 +153,7 @@ def test_grpo_loss_and_gradient_against_a_slow_loop():
     env = make_env(TOKENIZER, reference=make_model("llama", len(TOKENIZER), seed=1))
     agent = make_agent("GRPO", env=env, n_envs=8, kl_coef=0.04, scale=2.0, max_grad_norm=1e9)
     agent.learn(1)
-    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler())
     old = rollout.sampled_logp + 0.3 * torch.randn(rollout.sampled_logp.shape, generator=torch.Generator().manual_seed(0))
     rollout.old_logp = old
     agent.compute_advantages(rollout)
@@ -173,7 +174,7 @@ def test_grpo_loss_and_gradient_against_a_slow_loop():
             loss = loss - total / len(tokens) / 8
     expected = torch.autograd.grad(loss, list(model.parameters()))
     agent.policy.zero_grad()
-    result = agent.policy.evaluate(rollout.prompts, rollout.responses)
+    result = agent.policy.evaluate_actions(rollout.prompts, rollout.responses)
     terms, _ = agent.loss(rollout, result, token_weights(rollout.mask, "sequence"))
     got = sum(coefficient * value for coefficient, value in terms.values())
     got.backward()
@@ -186,8 +187,8 @@ def test_ppo_advantages_use_the_values_before_each_token():
     agent = make_agent("PPO", gamma=0.9, gae_lambda=0.8, normalize_advantage=False, bootstrap_truncated=True)
     torch.nn.init.normal_(agent.policy.value_head.weight)
     agent.learn(1)
-    rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler(), {})
-    update_module.score_before_update(agent, rollout, 32)
+    rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler())
+    agent.make_trainer().compute_old_logprobs(rollout)
     agent.compute_advantages(rollout)
     for i in range(32):
         context, n = [*rollout.prompts[i], *rollout.responses[i]], len(rollout.responses[i])
@@ -206,7 +207,7 @@ def test_ppo_advantages_use_the_values_before_each_token():
 def test_ppo_trains_on_the_kl_shaped_reward():
     env = make_env(TOKENIZER, reference=make_model("llama", len(TOKENIZER), seed=1), kl_coef=0.5)
     agent = make_agent("PPO", env=env)
-    rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler())
     shaped = -0.5 * (rollout.sampled_logp - rollout.ref_logp)
     for i, info in enumerate(rollout.infos):
         shaped[i, len(rollout.responses[i]) - 1] += info["reward/always_a"]
@@ -223,11 +224,11 @@ def test_the_kl_is_zero_where_policy_and_reference_are_one(name):
     logged = []
     agent.set_logger(Recorder(logged))
     agent.learn(1, reset_num_timesteps=False)
-    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler())
     assert logged[-1]["train/kl_ref"] > 1e-3  # the policy has moved since, the reference has not
     twins = [make_model("llama", len(TOKENIZER)) for _ in range(2)]
     fresh = make_agent(name, env=make_env(TOKENIZER, reference=twins[0]), model=twins[1], temperature=0.7)
-    rollout = collect(fresh.policy, fresh.env.venv, 4, fresh.sampler(), {})
+    rollout = collect(fresh.policy, fresh.env.venv, 4, fresh.sampler())
     torch.testing.assert_close(rollout.sampled_logp, rollout.ref_logp, atol=1e-4, rtol=0)
 
 
@@ -312,7 +313,7 @@ def test_the_end_token_is_trained_on_and_padding_is_not():
     tokenizer.pad_token = tokenizer.eos_token
     env = make_env(tokenizer)
     agent = GRPO(make_model("llama", len(tokenizer), scale=3.0), env, group_size=4, n_envs=32, seed=0)
-    rollout = collect(agent.policy, agent.env.venv, 4, Sampler(generator=agent._generator), {})
+    rollout = collect(agent.policy, agent.env.venv, 4, Sampler(generator=agent._generator))
     ended = [i for i, response in enumerate(rollout.responses) if response[-1] == 0]
     assert ended
     for i in ended:
@@ -322,7 +323,7 @@ def test_the_end_token_is_trained_on_and_padding_is_not():
 
 def test_grpo_gives_groups_one_prompt():
     agent = make_agent("GRPO")
-    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler())
     for i in range(0, 32, 4):
         assert rollout.prompts[i : i + 4] == [rollout.prompts[i]] * 4
 
@@ -414,7 +415,7 @@ def test_the_default_learning_rate_depends_on_the_size():
     small = make_agent("GRPO", learning_rate=None)
     assert small.learning_rate == 3e-4
     assert make_agent("PPO", learning_rate=None).learning_rate == 3e-4 / 4  # four passes over the same episodes add up
-    from agents.checks import default_learning_rate
+    from agents.compatibility import default_learning_rate
 
     billion = SimpleNamespace(base=torch.nn.Linear(10**5, 10**4, bias=False, device="meta"), adapter=None)
     assert default_learning_rate(billion, 1) == pytest.approx(1e-6, rel=0.01)

@@ -323,7 +323,7 @@ def test_the_value_head_is_as_wide_as_the_states_that_it_reads(separate):
     policy = LanguagePolicy(build("opt"), TOKENIZER, value_head=True, separate_critic=separate)
     assert policy.lm.config.hidden_size == 32 and policy.value_head.in_features == 16
     torch.nn.init.normal_(policy.value_head.weight)
-    values = policy.evaluate(PROMPTS[:2], [[5, 6], [7, 8, 9]]).values
+    values = policy.evaluate_actions(PROMPTS[:2], [[5, 6], [7, 8, 9]]).values
     for row, prompt, response in zip(values, PROMPTS, [[5, 6], [7, 8, 9]], strict=False):
         states = policy.lm.model(input_ids=torch.tensor([[*prompt, *response]])).last_hidden_state[0, len(prompt) - 1 :]
         torch.testing.assert_close(row[: len(response) + 1], policy.value_head(states)[:, 0], **CLOSE)

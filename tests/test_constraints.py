@@ -6,11 +6,11 @@ import torch
 from gymnasium.wrappers import TransformReward
 
 from agents import GRPO, PPO, LanguagePolicy
-from agents.rollout import collect, collect_by_tokens
 from agents.sampler import Sampler
 from llm_env import TextGenerationVectorEnv
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import make_env
+from tests.rollouts import collect, collect_by_tokens
 
 TOKENIZER = make_tokenizer("abcd")
 EOS, A, B, C, D = 0, 3, 4, 5, 6
@@ -134,9 +134,9 @@ def test_sampling_training_and_the_reference_agree_with_a_slow_computation(famil
     model, other = make_model(family, len(TOKENIZER)), make_model(family, len(TOKENIZER), seed=5).eval()
     env = make_env(TOKENIZER, prompts=("a", "bc"), max_new_tokens=6, allowed_tokens=not_twice, reference=other)
     agent = GRPO(model, env, group_size=8, n_envs=16, kl_coef=0.1, temperature=temperature, seed=0)
-    rollout = collect(agent.policy, agent.env.venv, 8, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 8, agent.sampler())
     assert len({tuple(response) for response in rollout.responses}) > 8
-    result = agent.policy.evaluate(rollout.prompts, rollout.responses, temperature)
+    result = agent.policy.evaluate_actions(rollout.prompts, rollout.responses, temperature)
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
         n = len(response)
         assert all(token in not_twice(prompt, response[:t]) for t, token in enumerate(response))
@@ -212,7 +212,7 @@ def test_collecting_by_tokens_and_by_responses_scores_alike():
     env = make_env(TOKENIZER, prompts=("a",), max_new_tokens=4, allowed_tokens=not_twice)
     agent = GRPO(make_model("llama", len(TOKENIZER)), env, group_size=2, n_envs=4, seed=0)
     greedy = Sampler(deterministic=True)
-    whole = collect(agent.policy, TextGenerationVectorEnv.from_rules(env.rules, 1), 1, greedy, {"index": [0]})
+    whole = collect(agent.policy, TextGenerationVectorEnv.from_rules(env.rules, 1), 1, greedy, [0])
     with pytest.warns(UserWarning):
         other = GRPO(agent.policy, TransformReward(env, lambda r: r), group_size=2, n_envs=4)
     tokens = collect_by_tokens(agent.policy, other.env, [0], 1, greedy)

@@ -154,7 +154,9 @@ def test_mixed_precision_of_sharded_weights_is_that_of_one_process(tmp_path):
         held, gathered = one.pop("base")
         assert set(held) == {"meta"} and gathered == {torch.bfloat16}
     for kind in found[0]:
-        expected, exact = (make_agent(kind, bf16=bf16).policy.evaluate([[3, 4]] * 2, [[4, 5, 6]] * 2) for bf16 in (True, False))
+        expected, exact = (
+            make_agent(kind, bf16=bf16).policy.evaluate_actions([[3, 4]] * 2, [[4, 5, 6]] * 2) for bf16 in (True, False)
+        )
         start = make_agent(kind).get_parameters()["policy"]
         for one in found:
             before, weights = one[kind]["before"], one[kind]["weights"]

@@ -11,8 +11,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from agents import GRPO, TextVecEnv
+from agents.engines.vllm.engine import extend, sampling_settings
 from agents.policy import LanguagePolicy
-from agents.vllm_engine import extend, sampling_settings
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
 from llm_env.end_tokens import end_tokens_beside, end_tokens_of_model
 from tests.chats import BOS, END, EOS, SPIDER, ids_of, make_chat_tokenizer

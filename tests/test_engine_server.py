@@ -106,7 +106,7 @@ def test_an_agent_learns_through_a_server():
     with server(does) as url:
         agent.set_engine("vllm", {"base_url": url})
         agent.learn(200)
-        assert agent.num_timesteps >= 200 and agent._link.gap < 1e-5
+        assert agent.num_timesteps >= 200 and agent.engine.gap < 1e-5
         assert does.asked.count("/reset_prefix_cache") == agent._n_updates
         rollout = agent.sample_rollout()
     with torch.no_grad():

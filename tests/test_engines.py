@@ -11,13 +11,13 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-import agents.vllm_local
-import agents.vllm_server
+import agents.engines.vllm.local
+import agents.engines.vllm.server
 import llm_env
 from agents import GRPO, PPO, LanguagePolicy
 from agents.distributed import World
-from agents.engines import WeightsLost
-from agents.vllm_engine import VLLMEngine, chunks_of, own_url
+from agents.engines.base import StaleWeightsError
+from agents.engines.vllm.engine import VLLMEngine, chunks_of, own_url
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
 
@@ -45,7 +45,7 @@ class CopyEngine:
     def respond(self, prompts, rules, sampler, group_size=1, max_new_tokens=None):
         if max_new_tokens is None and self.loses:
             self.loses -= 1
-            raise WeightsLost("gone")
+            raise StaleWeightsError("gone")
         limits = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         rules = types.SimpleNamespace(**{**vars(rules), "completes_stop": rules.completes_stop, **limits})
         return self.copy.respond(prompts, rules, sampler, group_size)
@@ -79,7 +79,7 @@ def test_weights_are_pushed_when_they_have_moved_and_only_then():
     with torch.no_grad():
         next(agent.policy.lm.parameters()).mul_(1.5)
     agent.sample_rollout()
-    assert engine.pushes == 2 and agent._link.gap < 1e-5
+    assert engine.pushes == 2 and agent.engine.gap < 1e-5
     agent.set_env(make_env(TOKENIZER))
     agent.sample_rollout()
     assert engine.starts == 2 and engine.pushes == 3
@@ -133,7 +133,7 @@ def test_an_engine_that_lost_the_weights_gets_them_again_and_draws_anew():
     agent.sample_rollout()
     assert engine.starts == 2 and engine.pushes == 2
     engine.loses = 2
-    with pytest.raises(WeightsLost):
+    with pytest.raises(StaleWeightsError):
         agent.sample_rollout()
 
 
@@ -174,7 +174,7 @@ def test_the_engine_is_not_in_the_file(tmp_path):
 
 def test_an_engine_that_the_agent_made_is_closed_when_another_takes_its_place(monkeypatch):
     closed = []
-    monkeypatch.setattr(agents.vllm_server.VLLMServer, "close", lambda self: closed.append(self.url))
+    monkeypatch.setattr(agents.engines.vllm.server.VLLMServer, "close", lambda self: closed.append(self.url))
     agent = agent_for("vllm", engine_kwargs={"base_url": "http://127.0.0.1:1/v1/"})
     own = CopyEngine()
     agent.set_engine(own)
@@ -199,9 +199,9 @@ def test_bad_arguments(monkeypatch):
     refused(agent_for, CopyEngine(), env=function, error=ValueError, match="cannot ask the function allowed_tokens")
     wrapped = gym.wrappers.TransformReward(make_env(TOKENIZER), lambda reward: reward)
     refused(agent_for, CopyEngine(), env=wrapped, error=ValueError, match="one token at a time")
-    monkeypatch.setattr(agents.vllm_local, "find_spec", lambda name: None)
+    monkeypatch.setattr(agents.engines.vllm.local, "find_spec", lambda name: None)
     refused(agent_for, "vllm", error=ImportError, match=r'pip install "llm-env\[vllm\]"')
-    monkeypatch.setattr(agents.vllm_local, "find_spec", lambda name: object())
+    monkeypatch.setattr(agents.engines.vllm.local, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="0.9.1"))
     refused(agent_for("vllm").learn, 10, error=ImportError, match=r"0\.32 or newer, found 0\.9\.1")
 
@@ -256,7 +256,7 @@ def test_answers_that_are_none():
     vllm.response = lambda request: ([3], [float("nan")])
     refused(engine.respond, [[2]], rules, draw, error=ValueError, match="not finite")
     vllm.response, vllm.version = (lambda request: ([rules.eos_id], [-1.0])), "somebody's"
-    with pytest.raises(WeightsLost, match="another run gave it its own"):
+    with pytest.raises(StaleWeightsError, match="another run gave it its own"):
         engine.respond([[2]], rules, draw)
     hot = agent_for(None, temperature=3.0).sampler()
     refused(engine.respond, [[2]], rules, hot, error=ValueError, match=r"takes 0\.01 to 2")
@@ -334,7 +334,7 @@ def test_a_push_that_fails_loses_no_rollout(overlap, monkeypatch):
 
 
 def test_chunks_hold_all_weights(monkeypatch):
-    monkeypatch.setattr("agents.vllm_engine.CHUNK", 5000)
+    monkeypatch.setattr("agents.engines.vllm.engine.CHUNK", 5000)
     policy = agent_for(None).policy
     chunks = list(chunks_of(policy, torch.bfloat16))
     assert len(chunks) > 3 and all(len(c) == 1 or sum(t.nbytes for _, t in c) <= 5000 for c in chunks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from agents import GRPO, PPO, LanguagePolicy
-from agents.checks import default_learning_rate
+from agents.compatibility import default_learning_rate
 from llm_env.reference import Reference
 from tests.conftest import FAMILIES, make_model, refused
 from tests.probes import make_env

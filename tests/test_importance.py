@@ -8,10 +8,9 @@ import torch
 
 from agents import GRPO, PPO, REINFORCE
 from agents.losses import truncated_importance
-from agents.rollout import collect
-from agents.update import optimize, score_before_update
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
+from tests.rollouts import collect
 
 TOKENIZER = make_tokenizer("abcdefgh")
 V = len(TOKENIZER)
@@ -33,9 +32,9 @@ def test_by_hand():
 
 def gradient(agent, rollout):
     if agent.needs_values:
-        score_before_update(agent, rollout, len(rollout))
+        agent.make_trainer().compute_old_logprobs(rollout)
     agent.compute_advantages(rollout)
-    statistics = optimize(agent, rollout, np.arange(len(rollout)), fresh=True)
+    statistics = agent.make_trainer().step(rollout, np.arange(len(rollout)), is_first_pass=True)
     return [p.grad.clone() for p in agent.policy.parameters() if p.grad is not None], statistics
 
 
@@ -48,7 +47,7 @@ def test_every_surrogate_is_weighed_by_it(case, monkeypatch):
         make_model("llama", V), env, n_envs=8, seed=0, preflight=False, importance_cap=1.5, max_grad_norm=1e9, **settings
     )
     monkeypatch.setattr(agent.policy.optimizer, "step", lambda: None)
-    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler())
     own = rollout.sampled_logp
     noise = 0.5 * torch.randn(own.shape, generator=torch.Generator().manual_seed(0)) * rollout.mask
     found, statistics = gradient(agent, replace(rollout, sampled_logp=own + noise, infos=rollout.infos))
@@ -77,7 +76,7 @@ def test_the_gradient_is_that_of_ones_own_tokens():
     other = torch.arange(1.0, V + 1) / sum(range(1, V + 1))  # pi_sampled
     counts = (other * 1000).round().to(torch.int64)
     counts[-1] += 1000 - counts.sum()
-    rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler())
     tokens = [token for token, n in enumerate(counts.tolist()) for _ in range(n)]
     rewards = torch.tensor([[float(token % 3)] for token in tokens])
     sampled = (counts / 1000).log()[tokens][:, None]

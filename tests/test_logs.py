@@ -7,10 +7,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.records import samples_table
-from agents.rollout import collect
+from agents.metrics import samples_table
 from tests.conftest import make_model
 from tests.probes import always_a, make_env, named
+from tests.rollouts import collect
 from tests.test_agents import AGENTS, TOKENIZER, Recorder, make_agent
 
 README = Path(__file__).parents[1] / "README.md"
@@ -107,7 +107,7 @@ def test_values_by_hand():
 
 def test_samples_are_escaped_for_markdown():
     agent = make_agent("GRPO")
-    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler())
     rollout.infos[0].update({"prompt": "a|b\n<i>", "completion": ""})
     lines = samples_table(rollout).splitlines()
     assert lines[2].startswith("| a&#124;b<br>&lt;i> | (empty) |")

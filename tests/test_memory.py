@@ -14,7 +14,6 @@ import llm_env.reference
 from agents import GRPO, PPO
 from agents.optimizers import states_to_come
 from agents.recomputing import layers_of
-from agents.update import accumulate
 from examples.benchmarks.peak import peak_bytes
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
@@ -45,7 +44,7 @@ def gradients(agent, rollout):
     rollout.old_logp = None
     agent.compute_advantages(rollout)
     rollout.advantages = torch.linspace(-1, 1, rollout.advantages.numel()).view(rollout.advantages.shape) * rollout.mask
-    accumulate(agent, rollout, rollout.mask / rollout.mask.sum(), fresh=True)
+    agent.make_trainer().backward_micro_batch(rollout, rollout.mask / rollout.mask.sum(), is_first_pass=True)
     return [p.grad.clone() for p in agent.policy.parameters() if p.grad is not None]
 
 
@@ -85,7 +84,7 @@ def test_layers_are_computed_again_and_the_gradient_is_the_same(family, sharing,
         again = gradients(agent, rollout)
         assert len(calls) == 3 * layers
         with torch.no_grad():
-            agent.policy.evaluate(rollout.prompts, rollout.responses)
+            agent.policy.evaluate_actions(rollout.prompts, rollout.responses)
         assert len(calls) == 4 * layers
     assert len(plain) == len(again) > 10
     for a, b in zip(plain, again, strict=True):
@@ -246,7 +245,7 @@ def test_a_run_that_is_saved_goes_on_exactly(keywords, large, tmp_path):
     whole, first = (make_agent(model=copy.deepcopy(large), environment=fresh(), **keywords) for _ in range(2))
     whole.learn(150).learn(150, reset_num_timesteps=False)
     first.learn(150).save(tmp_path / "agent")
-    assert first._reference_moved == (keywords is MOVING)
+    assert first._reference_sync.has_moved == (keywords is MOVING)
     second = GRPO.load(tmp_path / "agent", env=fresh())
     assert second._n_updates > 1 and [getattr(second, key) for key in keywords] == list(keywords.values())
     second.learn(150, reset_num_timesteps=False)

@@ -5,15 +5,15 @@ import pytest
 import torch
 from gymnasium.wrappers import TransformReward
 
-import agents.update as update_module
 from agents import GRPO, PPO, REINFORCE
 from agents.advantages import equal_groups
 from agents.losses import kl_k3, ratio
-from agents.rollout import collect, join
+from agents.rollout import concat
 from llm_env import process_reward
 from llm_env.reference import AdaptiveKLController
 from tests.conftest import FAMILIES, make_model, make_tokenizer, refused
 from tests.probes import make_env
+from tests.rollouts import collect
 from tests.test_agents import Recorder
 
 TOKENIZER = make_tokenizer("abcdefgh")
@@ -77,7 +77,7 @@ def test_baselines_of_reinforce_by_hand():
         rewards[i, length - 1] = score
 
     def advantages(agent):
-        rollout = collect(agent.policy, agent.env.venv, 2, agent.sampler(), {}).take([0, 1, 2, 3])
+        rollout = collect(agent.policy, agent.env.venv, 2, agent.sampler()).select([0, 1, 2, 3])
         rollout.rewards, rollout.mask = rewards, mask
         agent.compute_advantages(rollout)
         return (rollout.advantages[:, 0] / (mask * rollout.advantages != 0).any(1)).nan_to_num().tolist(), rollout.advantages
@@ -168,17 +168,17 @@ def test_dynamic_sampling_fills_up_the_groups_that_teach_something(monkeypatch):
 def test_dynamic_sampling_gives_up_after_its_tries(monkeypatch):
     agent = make_agent(GRPO, make_env(TOKENIZER, lambda completions: [0.0] * len(completions)), max_resamples=3, n_envs=8)
     rollout = agent.sample_rollout()
-    assert len(rollout) == 4 * 8 and len(agent.training_rows(rollout)) == 8
+    assert len(rollout) == 4 * 8 and len(agent.select_training_rows(rollout)) == 8
     agent.learn(1)  # a rollout that teaches nothing is no error
 
 
 def test_joined_rollouts_keep_their_episodes():
     agent = make_agent(GRPO, n_envs=8)
-    parts = [agent.sample_rollout().take([0, 1, 2, 3]) for _ in range(3)]
-    whole = join(parts)
+    parts = [agent.sample_rollout().select([0, 1, 2, 3]) for _ in range(3)]
+    whole = concat(parts)
     assert whole.responses == [r for part in parts for r in part.responses] and len(whole.infos) == 12
     for k, part in enumerate(parts):
-        again = whole.take(range(4 * k, 4 * k + 4))
+        again = whole.select(range(4 * k, 4 * k + 4))
         torch.testing.assert_close(again.sampled_logp, part.sampled_logp)
         torch.testing.assert_close(again.step_ends, part.step_ends)
 
@@ -193,7 +193,7 @@ def test_masked_truncated_responses_have_no_say_in_the_gradient(aggregation, mon
     finished = [i for i in range(16) if not rollout.truncated[i]]
     assert 0 < len(finished) < 16
     monkeypatch.setattr(agent.policy.optimizer, "step", lambda: None)
-    update_module.optimize(agent, rollout, np.arange(16), fresh=True)
+    agent.make_trainer().step(rollout, np.arange(16), is_first_pass=True)
     got = [p.grad.clone() for p in agent.policy.parameters()]
     total = sum(len(rollout.responses[i]) for i in finished)
     loss = 0.0
@@ -251,7 +251,7 @@ def test_unbiased_kl_weighs_the_estimate_by_the_ratio():
     agent = make_agent(GRPO, env, kl_coef=0.1, unbiased_kl=True)
     rollout = agent.sample_rollout()
     rollout.advantages, rollout.old_logp = torch.zeros_like(rollout.rewards), rollout.sampled_logp - 0.3
-    result = agent.policy.evaluate(rollout.prompts, rollout.responses)
+    result = agent.policy.evaluate_actions(rollout.prompts, rollout.responses)
     terms, _ = agent.loss(rollout, result, rollout.mask)
     expected = (kl_k3(result.logp, rollout.ref_logp) * np.exp(0.3) * rollout.mask).sum()
     assert terms["kl_loss"][1].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -272,7 +272,7 @@ def test_a_separate_critic_leaves_the_policy_alone(kind, family, tmp_path):
     policy = agent.policy
     torch.nn.init.normal_(policy.value_head.weight)
     prompts, responses = [[3, 4], [5]], [[6, 7, 0], [3]]
-    values = policy.evaluate(prompts, responses).values
+    values = policy.evaluate_actions(prompts, responses).values
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         hidden = policy.critic(torch.tensor([[*prompt, *response]])).last_hidden_state[0]
         expected = policy.value_head(hidden)[len(prompt) - 1 :, 0]
@@ -286,8 +286,8 @@ def test_a_separate_critic_leaves_the_policy_alone(kind, family, tmp_path):
     assert moved == {"lm", "critic", "value_head"}
     agent.save(tmp_path / "agent")
     loaded = kind.load(tmp_path / "agent", env=make_env(TOKENIZER))
-    again = loaded.policy.evaluate(prompts, responses).values
-    assert torch.equal(again, agent.policy.evaluate(prompts, responses).values)
+    again = loaded.policy.evaluate_actions(prompts, responses).values
+    assert torch.equal(again, agent.policy.evaluate_actions(prompts, responses).values)
     shared = make_agent(kind, family=family, **baseline).policy
     assert shared.critic is None
 

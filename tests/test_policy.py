@@ -198,10 +198,10 @@ def test_sb3s_policy_save_and_load(policy, tmp_path):
 
 def test_values_are_read_before_each_token_and_after_the_last(tokenizer):
     policy = LanguagePolicy(make_model("llama", len(tokenizer)), tokenizer, value_head=True)
-    assert policy.evaluate([[3]], [[4, 5]]).values.tolist() == [[0.0, 0.0, 0.0]]  # zero at the beginning
+    assert policy.evaluate_actions([[3]], [[4, 5]]).values.tolist() == [[0.0, 0.0, 0.0]]  # zero at the beginning
     torch.nn.init.normal_(policy.value_head.weight)
     prompts, responses = [[3, 4], [5]], [[6, 7], [8, 9, 10]]
-    values = policy.evaluate(prompts, responses).values
+    values = policy.evaluate_actions(prompts, responses).values
     for row, prompt, response in zip(values, prompts, responses, strict=True):
         hidden = policy.lm(torch.tensor([[*prompt, *response]]), output_hidden_states=True).hidden_states[-1][0]
         expected = policy.value_head(hidden)[len(prompt) - 1 :, 0]
@@ -251,7 +251,7 @@ def test_bfloat16_is_used_for_matrix_products_and_for_nothing_else(model, tokeni
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
     exact = torch.cat(policy.log_probs(prompts, responses))
     policy.bf16 = True
-    rounded = policy.evaluate(prompts, responses)
+    rounded = policy.evaluate_actions(prompts, responses)
     assert rounded.logp.dtype == rounded.entropy.dtype == rounded.values.dtype == torch.float32
     gaps = (rounded.logp[rounded.mask.bool()] - exact).abs()
     assert 1e-5 < gaps.max() < 0.05

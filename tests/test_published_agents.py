@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import agents.update as update_module
 from agents import GRPO, PPO, REINFORCE
-from agents.rollout import collect
 from llm_env.reference import AdaptiveKLController
 from tests import slow
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import always_a, make_env
+from tests.rollouts import collect
 
 TOKENIZER = make_tokenizer("abcdefgh")
 A, B, C = TOKENIZER.convert_tokens_to_ids(["a", "b", "c"])
@@ -178,9 +177,9 @@ def prepared(agent):
     """A rollout of theirs as if the policy had moved since: old log-probs and values are other numbers than the new ones."""
     if agent.needs_values:
         torch.nn.init.normal_(agent.policy.value_head.weight, std=0.3)
-    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler())
     assert len(set(rollout.lengths.tolist())) > 2 and 0 < rollout.truncated.sum() < EPISODES
-    update_module.score_before_update(agent, rollout, EPISODES)
+    agent.make_trainer().compute_old_logprobs(rollout)
     rollout.old_logp = disturbed(rollout.old_logp, 0.3, 0)
     if agent.needs_values:
         rollout.old_values = disturbed(rollout.old_values, 0.3, 1)
@@ -200,7 +199,7 @@ def test_one_step_of_an_agent(method, monkeypatch):
     objective = objective_of(Plain(agent, rollout, reference))
     expected = torch.autograd.grad(-objective, parameters, allow_unused=True)
     monkeypatch.setattr(agent.policy.optimizer, "step", lambda: None)
-    statistics = update_module.optimize(agent, rollout, np.arange(EPISODES), fresh=False)
+    statistics = agent.make_trainer().step(rollout, np.arange(EPISODES), is_first_pass=False)
     assert statistics["loss"] == pytest.approx(-objective.item(), abs=2e-6)
     assert max(p.grad.abs().max() for p in parameters if p.grad is not None) > 1e-3
     for p, gradient in zip(parameters, expected, strict=True):
@@ -215,7 +214,7 @@ def test_the_running_mean_of_earlier_rollouts():
     agent = make_agent(REINFORCE, {"baseline": "running_mean", "gamma": GAMMA, "n_envs": 16}, make_env(TOKENIZER))
     means, expected = [], 0.0
     for rollouts in range(1, 13):
-        rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler(), {})
+        rollout = collect(agent.policy, agent.env.venv, 1, agent.sampler())
         agent.compute_advantages(rollout)
         x = Plain(agent, rollout, agent.policy.lm)
         assert x.ragged(rollout.advantages) == [pytest.approx(row, abs=1e-6) for row in x.returns(expected)]

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from agents import GRPO, PPO, LanguagePolicy
-from agents.checks import check_sharding, default_learning_rate
+from agents.compatibility import default_learning_rate
 from agents.quantization import is_quantized
+from agents.validation import check_sharding
 from llm_env.reference import Reference
 from tests.conftest import make_model, refused
 from tests.probes import make_env

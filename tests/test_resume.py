@@ -20,7 +20,7 @@ from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.progress import tokens_to_go
+from agents.callbacks import remaining_timesteps
 from llm_env.prompts import PromptCursor
 from llm_env.reference import AdaptiveKLController
 from tests.conftest import make_model, refused
@@ -48,6 +48,10 @@ TIMES_AND_LIVE = {
     "_last_obs",
     "_last_episode_starts",
     "_num_timesteps_at_start",
+    "_state",
+    "_reference_sync",
+    "_engine",
+    "_preflighted",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:the env is stepped token by token")
@@ -102,6 +106,10 @@ def standing(agent):
     state = {key: comparable(value) for key, value in vars(agent).items() if key not in TIMES_AND_LIVE}
     groups = agent.policy.optimizer.state_dict()["param_groups"]
     state |= {"digest": digest(agent), "groups": groups, "kl": agent.rules.kl and agent.rules.kl.value}
+    for name, part in agent._state.snapshot().items():
+        if name not in ("env", "cursor"):
+            values = part if isinstance(part, dict) else {"": part}
+            state |= {f"{name}.{key}": comparable(value) for key, value in values.items()}
     if hasattr(agent.env, "venv"):
         venv = agent.env.venv.state_dict()
         state["prompts"] = (venv["np_random"], venv["group_cursor"])
@@ -196,12 +204,9 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path):
         (110, 100, 0, 0),
     ],
 )
-def test_tokens_to_go(done, asked_before, asked, go):
-    class Agent:
-        num_timesteps, _total_timesteps = done, asked_before
-
-    assert tokens_to_go(Agent, asked, False) == go
-    assert tokens_to_go(Agent, asked, True) == asked
+def test_remaining_timesteps(done, asked_before, asked, go):
+    assert remaining_timesteps(asked, done, asked_before, False) == go
+    assert remaining_timesteps(asked, done, asked_before, True) == asked
 
 
 def scalars(folder):
@@ -318,7 +323,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
 def test_a_reference_that_moved_is_in_the_file(tmp_path):
     agent = twice("GRPO", tmp_path / "before")
     agent.rules.reference.model.load_state_dict(agent.policy.lm.state_dict())
-    agent._reference_moved = True
+    agent._reference_sync.has_moved = True
     agent.save(tmp_path / "agent")
     without_env = AGENTS["GRPO"][0].load(tmp_path / "agent")
     without_env.save(tmp_path / "again")

@@ -1,9 +1,11 @@
 """Rewards in workers: time-outs, errors, caches and awaiting, and what the env and the logs say of them."""
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -15,25 +17,11 @@ from llm_env import PooledReward, TextGenerationEnv, TextGenerationVectorEnv, pr
 from llm_env.prompts import read_jsonl
 from llm_env.rewards import RewardSum
 from tests.conftest import make_tokenizer
+from tests.pooled import Unreadable, letters, odd, picky, pids
 from tests.test_agents import make_agent
 
 TOKENIZER = make_tokenizer("abcdefgh")
 EOS, A, B = 0, 3, 4
-
-
-def letters(completions, **kwargs):
-    return [float(len(c)) for c in completions]
-
-
-def picky(completions):
-    """Fails on b, sleeps on c, lives in a module so that a process can import it."""
-    if "b" in completions[0]:
-        raise RuntimeError(f"cannot read {completions[0]!r}")
-    if "c" in completions[0]:
-        time.sleep(30)
-    if "d" in completions[0]:
-        os._exit(7)
-    return [float(len(completions[0]))]
 
 
 async def awaited(completions):
@@ -294,11 +282,13 @@ def test_a_forked_process_has_workers_of_its_own(processes):
         reward.close()  # leaves the parent's worker alone
         return reward(completions=["aa"])
 
+    workers = {process.pid for process in multiprocessing.active_children()}
+    assert len(workers) == processes
     assert in_a_fork(work, daemon=False) == "[2.0]"
-    (child,) = reward._children.queue if processes else (None,)
-    before = child._process.pid if processes else None
-    assert reward(completions=["aaa"]) == [3.0] and (not processes or child._process.pid == before)
+    assert reward(completions=["aaa"]) == [3.0]
+    assert {process.pid for process in multiprocessing.active_children()} == workers
     reward.close()
+    assert multiprocessing.active_children() == []
 
 
 def test_where_no_worker_can_be_started_no_policy_pays():
@@ -308,15 +298,87 @@ def test_where_no_worker_can_be_started_no_policy_pays():
     )
 
 
-def test_close_during_a_call_leaves_as_many_workers_as_before():
+def test_close_waits_for_calls_under_way_and_the_next_call_starts_new_workers():
     reward = PooledReward(picky, workers=2, processes=True, timeout=2.0, on_error=-1.0)
-    call = threading.Thread(target=lambda: reward(completions=["c"]))
+    values = []
+    call = threading.Thread(target=lambda: values.extend(reward(completions=["c", "a"])))
     call.start()
-    while reward._children.qsize() == 2:
+    while len(multiprocessing.active_children()) < 2:
         time.sleep(0.01)
     reward.close()
     call.join()
-    assert reward._children.qsize() == 2
+    assert values == [-1.0, 1.0] and multiprocessing.active_children() == []
+    assert reward(completions=["aa"]) == [2.0]
+    reward.close()
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_worker_that_was_killed_while_idle_is_replaced():
+    reward = PooledReward(pids, workers=1, processes=True)
+    (pid,) = reward(completions=["a"])
+    os.kill(int(pid), signal.SIGKILL)
+    assert wait_until(lambda: not is_running(int(pid)))
+    assert wait_until(lambda: multiprocessing.active_children() == [])  # seen by the pool
+    (other,) = reward(completions=["a"])
+    assert other != pid
+    reward.close()
+
+
+def test_workers_of_a_forgotten_pool_end():
+    reward = PooledReward(pids, workers=2, processes=True)
+    (pid,) = reward(completions=["a"])
+    assert is_running(int(pid))
+    del reward
+    gc.collect()
+    assert wait_until(lambda: multiprocessing.active_children() == [])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), signal.SIGKILL)"], ids=["exit", "killed"])
+def test_no_worker_outlives_its_script(tmp_path, end):
+    (tmp_path / "script.py").write_text(
+        "import os, signal\nfrom llm_env import PooledReward\n"
+        "def pids(completions):\n    return [float(os.getpid())]\n"
+        'if __name__ == "__main__":\n'
+        f"    print(*PooledReward(pids, workers=1, processes=True)(completions=['a']), flush=True)\n    {end}\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=120)
+    pid = int(float(done.stdout))
+    assert wait_until(lambda: not is_running(pid))
+
+
+def test_what_cannot_be_sent_to_a_worker_or_back_is_an_error_of_the_call():
+    reward = PooledReward(odd, workers=1, processes=True, on_error=-1.0)
+    for completion, columns, error in [
+        ("x", {}, "SystemExit: enough"),
+        ("a", {}, "must return one number a completion, but returned 'a' for row 0"),
+        ("a", {"column": [Unreadable()]}, "ValueError: invalid literal for int() with base 10: 'no number'"),
+        ("a", {"column": [threading.Lock()]}, "TypeError: cannot pickle '_thread.lock' object"),
+    ]:
+        called = reward.run({"completions": [completion], **columns}, [()], [1])
+        assert called.values == [-1.0] and called.errors == {0: f"odd: {error}"}
+    reward.close()
+
+
+def test_processes_without_pebble(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pebble", None)
+    assert PooledReward(letters)(completions=["aa"]) == [2.0]  # threads need no pebble
+    with pytest.raises(ImportError, match=r'pip install "llm-env\[pool\]"'):
+        PooledReward(letters, processes=True)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from agents import GRPO, PPO, REINFORCE, TextVecEnv
-from agents.rollout import collect_by_tokens
 from tests.conftest import make_model
 from tests.probes import make_env
+from tests.rollouts import collect_by_tokens
 from tests.test_agents import AGENTS, TOKENIZER, make_agent, same, weights
 
 

@@ -146,7 +146,24 @@ def test_hostile_answers_are_quick_and_worth_nothing(piece):
     assert not pays(text) and not pays(f"<answer>{text}</answer>") and not pays(text[:999])
     assert time.process_time() - start < 1
     assert not pays("(" * 600 + "(3+5)*2" + ")" * 600)  # more than anyone needs
-    assert not pays("(" * 400 + "(3+5)*2" + ")" * 399) and pays("(" * 400 + "(3+5)*2" + ")" * 400)
+    assert not pays("(" * 190 + "(3+5)*2" + ")" * 189) and pays("(" * 190 + "(3+5)*2" + ")" * 190)
+    for depth in (200, 400):
+        assert not pays("(" * depth + "(3+5)*2" + ")" * depth)  # more than Python nests
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError])
+def test_what_python_cannot_parse_is_no_answer(error, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    assert pays("(3+5)*2")
+    monkeypatch.setattr(ast, "parse", fails)
+    assert not pays("(3+5)*2")
+
+
+def test_the_length_of_an_expression_is_limited():
+    assert evaluate("1" + "+1" * 490) == 491
+    assert evaluate("1" + "+1" * 500) is None
 
 
 def solvable(numbers, target):

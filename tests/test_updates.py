@@ -10,16 +10,16 @@ from stable_baselines3.common.logger import Logger
 from transformers import BloomConfig, BloomForCausalLM
 
 import agents.decoding
-import agents.update as update_module
 import llm_env
 from agents import GRPO, PPO, REINFORCE
-from agents.batches import micro_batches
-from agents.rollout import collect
+from agents.distributed import ALONE
+from agents.training.trainer import Trainer
 from llm_env.passes import DEFAULT_TOKENS_CPU
 from llm_env.scoring import head_of
 from llm_env.sharing import shares_prompts
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
+from tests.rollouts import collect
 
 TOKENIZER = make_tokenizer("abcdefgh")
 PROMPTS = ("abcdefgh", "bcdef", "cd", "hgfedcba", "ba")
@@ -62,10 +62,10 @@ def make_agent(kind=GRPO, env=None, model=None, scale=2.0, **kwargs):
 
 
 def prepared(agent):
-    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler(), {})
+    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler())
     if agent.needs_values:
         torch.nn.init.normal_(agent.policy.value_head.weight, std=0.3)
-        update_module.score_before_update(agent, rollout, EPISODES)
+        agent.make_trainer().compute_old_logprobs(rollout)
     agent.compute_advantages(rollout)
     assert rollout.advantages.any()
     agent.set_logger(Logger(None, []))
@@ -97,10 +97,10 @@ def test_passes_change_no_step(case, monkeypatch):
     def step(budget, size=None):
         agent.max_tokens_per_batch, agent.micro_batch_size = budget, size
         shapes.clear()
-        part = rollout.take(range(EPISODES))
+        part = rollout.select(range(EPISODES))
         if agent.needs_values:
-            update_module.score_before_update(agent, part, EPISODES)
-        statistics = update_module.optimize(agent, part, np.arange(EPISODES)[::-1].copy(), fresh=True)
+            agent.make_trainer().compute_old_logprobs(part)
+        statistics = agent.make_trainer().step(part, np.arange(EPISODES)[::-1].copy(), is_first_pass=True)
         gradient = [None if p.grad is None else p.grad.clone() for p in agent.policy.parameters()]
         return gradient, statistics, part
 
@@ -152,10 +152,10 @@ def test_a_training_under_a_budget_is_the_same_training(kind):
 def planned(prompts, lengths, budget=None, size=None, shares=True):
     """The passes of episodes with prompts of one number, repeated, and responses of these lengths."""
     lm = make_model("llama", 16) if shares else BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2))
-    policy, device = SimpleNamespace(prefix_sharing="auto", lm=lm), torch.device("cuda")  # where there is no bound by default
-    agent = SimpleNamespace(micro_batch_size=size, max_tokens_per_batch=budget, device=device, policy=policy)
+    policy = SimpleNamespace(prefix_sharing="auto", lm=lm)
+    trainer = Trainer(policy, None, ALONE, None, None, None, micro_batch_size=size, max_tokens_per_batch=budget or NO_BOUND)
     rollout = SimpleNamespace(prompts=prompts, lengths=np.array(lengths))
-    parts = micro_batches(agent, rollout, np.arange(len(prompts)))
+    parts = trainer.micro_batches(rollout, np.arange(len(prompts)))
     assert sorted(row for part in parts for row in part) == list(range(len(prompts)))
     return parts
 
@@ -219,19 +219,19 @@ def test_on_a_cpu_there_is_a_budget_by_default(monkeypatch):
 
 def steps_of(agent, monkeypatch):
     """The episodes of the optimizer steps from here on, and the prompts of their forward passes."""
-    found, original, evaluate = [], update_module.optimize, agent.policy.evaluate
+    found, original, evaluate = [], Trainer.step, agent.policy.evaluate_actions
 
-    def optimize(agent, rollout, rows, fresh):
+    def step(trainer, rollout, rows, is_first_pass):
         found.append((rows.tolist(), []))
-        return original(agent, rollout, rows, fresh)
+        return original(trainer, rollout, rows, is_first_pass)
 
     def spy(prompts, *args):
         if found:
             found[-1][1].append([tuple(prompt) for prompt in prompts])
         return evaluate(prompts, *args)
 
-    monkeypatch.setattr(update_module, "optimize", optimize)
-    monkeypatch.setattr(agent.policy, "evaluate", spy)
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(agent.policy, "evaluate_actions", spy)
     return found
 
 

@@ -7,8 +7,8 @@ import torch
 
 import llm_env
 from agents import GRPO, LanguagePolicy
-from agents.drawing import measured_gap
-from agents.engines import as_engine
+from agents.engines.registry import make_engine
+from agents.engines.weight_sync import logprob_gap
 from agents.sampler import Sampler
 from tests.conftest import refused
 from tests.vllm_models import PADDING, PIECES, make_llama, make_text_env
@@ -21,7 +21,7 @@ SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "block_size": 
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = as_engine("vllm", SMALL)
+    engine = make_engine("vllm", SMALL)
     yield engine
     engine.close()
 
@@ -135,9 +135,9 @@ def test_the_generator_decides(engine):
 def test_every_push_arrives(engine):
     policy, rules = begin(engine)
     for _ in range(3):
-        assert measured_gap(engine, policy, rules) < 2e-5
+        assert logprob_gap(engine, policy, rules) < 2e-5
         move(policy)
-        assert measured_gap(engine, policy, rules) > 0.05
+        assert logprob_gap(engine, policy, rules) > 0.05
         engine.push(policy)
 
 
@@ -156,7 +156,7 @@ def test_what_was_computed_with_older_weights_is_forgotten(engine, monkeypatch):
         patch.setattr(engine.vllm, "forget_prefixes", lambda: None)
         engine.push(policy)
         assert off() > 0.01  # new weights, old keys and values
-        assert measured_gap(engine, policy, rules) > engine.tolerance
+        assert logprob_gap(engine, policy, rules) > engine.tolerance
     engine.push(policy)
     assert off() < 2e-5
 
@@ -227,7 +227,7 @@ def test_models_that_vllm_does_not_run():
 
 def test_the_process_is_left_as_it_was(engine):
     policy, rules = begin(engine)
-    fresh = as_engine("vllm", {**SMALL, "max_model_len": 50})
+    fresh = make_engine("vllm", {**SMALL, "max_model_len": 50})
     torch.manual_seed(5)
     np.random.seed(5)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.set_num_threads

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from agents import GRPO
-from agents.engines import as_engine
+from agents.engines.registry import make_engine
 from tests.conftest import refused
 from tests.vllm_models import make_llama, make_text_env
 
@@ -35,7 +35,7 @@ class Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1"]
         command += ["--port", port, "--served-model-name", "ours", "--enforce-eager", "--dtype", "float32"]
         command += ["--max-model-len", 256, "--kv-cache-memory-bytes", 1 << 26, "--block-size", 32]
-        command += ["--worker-extension-cls", "agents.vllm_worker.PolicyWeights"]
+        command += ["--worker-extension-cls", "agents.engines.vllm.worker.PolicyWeights"]
         root = str(Path(__file__).parents[1])
         settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment = {**os.environ, **settings, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
@@ -101,7 +101,7 @@ def test_learning_through_a_server(server):
     agent = agent_for(server.url)
     assert_on_policy(agent)
     agent.learn(300)
-    assert agent._link.gap < 2e-5
+    assert agent.engine.gap < 2e-5
     assert_on_policy(agent)
 
 
@@ -128,7 +128,7 @@ def test_weights_of_another_run_are_noticed(server):
 
 def test_another_vocabulary_and_another_name(server):
     policy_env = make_text_env()
-    engine = as_engine("vllm", {"base_url": server.url})
+    engine = make_engine("vllm", {"base_url": server.url})
     agent = GRPO(make_llama(vocab_size=40), policy_env, policy_kwargs={"tokenizer": policy_env.rules.tokenizer}, engine=engine)
     refused(agent.learn, 10, error=ValueError, match="vocab_size 16 where the policy has 40")
     agent.set_engine("vllm", {"base_url": server.url, "model": "theirs"})
@@ -162,4 +162,4 @@ def test_a_server_that_is_killed_in_the_middle_of_a_batch(servers, server, tmp_p
     for one, two in ((agent, steps), (loaded, steps)):
         assert one.num_timesteps > two
         assert_on_policy(one)
-    assert np.isfinite(agent._link.gap)
+    assert np.isfinite(agent.engine.gap)

@@ -10,10 +10,10 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import TextVecEnv
-from agents.rollout import clock_of, collect, collect_by_tokens
-from agents.vec_env import WrappedTextVecEnv, as_vec_env
+from agents.vec_env import WrappedTextVecEnv, as_vec_env, vector_env_of
 from llm_env import TextGenerationVectorEnv
 from tests.probes import make_env
+from tests.rollouts import collect, collect_by_tokens
 from tests.test_agents import AGENTS, TOKENIZER, make_agent, same, weights
 
 EOS, A, B, C = 0, 3, 4, 5
@@ -53,7 +53,7 @@ def test_a_users_wrapper_decides_rewards_and_ends():
 def test_both_clocks_draw_the_same_texts(envs):
     """However many envs are stepped beside each other."""
     by_response = make_agent("REINFORCE", env=make_env(TOKENIZER), n_envs=24)
-    expected = collect(by_response.policy, clock_of(by_response.env), 1, by_response.sampler(), {"index": 0})
+    expected = collect(by_response.policy, vector_env_of(by_response.env), 1, by_response.sampler(), 0)
     by_token = make_agent("REINFORCE", env=DummyVecEnv([lambda: Manners(make_env(TOKENIZER))] * envs), n_envs=24)
     rollout = collect_by_tokens(by_token.policy, by_token.env, [0] * 24, 1, by_token.sampler())
     ends = [response.index(B) + 1 if B in response else 4 for response in expected.responses]
@@ -118,7 +118,7 @@ def test_the_face_of_a_wrapped_vector_env_steps_as_the_plain_one(observation):
     plain = TextVecEnv(vectorized(n=3, observation=observation))
     with pytest.warns(UserWarning, match="token by token to honour TransformReward"):
         wrapped = as_vec_env(doubled, 64)
-    assert clock_of(wrapped) is None and wrapped.num_envs == 3
+    assert vector_env_of(wrapped) is None and wrapped.num_envs == 3
     for face in (plain, wrapped):
         face.seed(4)
         face.set_options([{"index": 1}, {}, {}])

@@ -16,7 +16,7 @@ from agents.rollout import Rollout
 
 def evaluate(agent: LanguageAgent, rollout: Rollout) -> Evaluation:
     """What the training path says of a rollout."""
-    return agent.policy.evaluate(rollout.prompts, rollout.responses, agent.temperature)
+    return agent.policy.evaluate_actions(rollout.prompts, rollout.responses, agent.temperature)
 
 
 def with_advantages(agent: LanguageAgent, rollout: Rollout, values: Tensor | None) -> Rollout:
@@ -63,7 +63,7 @@ def halves(agent: LanguageAgent, rollout: Rollout) -> tuple[float, float]:
         values = evaluate(agent, rollout).values if agent.needs_values else None
     rollout = with_advantages(agent, rollout, values)
     middle = len(rollout) // 2
-    parts = [rollout.take(list(rows)) for rows in (range(middle), range(middle, len(rollout)))]
+    parts = [rollout.select(list(rows)) for rows in (range(middle), range(middle, len(rollout)))]
     first, second = (policy_gradient(agent, part, evaluate(agent, part)) for part in parts)
     return float(first @ second), float((first - second).square().sum() / 4)
 

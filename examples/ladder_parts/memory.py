@@ -16,7 +16,6 @@ import llm_env
 from agents import GRPO, PPO, REINFORCE
 from agents.base import LanguageAgent
 from agents.rollout import Rollout
-from agents.update import update
 from llm_env import TextGenerationEnv
 
 CRITICS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {
@@ -71,14 +70,14 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
 
         def two_updates(agent: LanguageAgent = agent) -> None:  # the second with the optimizer's state
             for _ in range(2):
-                update(agent, endless_rollout(agent, prompt, response))
+                agent.train(endless_rollout(agent, prompt, response))
 
         peak = peak_bytes(two_updates, agent.device)
         seconds = []
         for _ in range(repeats):
             rollout = endless_rollout(agent, prompt, response)
             start = time.process_time()
-            update(agent, rollout)
+            agent.train(rollout)
             seconds.append(time.process_time() - start)
         weights = sum(parameter.nbytes for parameter in agent.policy.parameters())  # were there before
         results[name] = (min(seconds), float(weights + peak))

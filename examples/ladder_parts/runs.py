@@ -14,12 +14,13 @@ import llm_env
 from agents import GRPO, PPO, REINFORCE
 from agents.base import LanguageAgent
 from agents.losses import ratio_statistics
-from agents.rollout import Rollout, collect
+from agents.rollout import Rollout
 from agents.sampler import Sampler
 from ladder_parts.gradients import halves
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
 from llm_env.rules import Rules
 from llm_env.tasks.addition import addition
+from tests.rollouts import collect
 
 EPISODES = 64  # in a rollout, of about four tokens each
 GROUP = 8  # answers to one problem, for GRPO
@@ -92,7 +93,7 @@ class Exam:
     def __call__(self, agent: LanguageAgent) -> float:
         """Share of the problems solved, answers drawn as in training."""
         sampler = Sampler(agent.temperature, generator=torch.Generator().manual_seed(0))
-        rollout = collect(agent.policy, self.venv, 1, sampler, {"index": self.indexes})
+        rollout = collect(agent.policy, self.venv, 1, sampler, self.indexes)
         return float(np.mean([info["is_success"] for info in rollout.infos]))
 
 
@@ -143,7 +144,7 @@ class Watched(LanguageAgent):
         self.updates += 1
         super().train(rollout)
         with torch.no_grad():
-            new = self.policy.evaluate(rollout.prompts, rollout.responses, self.temperature)
+            new = self.policy.evaluate_actions(rollout.prompts, rollout.responses, self.temperature)
         kl = ratio_statistics(new.logp, rollout.old_logp, rollout.mask, 0.0, 0.0)["approx_kl"].item()
         self.run.note(tokens, update_kl=kl)
         record("ladder/update_kl", kl)

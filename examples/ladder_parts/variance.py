@@ -13,12 +13,13 @@ import llm_env
 from agents import GRPO, PPO, REINFORCE, LanguagePolicy
 from agents.advantages import discounted_returns
 from agents.base import LanguageAgent
-from agents.rollout import Rollout, collect
+from agents.rollout import Rollout
 from agents.sampler import Sampler
 from ladder_parts.gradients import Moments, evaluate, policy_gradient, with_advantages
 from ladder_parts.runs import EPISODES, GROUP, STEPS, Exam, make_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.scoring import response_states
+from tests.rollouts import collect
 
 SHIFTED, IN_GROUPS = "naive, rewards + 1", "naive, in groups"
 CRITIC_EPISODES = 100  # a round, from which the critic is fitted, and as many to say how good it is
@@ -67,12 +68,12 @@ def _at_fixed_weights(policy: LanguagePolicy, rounds: int, seed: int, generator:
     venv = TextGenerationVectorEnv.from_rules(env.rules, EPISODES)
     venv.reset(seed=seed)
     for _ in range(WARM_UP):
-        with_advantages(agents["running mean"], collect(policy, venv, 1, sampler, {}), None)
+        with_advantages(agents["running mean"], collect(policy, venv, 1, sampler), None)
     moments = Moments(len(agents), sum(p.numel() for p in policy.lm.parameters()))
     for _ in range(rounds):
         gradients: dict[str, Tensor] = {}
         for size in (1, GROUP):
-            rollout = collect(policy, venv, size, sampler, {})
+            rollout = collect(policy, venv, size, sampler)
             result = evaluate(agents["naive"], rollout)
             for name, agent in agents.items():
                 if agent.group_size == size:
@@ -95,13 +96,13 @@ def fit_critic(policy: LanguagePolicy, sampler: Sampler, seed: int, episodes: in
     """
     venv = TextGenerationVectorEnv.from_rules(make_env().rules, episodes)
     venv.reset(seed=seed)
-    hidden, returns = _states_and_returns(policy, collect(policy, venv, 1, sampler, {}))
+    hidden, returns = _states_and_returns(policy, collect(policy, venv, 1, sampler))
     inputs = torch.cat([hidden, torch.ones(len(hidden), 1)], 1).double()
     weights = torch.linalg.lstsq(inputs, returns[:, None].double()).solution[:, 0].float()
     assert policy.value_head is not None
     policy.value_head.weight.copy_(weights[None, :-1])
     policy.value_head.bias.copy_(weights[-1:])
-    hidden, returns = _states_and_returns(policy, collect(policy, venv, 1, sampler, {}))
+    hidden, returns = _states_and_returns(policy, collect(policy, venv, 1, sampler))
     return float(explained_variance(policy.value_head(hidden)[:, 0].numpy(), returns.numpy()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import operator
 import re
 from collections import Counter
@@ -25,8 +26,8 @@ _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "*": operator.mul,
     "/": operator.truediv,
 }
-_RANKS = {"(": 0, ")": 1, "+": 1, "-": 1, "*": 2, "/": 2}
-_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+_NODES: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_EXPRESSION = re.compile(r"[-0-9+*/()\s]*")
 
 
 class CountdownProblems(PromptSource):
@@ -113,38 +114,29 @@ def _random_expression(numbers: Sequence[int], random: Random) -> tuple[int | No
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """The exact value of an expression over whole numbers, + - * / and parentheses; None for anything else, and for x/0.
+    """Return the exact value of an expression over whole numbers, + - * / and parentheses; None for anything else, and for x/0.
 
-    There are no signs before a number, no powers and no decimals. The time is linear in the length.
+    Signs before a number, powers and decimals are not allowed, nor more than `LONGEST_ANSWER` characters or 200 nested
+    parentheses, which is Python's own limit.
 
     >>> evaluate("(1 + 2) * 3 / 2"), evaluate("-1"), evaluate("2**3"), evaluate("1/0")
     (Fraction(9, 2), None, None, None)
     """
-    tokens = _TOKEN.findall(expression)
-    if "".join(tokens) != "".join(expression.split()):
+    if len(expression) > LONGEST_ANSWER or not _EXPRESSION.fullmatch(expression):
         return None
-    values: list[Fraction] = []
-    pending, operand_due = ["("], True  # operators and parentheses still open, the whole in one pair
-    for token in [*tokens, ")"]:
-        if (token == "(" or token.isdigit()) is not operand_due:
-            return None
-        if token == "(":
-            pending.append(token)
-        elif token.isdigit():
-            values.append(Fraction(int(token)))
-            operand_due = False
-        else:
-            while pending and _RANKS[pending[-1]] >= _RANKS[token]:
-                right, left, sign = values.pop(), values.pop(), pending.pop()
-                if sign == "/" and right == 0:
-                    return None
-                values.append(_OPERATIONS[sign](left, right))
-            if token != ")":
-                pending.append(token)
-                operand_due = True
-            elif not pending or pending.pop() != "(":
-                return None
-    return values[0] if not pending else None
+    try:
+        return _value(ast.parse(" ".join(expression.split()), mode="eval").body)
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def _value(node: ast.expr) -> Fraction | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in _NODES:
+        left, right = _value(node.left), _value(node.right)
+        return None if left is None or right is None else _OPERATIONS[_NODES[type(node.op)]](left, right)
+    return None
 
 
 def _scores(texts: list[str], numbers: list[list[int]], target: list[int], at_most_once: bool) -> list[float]:

@@ -19,7 +19,6 @@ from trl import GRPOTrainer
 
 from agents import GRPO
 from agents.rollout import Rollout
-from agents.update import optimize, score_before_update
 from speed_parts.here import grpo_agent
 from speed_parts.with_trl import grpo_trainer
 from speed_parts.work import Work, work_of_this_process
@@ -87,7 +86,7 @@ def compare(work: Work, folder: str) -> dict[str, float]:
     agent.max_grad_norm = float("inf")  # as it comes
     rollout = agent.sample_rollout()
     result = {"log_probs": check_responses(work, agent, rollout)}
-    score_before_update(agent, rollout, len(rollout))
+    agent.make_trainer().compute_old_logprobs(rollout)
     agent.compute_advantages(rollout)
     trainer = grpo_trainer(work, folder, [])
     inputs = score_by_trl(trainer, rollout)
@@ -99,7 +98,7 @@ def compare(work: Work, folder: str) -> dict[str, float]:
         for parameter in agent.policy.lm.parameters():
             parameter += MOVE * torch.randn_like(parameter)
     trainer.model.load_state_dict(agent.policy.lm.state_dict())
-    statistics = optimize(agent, rollout, np.arange(len(rollout)), fresh=False)
+    statistics = agent.make_trainer().step(rollout, np.arange(len(rollout)), is_first_pass=False)
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
     here, trl = gradient(agent.policy.lm), gradient(trainer.model)

@@ -1,7 +1,7 @@
 """What a vLLM worker needs besides its own: a model whose weights can be replaced, and the log-probs that training wants.
 
 vLLM imports this module where it was told to, before it loads the model: `--worker-extension-cls
-agents.vllm_worker.PolicyWeights`. Nothing else may import it, for it changes how vLLM's linear layers compute on a CPU.
+agents.engines.vllm.worker.PolicyWeights`. Nothing else may import it, for it changes how vLLM's linear layers compute on a CPU.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from agents.engines import WeightsLost
+from agents.engines.base import StaleWeightsError
 from agents.policy import LanguagePolicy
 from llm_env.rules import Rules
 
 OLDEST = "0.32"
-WORKER = "agents.vllm_worker.PolicyWeights"
+WORKER = "agents.engines.vllm.worker.PolicyWeights"
 INSTALL = 'pip install "llm-env[vllm]"'
 
 
@@ -119,7 +119,7 @@ class LocalVLLM:
 
     def _running(self) -> Any:
         if self._llm is None:
-            raise WeightsLost("the vLLM in this process was shut down")
+            raise StaleWeightsError("the vLLM in this process was shut down")
         return self._llm
 
     def close(self) -> None:

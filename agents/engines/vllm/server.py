@@ -21,11 +21,11 @@ from llm_env.rules import Rules
 
 TOGETHER = 64  # requests under way at a time; what there is no room for waits in the server
 COMMAND = "VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL --worker-extension-cls {}"
-START = COMMAND.format("agents.vllm_worker.PolicyWeights")
+START = COMMAND.format("agents.engines.vllm.worker.PolicyWeights")
 
 
 class VLLMServer:
-    """A `vllm serve` that somebody started; see `agents.vllm_engine.VLLMEngine` for the arguments.
+    """A `vllm serve` that somebody started; see `agents.engines.vllm.engine.VLLMEngine` for the arguments.
 
     A request that gets no answer, or one of a server in trouble, is tried again; other errors are not.
     """

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from agents.distributed import World, world
-from agents.engines import Responses, WeightsLost
+from agents.engines.base import Completions, DecodingSpec, OnTurns, StaleWeightsError, end_episodes
+from agents.engines.vllm.local import LocalVLLM
+from agents.engines.vllm.server import VLLMServer
 from agents.policy import LanguagePolicy
 from agents.sampler import Sampler
-from agents.vllm_local import LocalVLLM
-from agents.vllm_server import VLLMServer
 from llm_env.rules import Rules
 
 CHUNK = 1 << 25  # bytes of weights that travel at a time
@@ -40,7 +40,7 @@ class VLLM(Protocol):
         """Have it run, with a model of the policy's kind."""
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of `agents.vllm_worker.PolicyWeights` on every worker."""
+        """Call a method of `agents.engines.vllm.worker.PolicyWeights` on every worker."""
 
     def take(self, tensors: list[tuple[str, Tensor]]) -> None:
         """Hand over some of the weights."""
@@ -59,13 +59,13 @@ class VLLMEngine:
     """Draws with vLLM (at least 0.32). Token ids go in and come out; log-probs are those of the whole tempered distribution.
 
     Weights go straight into the running model, never through a file: from this process's memory, or over HTTP. vLLM has to be
-    told to load `agents.vllm_worker`, which keeps the weights of a CPU model where they can be replaced.
+    told to load `agents.engines.vllm.worker`, which keeps the weights of a CPU model where they can be replaced.
 
     Args:
         base_url: of a server, for instance `"http://localhost:8000"`; by default vLLM runs in this process. Several processes
             need a server each: a list of urls. A server is started with `VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0
-            vllm serve MODEL --worker-extension-cls agents.vllm_worker.PolicyWeights`, where this package is installed too.
-            MODEL has the policy's shape; its weights do not matter. In that mode whoever reaches the server can do with it
+            vllm serve MODEL --worker-extension-cls agents.engines.vllm.worker.PolicyWeights`, where this package is installed
+            too. MODEL has the policy's shape; its weights do not matter. In that mode whoever reaches the server can do with it
             what they like: keep it private.
         tolerance: how far, in nats, a log-prob may be from the policy's after a push. By default 1e-3 in float32, and 0.1 in
             bfloat16 and float16, where weights that lag behind by one small step do not show.
@@ -79,6 +79,8 @@ class VLLMEngine:
         ImportError: vLLM is to run in this process and is not installed.
         ValueError: arguments of `vllm.LLM` for a server, or of a server without one; or more processes than servers.
     """
+
+    takes_uniforms = False
 
     def __init__(self, base_url: str | Sequence[str] | None = None, tolerance: float | None = None, **settings: Any) -> None:
         self.vllm: VLLM = LocalVLLM(settings) if base_url is None else VLLMServer(own_url(base_url, world()), **settings)
@@ -118,7 +120,7 @@ class VLLMEngine:
         if self._wanted_tolerance is None:
             self.tolerance = TOLERANCE.get(found["dtype"], LOW_PRECISION)
 
-    def push(self, policy: LanguagePolicy) -> None:
+    def update_weights(self, policy: LanguagePolicy) -> None:
         """Copy the weights into the running model, and empty its prefix cache.
 
         Raises:
@@ -135,22 +137,21 @@ class VLLMEngine:
         self.vllm.forget_prefixes()
         self._version = version
 
-    def respond(
+    def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        rules: Rules,
-        sampler: Sampler,
-        group_size: int = 1,
-        max_new_tokens: int | None = None,
-    ) -> Responses:
-        """See `agents.engines.Engine`.
+        group_size: int,
+        decoding: DecodingSpec,
+        on_turns: OnTurns = end_episodes,
+    ) -> Completions:
+        """Generate `group_size` responses to each prompt; see `agents.engines.base.Engine.generate`.
 
-        A response ends where the rules say. vLLM looks for stop strings by other means and may stop too early, or late: what
-        is beyond the end is cut off, and what has not ended goes on in another request.
+        A response ends where the rules say. vLLM looks for stop strings by other means and may stop too early, or late: tokens
+        beyond the end are cut off, and a response that has not ended goes on in another request.
         """
-        limit = rules.max_new_tokens if max_new_tokens is None else max_new_tokens
+        rules, sampler, limit = decoding.rules, decoding.sampler, decoding.max_new_tokens
         settings = sampling_settings(rules, sampler)
-        held_back = 0 if rules.constraint is None or rules.constraint.fixed is None else rules.constraint.fixed[1]
+        min_tokens = 0 if rules.constraint is None or rules.constraint.fixed is None else rules.constraint.fixed[1]
         responses: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
         logps: list[list[float]] = [[] for _ in responses]
         groups = [range(i * group_size, (i + 1) * group_size) for i in range(len(prompts))]  # rows that one request answers
@@ -159,19 +160,23 @@ class VLLMEngine:
             requests = []
             for rows, seed in zip(groups, seeds, strict=True):
                 begun = responses[rows[0]]
-                room = {"max_tokens": limit - len(begun), "min_tokens": max(0, held_back - len(begun))}
-                # Ints, for numpy's are other keys of the prefix cache.
+                room = {"max_tokens": limit - len(begun), "min_tokens": max(0, min_tokens - len(begun))}
+                # Ints: numpy's are other keys of the prefix cache.
                 context = [*map(int, prompts[rows[0] // group_size]), *begun]
                 requests.append({**settings, **room, "prompt": context, "n": len(rows), "seed": seed})
-            going_on = []
+            unfinished = []
             for rows, choices in zip(groups, self.vllm.complete(requests), strict=True):
                 for row, (ids, values) in zip(rows, choices, strict=True):
                     if not extend(responses[row], logps[row], ids, values, rules, limit):
-                        going_on.append(range(row, row + 1))
-            groups = going_on
+                        unfinished.append(range(row, row + 1))
+            groups = unfinished
         if any(worker["version"] != self._version for worker in self.vllm.call("llm_env_version")):
-            raise WeightsLost("vLLM drew with other weights than it was given: it began anew, or another run gave it its own")
-        return responses, [np.array(row, dtype=np.float32) for row in logps]
+            raise StaleWeightsError(
+                "vLLM generated with other weights than it was given: it was restarted, or another run gave it its own"
+            )
+        logprobs = [np.array(row, dtype=np.float32) for row in logps]
+        on_turns(range(len(responses)), responses, logprobs)
+        return Completions(responses, logprobs)
 
     def close(self) -> None:
         """Shut down the vLLM in this process; a server goes on running."""

@@ -1,0 +1,1 @@
+"""From an env and an engine to rollouts."""

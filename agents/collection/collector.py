@@ -1,0 +1,268 @@
+"""Collecting a rollout: whole responses from a vector env, or token by token from any VecEnv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from agents.distributed import ALONE, World
+from agents.engines.base import Completions, DecodingSpec, Engine
+from agents.policy import LanguagePolicy
+from agents.rollout import Rollout, concat, from_episodes
+from agents.sampler import Sampler
+from agents.sharded import whole
+from agents.vec_env import rows_of, rules_of_vec_env
+from llm_env import TextGenerationVectorEnv
+from llm_env.observations import pick
+from llm_env.rules import Rules
+
+
+@dataclass
+class CollectionRequest:
+    """What a rollout of the response clock is generated from.
+
+    Attributes:
+        prompts: B lists of token ids, of all processes.
+        rows: the rows of this process.
+        decoding: how responses are generated.
+    """
+
+    prompts: list[list[int]]
+    rows: range
+    decoding: DecodingSpec
+
+
+class ResponseCollector:
+    """Collects one episode in every row of a vector env, on the response clock.
+
+    Args:
+        policy: its weights are gathered while the engine generates.
+        engine: generates the responses.
+        venv: is reset here, in groups of `group_size` rows with one prompt.
+        sampler: temperature, truncation and the random numbers.
+        group_size: G.
+        communicator: the processes that share the work; each has the whole rollout in the end.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        engine: Engine,
+        venv: TextGenerationVectorEnv,
+        sampler: Sampler,
+        group_size: int = 1,
+        communicator: World = ALONE,
+    ) -> None:
+        self.policy, self.engine, self.venv, self.sampler = policy, engine, venv, sampler
+        self.group_size, self.communicator = group_size, communicator
+
+    def collect(self, indexes: Sequence[int] | None = None) -> Rollout:
+        """Collect `venv.num_envs` episodes.
+
+        Args:
+            indexes: the prompts, one a group; the env's next ones by default.
+        """
+        request = self.prepare(indexes)
+        local, error = None, None
+        with whole(self.policy), whole(reference_model(self.venv.rules)):
+            try:
+                local = self.collect_local(request)
+            except Exception as raised:
+                error = raised
+            return gather_rollout(self.communicator, local, error, self.policy.device)
+
+    def prepare(self, indexes: Sequence[int] | None = None) -> CollectionRequest:
+        """Reset the env, and draw the random numbers: what the rollout depends on besides the weights."""
+        venv, rules = self.venv, self.venv.rules
+        venv.reset(options={"group_size": self.group_size, **({} if indexes is None else {"index": indexes})})
+        prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
+        rows, sampler, uniforms = self.communicator.part(venv.num_envs, self.group_size), self.sampler, None
+        if self.engine.takes_uniforms:
+            uniforms = sampler.numbers(venv.num_envs, rules.max_new_tokens, rules.vocab_size, self.policy.device)
+            uniforms = uniforms[rows.start : rows.stop]
+        elif self.communicator.size > 1:
+            sampler = sampler.spawn(self.communicator.rank)
+        return CollectionRequest(prompts, rows, DecodingSpec(rules, sampler, rules.max_new_tokens, uniforms))
+
+    def collect_local(self, request: CollectionRequest) -> Rollout | None:
+        """Generate the episodes of this process; None where it has none."""
+        prompts, rows, venv = request.prompts, request.rows, self.venv
+        if not len(rows):
+            return None
+        steps: list[Any] = []
+
+        def on_turns(_: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
+            steps.append(venv.step_responses(spread(rows, turns, venv.num_envs), spread(rows, logprobs, venv.num_envs)))
+            return [None] * len(turns)
+
+        heads = [prompts[row] for row in rows[:: self.group_size]]
+        completions: Completions = self.engine.generate(heads, self.group_size, request.decoding, on_turns)
+        (step,) = steps
+        return from_episodes(
+            [prompts[row] for row in rows],
+            completions.token_ids,
+            [step.rewards[row] for row in rows],
+            completions.logprobs,
+            None if step.ref_logprobs is None else [step.ref_logprobs[row] for row in rows],
+            step.truncated[rows],
+            [step.infos[row] for row in rows],
+            self.group_size,
+            self.policy.device,
+        )
+
+
+class TokenCollector:
+    """Collects episodes of any VecEnv over text envs, on the token clock: what its wrappers do is what is trained on.
+
+    Args:
+        policy: samples the tokens.
+        vec_env: K envs; each is reset to its prompt before every K episodes.
+        sampler: temperature, truncation and the random numbers.
+        group_size: G.
+        communicator: the processes that share the work; each has the whole rollout in the end.
+        next_indexes: draws the prompts of a rollout, one index an episode.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        vec_env: VecEnv,
+        sampler: Sampler,
+        group_size: int = 1,
+        communicator: World = ALONE,
+        next_indexes: Callable[[], list[int]] | None = None,
+    ) -> None:
+        self.policy, self.vec_env, self.sampler = policy, vec_env, sampler
+        self.group_size, self.communicator, self.next_indexes = group_size, communicator, next_indexes
+
+    def collect(self, indexes: Sequence[int] | None = None) -> Rollout:
+        """Collect one episode for each index.
+
+        Args:
+            indexes: B prompts, one an episode; those of `next_indexes` by default.
+
+        Raises:
+            ValueError: If a wrapper rewrites the tokens, so that the policy's context is not prompt plus actions.
+        """
+        if indexes is None:
+            assert self.next_indexes is not None
+            indexes = self.next_indexes()
+        rules = rules_of_vec_env(self.vec_env)
+        rows = self.communicator.part(len(indexes), self.group_size)
+        uniforms = self.sampler.numbers(len(indexes), rules.max_new_tokens, rules.vocab_size, self.policy.device)
+        local, error = None, None
+        with whole(self.policy), whole(reference_model(rules)):
+            try:
+                local = self._collect_local(rules, list(indexes), rows, uniforms) if len(rows) else None
+            except Exception as raised:
+                error = raised
+            return gather_rollout(self.communicator, local, error, self.policy.device)
+
+    def _collect_local(self, rules: Rules, indexes: list[int], rows: range, uniforms: Tensor) -> Rollout:
+        episodes: list[_Episode] = []
+        for begin in range(rows.start, rows.stop, self.vec_env.num_envs):
+            end = min(begin + self.vec_env.num_envs, rows.stop)
+            episodes += self._run_episodes(rules, indexes[begin:end], uniforms[begin:end])
+        prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
+        ref_logprobs = None
+        if rules.reference is not None:
+            ref_logprobs = rules.reference_log_probs(prompts, responses, [0] * len(prompts))
+        return from_episodes(
+            prompts,
+            responses,
+            [e.rewards for e in episodes],
+            [e.logprobs for e in episodes],
+            ref_logprobs,
+            [e.truncated for e in episodes],
+            [_with_text(e, rules) for e in episodes],
+            self.group_size,
+            self.policy.device,
+        )
+
+    def _run_episodes(self, rules: Rules, indexes: list[int], uniforms: Tensor) -> list[_Episode]:
+        """Run one episode in each of the first len(indexes) envs; the other envs are stepped along and ignored."""
+        vec_env = self.vec_env
+        uniforms = nn.functional.pad(uniforms, (0, 0, 0, 0, 0, vec_env.num_envs - len(indexes)))
+        vec_env.set_options([{"index": indexes[min(i, len(indexes) - 1)]} for i in range(vec_env.num_envs)])
+        observation: Any = vec_env.reset()
+        contexts = rows_of(observation)
+        episodes = [_Episode(context) for context in contexts[: len(indexes)]]
+        state, starts = None, [True] * vec_env.num_envs
+        while any(episode.info is None for episode in episodes):
+            step = max(len(episode.response) for episode in episodes)
+            masks = None if rules.constraint is None else np.stack(vec_env.env_method("action_masks"))
+            tokens, logp, state = self.policy.next_tokens(
+                rows_of(observation), state, self.sampler, starts, masks, uniforms[:, step]
+            )
+            if rules.reference is not None:
+                for i, value in enumerate(logp.tolist()):
+                    vec_env.env_method("tell_logprob", value, indices=[i])
+            observation, rewards, dones, infos = vec_env.step(tokens)
+            starts = dones.tolist()
+            for i, episode in enumerate(episodes):
+                if episode.info is not None:
+                    continue
+                episode.response.append(int(tokens[i]))
+                episode.logprobs.append(float(logp[i]))
+                episode.rewards.append(float(rewards[i]))
+                if dones[i]:
+                    episode.info = infos[i]
+                    episode.truncated = bool(infos[i].get("TimeLimit.truncated", False))
+                seen = pick(infos[i]["terminal_observation"], None) if dones[i] else pick(observation, [i])
+                if rows_of(seen)[0] != [*episode.prompt, *episode.response]:
+                    raise ValueError(
+                        "a wrapper of the env rewrites input_ids: the policy would be trained on tokens it did not see"
+                    )
+        return episodes
+
+
+@dataclass
+class _Episode:
+    """One episode on the token clock."""
+
+    prompt: list[int]
+    response: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    truncated: bool = False
+    info: dict[str, Any] | None = None
+
+
+def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
+    """Return the last info; prompt and completion are added where a wrapper cut the episode short."""
+    info = episode.info or {}
+    if "completion" in info:
+        return info
+    prompt, completion = rules.decode([episode.prompt, episode.response])
+    return {**info, "prompt": prompt, "completion": completion}
+
+
+def spread(rows: range, values: Sequence[Any], count: int) -> list[Any]:
+    """Return a list of `count` entries: `values` at `rows`, and empty lists at the rows of other processes."""
+    return [[]] * rows.start + list(values) + [[]] * (count - rows.stop)
+
+
+def reference_model(rules: Rules) -> nn.Module | None:
+    """Return the reference's model, None without a reference."""
+    return None if rules.reference is None else rules.reference.model
+
+
+def gather_rollout(communicator: World, local: Rollout | None, error: Exception | None, device: torch.device) -> Rollout:
+    """Return the rollout of all processes, from the episodes of each; an error in one process is raised in all.
+
+    Args:
+        communicator: the processes.
+        local: the episodes of this process; None where it has none.
+        error: what went wrong in this process, if anything did.
+        device: of the result.
+    """
+    if communicator.size > 1 and local is not None:
+        local = local.to(torch.device("cpu"))
+    parts = [part for part in communicator.gather_or_raise(local, error) if part is not None]
+    return parts[0] if communicator.size == 1 else concat(parts).to(device)

@@ -1,0 +1,140 @@
+"""Log entries. The README's table explains every key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import explained_variance, safe_mean
+
+from agents.advantages import equal_groups
+from agents.engines.base import Engine
+from agents.engines.weight_sync import SyncedEngine
+from agents.losses import kl_k3
+from agents.rollout import Rollout
+from llm_env.rewards import METRIC
+from llm_env.rules import Rules
+
+SAMPLES = 8
+TEXT_ONLY_FOR_TENSORBOARD = ("stdout", "log", "json", "csv")
+
+
+def record_rollout(
+    logger: Logger,
+    rollout: Rollout,
+    rules: Rules,
+    *,
+    episodes: Iterable[dict[str, Any]],
+    successes: Iterable[float],
+    kl_in_loss: float,
+    resamples: int | None,
+    engine: Engine,
+) -> None:
+    """Record `rollout/` entries: what the policy did and what it earned.
+
+    Args:
+        logger: SB3's.
+        rollout: the episodes of this rollout.
+        rules: the env's.
+        episodes: of the last episodes, over several rollouts maybe, what SB3's `Monitor` adds to their infos.
+        successes: of the last episodes whether they succeeded, empty where that is not defined.
+        kl_in_loss: the coefficient of the KL in the loss.
+        resamples: rollouts that were collected besides the first one; None where there are none by the settings.
+        engine: generated the responses.
+    """
+    record = logger.record
+    record("rollout/ep_rew_mean", safe_mean([episode["r"] for episode in episodes]))
+    record("rollout/ep_len_mean", safe_mean([episode["l"] for episode in episodes]))
+    if successes:
+        record("rollout/success_rate", safe_mean(list(successes)))
+    scores = rollout.scores
+    record("rollout/reward_std", scores.std(correction=0).item())
+    record("rollout/truncated", rollout.truncated.float().mean().item())
+    if rollout.group_size > 1:
+        record("rollout/zero_std_groups", equal_groups(scores, rollout.group_size).float().mean().item())
+    if resamples is not None:
+        record("rollout/resamples", resamples)
+    for key in sorted({key for info in rollout.infos for key in info if key.startswith(("reward/", METRIC))}):
+        record(f"rollout/{key.removeprefix(METRIC)}", safe_mean([info[key] for info in rollout.infos if key in info]))
+    if rules.rewards.replaces_errors:
+        record("rollout/reward_errors", float(np.mean(["reward_error" in info for info in rollout.infos])))
+    for name, seconds in rules.rewards.take_seconds().items():
+        record(f"time/reward/{name}", seconds)
+    kls = [info["kl"] for info in rollout.infos if "kl" in info]
+    if kls:
+        record("rollout/kl", safe_mean(kls))
+    if rules.kl is not None or kl_in_loss:
+        record("rollout/kl_coef", kl_in_loss if rules.kl is None else rules.kl.value)
+    if isinstance(engine, SyncedEngine):
+        record("rollout/push_gap", engine.gap)
+        record("time/push", engine.seconds)
+    record("rollout/samples", samples_table(rollout), exclude=TEXT_ONLY_FOR_TENSORBOARD)
+
+
+def samples_table(rollout: Rollout) -> str:
+    """Return prompts and completions from all over a rollout (not of one group) with their returns, as a Markdown table."""
+    lines = ["| prompt | completion | return |", "| --- | --- | --- |"]
+    episodes = list(zip(rollout.infos, rollout.scores.tolist(), strict=True))
+    for info, score in episodes[:: -(-len(episodes) // SAMPLES)]:
+        lines.append(f"| {_cell(info['prompt'])} | {_cell(info['completion'])} | {score:.3g} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    shown = text if len(text) <= 500 else text[:500] + " ..."
+    return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", "<br>") or "(empty)"
+
+
+def record_update(logger: Logger, rollout: Rollout, statistics: dict[str, float], num_updates: int) -> None:
+    """Record `train/` entries.
+
+    Args:
+        logger: SB3's.
+        rollout: what was trained on.
+        statistics: means over the optimizer steps of the update.
+        num_updates: optimizer steps so far.
+    """
+    record = logger.record
+    for key, value in statistics.items():
+        record(f"train/{key}", value)
+    record("train/n_updates", num_updates, exclude="tensorboard")
+    if rollout.ref_logp is not None:  # as sampled: off-policy, after some steps, a few tokens dominate k3
+        record("train/kl_ref", kl_k3(rollout.sampled_logp, rollout.ref_logp)[rollout.mask.bool()].mean().item())
+    if rollout.old_logp is not None:
+        gap = (rollout.old_logp - rollout.sampled_logp).abs() * rollout.mask
+        record("train/logp_gap", gap.max().item())
+    if rollout.old_values is not None and rollout.returns is not None:
+        actions = rollout.mask.bool()
+        values, returns = rollout.old_values[actions].cpu().numpy(), rollout.returns[actions].cpu().numpy()
+        record("train/explained_variance", float(explained_variance(values, returns)))
+
+
+def record_time(logger: Logger, iteration: int, timesteps: int, new_timesteps: int, start_time: float) -> None:
+    """Record `time/` entries.
+
+    Args:
+        logger: SB3's.
+        iteration: rollouts of this call of `learn`.
+        timesteps: action tokens so far.
+        new_timesteps: action tokens of this call of `learn`.
+        start_time: when it began, in nanoseconds since the epoch.
+    """
+    elapsed = max((time.time_ns() - start_time) / 1e9, 1e-9)
+    if iteration > 0:
+        logger.record("time/iterations", iteration, exclude="tensorboard")
+    logger.record("time/fps", int(new_timesteps / elapsed))
+    logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")
+    logger.record("time/total_timesteps", timesteps, exclude="tensorboard")
+
+
+def episode_infos(rollout: Rollout, start_time: float) -> list[dict[str, Any]]:
+    """Return the last infos with what SB3's `Monitor` adds, for its callbacks; `start_time` is in nanoseconds."""
+    seconds = round((time.time_ns() - start_time) / 1e9, 6)
+    returns = rollout.scores.tolist()
+    return [
+        {"episode": {"r": returns[i], "l": len(rollout.responses[i]), "t": seconds}, **info}
+        for i, info in enumerate(rollout.infos)
+    ]
