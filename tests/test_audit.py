@@ -9,15 +9,15 @@ import torch
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 
-import agents.audit.table
 import agents.decoding
 import agents.generation
 import agents.policy
-import agents.update
+import agents.training.trainer
 import llm_env.scoring
 import llm_env.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent
 from agents.policy import Evaluation
+from agents.training.trainer import Trainer
 from llm_env.reference import Reference
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import make_env
@@ -131,7 +131,7 @@ def test_padding_that_is_attended_to(monkeypatch):
 
 
 def test_an_end_token_without_weight(monkeypatch):
-    original = agents.update.token_weights
+    original = agents.training.trainer.token_weights
 
     def headless(mask, *args):
         return torch.cat([torch.zeros(len(mask), 1), original(mask, *args)[:, 1:]], 1)
@@ -145,7 +145,7 @@ def test_an_end_token_without_weight(monkeypatch):
 
     found = failures(make_agent(Masked, group_size=4))
     assert found.keys() == {END} and "pad_token_id=0" in found[END]
-    monkeypatch.setattr(agents.update, "token_weights", headless)
+    monkeypatch.setattr(agents.training.trainer, "token_weights", headless)
     found = failures(make_agent())
     assert ONLY in found and "response token 0 of episode 0 has no weight in the loss" in found[ONLY]
 
@@ -170,7 +170,7 @@ def test_a_temperature_that_training_leaves_out(monkeypatch):
 
 @pytest.mark.parametrize("kind", [GRPO, PPO])
 def test_dropout_that_is_on(kind, monkeypatch):
-    original = agents.policy.LanguagePolicy.evaluate
+    original = agents.policy.LanguagePolicy.evaluate_actions
 
     def training(self, *args, **kwargs):
         self.lm.train()
@@ -179,7 +179,7 @@ def test_dropout_that_is_on(kind, monkeypatch):
     model = make_model("gpt2", len(TOKENIZER), attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
     agent = make_agent(kind, model=model)
     assert not failures(agent)
-    monkeypatch.setattr(agents.policy.LanguagePolicy, "evaluate", training)
+    monkeypatch.setattr(agents.policy.LanguagePolicy, "evaluate_actions", training)
     found = failures(agent)
     assert {DROPOUT, RATIO} <= found.keys() and SAMPLED not in found
     assert "lm.transformer.drop" in found[DROPOUT] and "Dropout is on" in found[TRAINED]
@@ -205,21 +205,21 @@ def test_a_mask_that_begins_one_token_early(monkeypatch):
 @pytest.mark.parametrize("where", ["in the loss", "before the update"])
 @pytest.mark.parametrize("kind", [PPO, REINFORCE])
 def test_values_of_the_state_after_the_token(kind, where, monkeypatch):
-    evaluate, score = agents.policy.LanguagePolicy.evaluate, agents.update.score_before_update
+    evaluate, score = agents.policy.LanguagePolicy.evaluate_actions, Trainer.compute_old_logprobs
 
     def shifted(self, *args, **kwargs):
         result = evaluate(self, *args, **kwargs)
         values = torch.cat([result.values[:, 1:], result.values[:, -1:]], 1)
         return Evaluation(result.logp, result.mask, result.entropy, values)
 
-    def shifted_store(agent, rollout, step):
-        score(agent, rollout, step)
+    def shifted_store(self, rollout):
+        score(self, rollout)
         rollout.old_values = rollout.old_values.roll(-1, 1)
 
     if where == "in the loss":
-        monkeypatch.setattr(agents.policy.LanguagePolicy, "evaluate", shifted)
+        monkeypatch.setattr(agents.policy.LanguagePolicy, "evaluate_actions", shifted)
     else:
-        monkeypatch.setattr(agents.audit.conditions, "score_before_update", shifted_store)
+        monkeypatch.setattr(Trainer, "compute_old_logprobs", shifted_store)
     agent = make_agent(kind)
     found = failures(agent)
     assert found.keys() == {VALUES}
@@ -229,13 +229,13 @@ def test_values_of_the_state_after_the_token(kind, where, monkeypatch):
 
 
 def test_old_log_probs_of_other_weights(monkeypatch):
-    original = agents.update.score_before_update
+    original = Trainer.compute_old_logprobs
 
-    def stale(agent, rollout, step):
-        original(agent, rollout, step)
+    def stale(self, rollout):
+        original(self, rollout)
         rollout.old_logp = rollout.old_logp + 0.05 * rollout.mask
 
-    monkeypatch.setattr(agents.audit.table, "score_before_update", stale)
+    monkeypatch.setattr(Trainer, "compute_old_logprobs", stale)
     found = failures(make_agent())
     assert found.keys() == {RATIO} and "max |ratio - 1| is 0.049" in found[RATIO]
 
@@ -281,9 +281,9 @@ def test_the_kl_to_a_reference():
 
 def states(agent):
     """Everything that training depends on."""
-    states = agent._here()
+    states = agent._state.snapshot()
     states["counts"] = {k: v for k, v in states["counts"].items() if isinstance(v, int)}  # episodes' seconds differ
-    env = agent.env if states["env"] is None else None
+    env = agent.env if states["env"]["venv"] is None else None
     inner = None if env is None else [e.unwrapped for e in env.envs]
     return {
         "weights": [p.clone() for p in agent.policy.parameters()],

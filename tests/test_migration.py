@@ -89,4 +89,6 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
     agent = REINFORCE.load(FOLDER / "reinforce.zip")
     monkeypatch.setattr("agents.base.FORMAT", FORMAT + 1)
     agent.save(tmp_path / "newer")
-    refused(REINFORCE.load, tmp_path / "newer", error=ValueError, match=f"format {FORMAT + 1}, this version reads up to {FORMAT}")
+    refused(
+        REINFORCE.load, tmp_path / "newer", error=ValueError, match=f"format {FORMAT + 1}, this version reads up to {FORMAT}"
+    )

@@ -1,6 +1,6 @@
-"""The slow way: one plain forward of the model for each response, alone and unpadded, against which the fast ways are held.
+"""Compute log-probs and values by one plain forward pass a response, alone and unpadded.
 
-Nothing here goes through `llm_env.scoring` or `agents.generation`, so that a fault that they share shows.
+Nothing here uses `llm_env.scoring` or the sampling code, so that an error that both share is found.
 """
 
 from __future__ import annotations
@@ -17,10 +17,22 @@ from llm_env.inputs import without_cache
 from llm_env.rules import Rules
 
 
-def token_log_probs(
+@torch.no_grad()
+def naive_log_probs(
     policy: LanguagePolicy, rules: Rules, prompt: Sequence[int], response: Sequence[int], temperature: float
 ) -> Tensor:
-    """Log pi of the response's tokens, each drawn among those that the env allows, (n,) float32, in nats."""
+    """Compute log pi of a response's tokens, each sampled among those that the env allows.
+
+    Args:
+        policy: its model is called directly.
+        rules: vocabulary and allowed tokens.
+        prompt: token ids.
+        response: n token ids.
+        temperature: divides the logits.
+
+    Returns:
+        (n,) float32, in nats.
+    """
     policy.lm.eval()
     ids = torch.tensor([[*prompt, *response]], device=policy.lm.device)
     logits = policy.lm(input_ids=ids, **without_cache(policy.lm)).logits[0, len(prompt) - 1 : -1, : rules.vocab_size]
@@ -28,24 +40,23 @@ def token_log_probs(
     if rules.constraint is not None:
         allowed = np.stack([rules.constraint.next(prompt, response[:t]) for t in range(len(response))])
         logits = logits.masked_fill(torch.as_tensor(~allowed, device=logits.device), -torch.inf)
-    # As the training path rounds: where p is near 1, the float32 gradient of log_softmax is another by much of its norm.
     return logits[torch.arange(len(response)), ids[0, len(prompt) :]] - logits.logsumexp(-1)
 
 
 @torch.no_grad()
-def values_of(policy: LanguagePolicy, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """V of the state before each token of the response and after its last, (n + 1,) float32."""
+def naive_values(policy: LanguagePolicy, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Compute V of the state before each of n response tokens and after the last one, (n + 1,) float32."""
     critic = getattr(policy, "critic", None)
     model = policy.lm if critic is None else critic
     model.eval()
     ids = torch.tensor([[*prompt, *response]], device=policy.lm.device)
-    hidden = _last_states(model, ids)[0, len(prompt) - 1 :]
+    hidden = _last_hidden_states(model, ids)[0, len(prompt) - 1 :]
     assert policy.value_head is not None
     return policy.value_head(hidden.float())[:, 0]
 
 
-def _last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the hidden states (B, L, H) that a head reads, which some models (Gemma 3n) do not list with the layers'."""
+def _last_hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the hidden states (B, L, H) that a head reads; some models (Gemma 3n) do not list them with the layers'."""
     if model.base_model is model and hasattr(model, "lm_head"):
         return model(input_ids=ids, **without_cache(model), output_hidden_states=True).hidden_states[-1]
     return model.base_model(input_ids=ids, **without_cache(model)).last_hidden_state
