@@ -1,58 +1,144 @@
-"""Episodes and optimizer steps that leave an agent as it was: what an audit looks at."""
+"""Collect episodes and take optimizer steps that leave an agent unchanged."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.audit.gaps import active_dropout
-from agents.audit.plain import gradient_of
-from agents.batches import micro_batches
-from agents.policy import Evaluation
-from agents.rollout import Rollout, clock_of, collect, collect_by_tokens
-from agents.untouched import replaced
-from agents.update import optimize
-from agents.vec_env import all_rules, rules_of_vec_env
+from agents.collection.collector import ResponseCollector, TokenCollector
+from agents.diagnostics.compare import active_dropout
+from agents.distributed import ALONE
+from agents.engines.base import PolicyEngine
+from agents.patching import patched
+from agents.policy import Evaluation, LanguagePolicy
+from agents.rollout import Rollout
+from agents.sampler import Sampler
+from agents.training.objective import Objective
+from agents.training.trainer import Trainer
+from agents.vec_env import rules_of_vec_env, unique_rules, vector_env_of
 from llm_env import TextGenerationVectorEnv
-
-if TYPE_CHECKING:
-    from agents.base import LanguageAgent
-
-POLICY_TERM = "policy_gradient_loss"
+from llm_env.rules import Rules
 
 
-def fresh_episodes(agent: LanguageAgent, n: int) -> tuple[Rollout, str]:
-    """About `n` episodes in whole groups, the longest and the shortest prompt of the env among them.
+class Agent(Protocol):
+    """The part of an agent that a check uses."""
 
-    On the response clock they are played in a vector env of their own, on the token clock in a copy of the agent's.
+    @property
+    def env(self) -> VecEnv | None: ...  # noqa: D102
+
+    @property
+    def policy(self) -> LanguagePolicy: ...  # noqa: D102
+
+    @property
+    def rules(self) -> Rules: ...  # noqa: D102
+
+    @property
+    def n_envs(self) -> int: ...  # noqa: D102
+
+    @property
+    def group_size(self) -> int: ...  # noqa: D102
+
+    def make_trainer(self) -> Trainer: ...  # noqa: D102
+
+    def sampler(self) -> Sampler: ...  # noqa: D102
+
+
+class NoOpOptimizer(torch.optim.SGD):
+    """An optimizer whose step changes nothing."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Leave the weights unchanged."""
+
+
+@contextmanager
+def preserve_state(policy: LanguagePolicy, env: VecEnv) -> Iterator[None]:
+    """Restore gradients, module modes, global random states and reward timings after the block, and record no episodes.
+
+    Weights, the optimizer's state and the order of the prompts are not restored: the block must not write to them.
+    """
+    rules = rules_of_vec_env(env)
+    modes = [(module, module.training) for module in policy.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in policy.parameters()]
+    states, seconds = (random.getstate(), np.random.get_state()), rules.rewards.take_seconds()
+    recorders = [(each, each.recorder) for each in unique_rules(env)]
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    try:
+        for each, _ in recorders:
+            each.recorder = None
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            yield
+    finally:
+        for each, recorder in recorders:
+            each.recorder = recorder
+        for module, mode in modes:
+            module.training = mode
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        rules.rewards._seconds = seconds
+
+
+def dry_run_copy(agent: Any, rng: np.random.Generator) -> Any:
+    """Return a shallow copy of an agent in one process: what its methods assign to attributes stays in the copy.
+
+    The copied policy shares all modules. Its optimizer steps nothing.
+
+    Args:
+        agent: a `LanguageAgent`.
+        rng: draws the copy's minibatches.
+    """
+    copied, policy = copy.copy(agent), copy.copy(agent.policy)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy._modules = dict(policy._modules)
+    policy.optimizer = NoOpOptimizer(trained, lr=0.0)
+    vars(copied).update(policy=policy, np_random=rng, world=ALONE, max_grad_norm=float("inf"))
+    return copied
+
+
+def collect_episodes(agent: Agent, n: int, sampler: Sampler, rng: np.random.Generator) -> tuple[Rollout, str]:
+    """Collect about `n` episodes in whole groups, with the env's longest and shortest prompt among them.
+
+    On the response clock a new vector env is stepped, on the token clock a copy of the agent's env.
+
+    Args:
+        agent: with an env.
+        n: number of episodes.
+        sampler: samples the tokens.
+        rng: draws the prompts.
 
     Returns:
-        The episodes, and why the agent's own env had to be stepped, empty where it had not.
+        The episodes, and why the agent's own env had to be stepped, "" if it was not.
     """
     assert agent.env is not None
     rules, group_size = agent.rules, agent.group_size
     groups = min(max(2, n // group_size), max(1, agent.n_envs // group_size))
     lengths = [len(ids) for ids in rules.prompts.ids]
-    indexes = agent.np_random.choice(len(lengths), groups, replace=groups > len(lengths))
+    indexes = rng.choice(len(lengths), groups, replace=groups > len(lengths))
     indexes[-1], indexes[0] = np.argmin(lengths), np.argmax(lengths)
-    if clock_of(agent.env) is not None:
+    if vector_env_of(agent.env) is not None:
         venv = TextGenerationVectorEnv.from_rules(rules, groups * group_size)
-        return collect(agent.policy, venv, group_size, agent.sampler(), {"index": indexes}), ""
-    env, obstacle = _copy_of(agent.env)
+        collector = ResponseCollector(agent.policy, PolicyEngine(agent.policy), venv, sampler, group_size)
+        return collector.collect(indexes.tolist()), ""
+    env, obstacle = _copy_env(agent.env)
     rows = np.repeat(indexes, group_size).tolist()
-    with replaced(agent.env, _seeds=list(agent.env._seeds), _options=list(agent.env._options)):
-        return collect_by_tokens(agent.policy, env, rows, group_size, agent.sampler()), obstacle
+    with patched(agent.env, _seeds=list(agent.env._seeds), _options=list(agent.env._options)):
+        return TokenCollector(agent.policy, env, sampler, group_size).collect(rows), obstacle
 
 
-def _copy_of(env: VecEnv) -> tuple[VecEnv, str]:
-    """A copy that shares the rules, or the env itself and why it cannot be copied."""
+def _copy_env(env: VecEnv) -> tuple[VecEnv, str]:
+    """Return a copy that shares the rules and "", or the env itself and why it cannot be copied."""
     try:
-        copied = copy.deepcopy(env, {id(rules): rules for rules in all_rules(env)})
+        copied = copy.deepcopy(env, {id(rules): rules for rules in unique_rules(env)})
         rules_of_vec_env(copied)
     except Exception as error:
         return env, f"{type(error).__name__}: {error}"
@@ -60,66 +146,59 @@ def _copy_of(env: VecEnv) -> tuple[VecEnv, str]:
 
 
 @dataclass
-class Step:
-    """What one optimizer step was made of. B episodes in the order of `rows`, n_i tokens in response i.
+class DryStep:
+    """The inputs of the loss in one optimizer step. B episodes in the order of the rollout, n_i tokens in response i.
 
     Attributes:
-        gradient: one tensor a trained weight, before any clipping; None where there is none.
-        rows: (B,) numbers of the episodes.
-        logp: B tensors (n_i,), log pi as the loss saw it, in nats.
-        old_logp: B tensors (n_i,), log pi_old as the loss saw it.
-        advantages: B tensors (n_i,), as the loss saw them.
-        weights: B tensors (T,), of all positions that the loss was given, beyond the response too.
+        logp: B tensors (n_i,), log pi, in nats.
+        old_logp: B tensors (n_i,), log pi of the old policy.
+        weights: B tensors (T,), the weights of all positions, padding included.
         padded: B bools, whether the prompt was padded.
-        terms: the names of the terms of the loss.
-        dropping: the names of the modules that dropped something out.
+        dropping: names of the modules whose dropout was on.
     """
 
-    gradient: list[Tensor | None]
-    rows: np.ndarray
-    logp: list[Tensor]
-    old_logp: list[Tensor]
-    advantages: list[Tensor]
-    weights: list[Tensor]
-    padded: list[bool]
-    terms: list[str]
-    dropping: list[str]
+    logp: list[Tensor] = field(default_factory=list)
+    old_logp: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    padded: list[bool] = field(default_factory=list)
+    dropping: list[str] = field(default_factory=list)
 
 
-def take_step(
-    agent: LanguageAgent, rollout: Rollout, rows: np.ndarray | None = None, fresh: bool = True, only: str | None = None
-) -> Step:
-    """An optimizer step by the agent's own update over (all) rows, and what its loss was given.
+class _RecordingObjective:
+    """An objective that records the inputs of another one's loss."""
+
+    def __init__(self, objective: Objective, step: DryStep) -> None:
+        self._objective, self._step = objective, step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+    def loss(self, batch: Rollout, evaluation: Evaluation, weights: Tensor) -> Any:
+        """Compute the loss and record its inputs."""
+        result, step = self._objective.loss(batch, evaluation, weights), self._step
+        longest, logp = max(map(len, batch.prompts)), evaluation.logp.detach()
+        old_logp = logp if batch.old_logp is None else batch.old_logp
+        for i, n in enumerate(batch.lengths.tolist()):
+            step.logp.append(logp[i, :n].cpu())
+            step.old_logp.append(old_logp[i, :n].cpu())
+            step.weights.append(weights[i].cpu())
+            step.padded.append(len(batch.prompts[i]) < longest)
+        return result
+
+
+def take_dry_step(trainer: Trainer, rollout: Rollout, rows: np.ndarray) -> DryStep:
+    """Take an optimizer step that changes nothing, and return the inputs of its loss.
 
     Args:
-        agent: within `untouched`.
-        rollout: with advantages; it is not changed.
-        rows: the order of the episodes.
-        fresh: whether the log-probs of this step are those of pi_old, else they are the rollout's; see `update.optimize`.
-        only: the term of the loss that is wanted.
+        trainer: with a `NoOpOptimizer`.
+        rollout: with advantages and log-probs of the old policy; it is not changed.
+        rows: (B,), all episodes in the order in which a minibatch has them.
     """
-    original = agent.loss
-    step = Step([], np.arange(len(rollout)) if rows is None else rows, [], [], [], [], [], [], [])
-
-    def loss(batch: Rollout, result: Evaluation, weights: Tensor) -> Any:
-        terms, statistics = original(batch, result, weights)
-        longest = max(map(len, batch.prompts))
-        for i, n in enumerate(batch.lengths.tolist()):
-            step.logp.append(result.logp.detach()[i, :n].cpu())
-            step.old_logp.append((result.logp.detach() if batch.old_logp is None else batch.old_logp)[i, :n].cpu())
-            assert batch.advantages is not None
-            step.advantages.append(batch.advantages[i, :n])
-            step.weights.append(weights[i])
-            step.padded.append(len(batch.prompts[i]) < longest)
-        step.terms = list(terms)
-        return terms if only is None else {only: terms[only]}, statistics
-
-    with replaced(agent, loss=loss):
-        optimize(agent, rollout.take(range(len(rollout))), step.rows, fresh)
-    seen = [row for part in micro_batches(agent, rollout, step.rows) for row in part]
-    places = [seen.index(row) for row in step.rows.tolist()]
-    for entries in (step.logp, step.old_logp, step.advantages, step.weights):
-        entries[:] = [entries[place] for place in places]
-    step.padded = [step.padded[place] for place in places]
-    step.gradient, step.dropping = gradient_of(agent.policy), active_dropout(agent.policy)
+    step = DryStep()
+    recorder: Any = _RecordingObjective(trainer.objective, step)
+    replace(trainer, objective=recorder).step(rollout, rows)
+    order = [row for part in trainer.micro_batches(rollout, rows) for row in part]
+    for column in (step.logp, step.old_logp, step.weights, step.padded):
+        column[:] = [column[i] for i in np.argsort(order)]
+    step.dropping = active_dropout(trainer.policy)
     return step
