@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 from agents import GRPO
 from agents.prompt_encoding import encode_prompts
 from llm_env import PooledReward, RewardModel, TextGenerationEnv, TextGenerationVectorEnv, check_reward, rescore
-from llm_env.chat import encode_texts
 from llm_env.rewards import exact_match, numeric_answer
+from llm_env.tokenization import encode_texts
 from tests.chats import CHATML, END, EOS, SPIDER, SPIDER_TEXT, ids_of, make_chat_tokenizer
 from tests.conftest import refused
 
