@@ -321,10 +321,15 @@ class LanguageAgent(BaseAlgorithm):
         self._tokens_left_over = 0
         self._has_had_env = False
         self._had_hook = self.on_iteration is not None
+        self._name_algorithm()
         if _init_setup_model:
             self._setup_model()
             if env is not None:
                 self._set_env(as_vec_env(env, self.n_envs))
+
+    def _name_algorithm(self) -> None:
+        self._algorithm = type(self).__name__  # the class that writes a checkpoint
+        self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
 
     # --- what an algorithm fills in: see `agents.training.objective.Objective` -------------------------------------------
 
@@ -416,7 +421,8 @@ class LanguageAgent(BaseAlgorithm):
                 self._update_trainer_state()
                 steps = self.policy.num_steps
                 is_final = lambda: self.policy.num_steps != steps  # noqa: B023, E731 - called within this iteration only
-                with self._state.rollback_on_error(self._discard_prefetched, is_final) as transaction:
+                began = self._training_state()
+                with self._state.rollback_on_error(began, self._discard_prefetched, is_final) as transaction:
                     rollout = self.sample_rollout()
                     update_kl_controllers((self.rules.kl, self.kl_coef), rollout)
                     if not self._run_callbacks(callback, rollout):
@@ -966,8 +972,7 @@ class LanguageAgent(BaseAlgorithm):
         """
         check_optimizer(self.policy)
         self._checkpoint_format = FORMAT
-        self._algorithm = type(self).__name__  # the class that writes the checkpoint
-        self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
+        self._name_algorithm()
         self._policy_data = self.policy._get_constructor_parameters()
         self._saved_state = self._training_state()
         try:

@@ -74,17 +74,18 @@ class TrainingState:
                 part.load_state_dict(snapshot[name])
 
     @contextmanager
-    def rollback_on_error(self, before_restore: Callable[[], None], is_final: Callable[[], bool]) -> Iterator[Transaction]:
+    def rollback_on_error(
+        self, began: dict[str, Any], before_restore: Callable[[], None], is_final: Callable[[], bool]
+    ) -> Iterator[Transaction]:
         """Undo a rollout that does not reach its end: after an error, Ctrl-C, or `Transaction.roll_back`.
 
-        Meanwhile `began` is the state that a checkpoint gets.
-
         Args:
+            began: the snapshot from which the rollout begins, and which a checkpoint gets meanwhile.
             before_restore: stops whatever else moves the state.
             is_final: whether weights have moved since, so that nothing can be undone any more.
         """
         transaction = Transaction()
-        self.began = began = self.snapshot()
+        self.began = began
 
         def roll_back() -> None:
             before_restore()

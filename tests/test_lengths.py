@@ -164,7 +164,7 @@ def test_sampling_scoring_and_predicting():
     responses, _ = policy.sample([[3], [3] * 30], 2, [8, 2])  # each prompt has a limit of its own
     assert len(responses) == 4
     refused(policy.log_probs, [[3] * 30], [[3] * 3], error=ValueError, match="needs 33 positions, the model has 32; shorten it")
-    refused(policy.evaluate, [[3], [3] * 30], [[3], [3] * 3], error=ValueError, match="needs 33 positions")
+    refused(policy.evaluate_actions, [[3], [3] * 30], [[3], [3] * 3], error=ValueError, match="needs 33 positions")
     policy.log_probs([[3] * 30], [[3] * 2])
     refused(agent.generate, ["a" * 30], max_new_tokens=8, error=ValueError, match=NEED)
     refused(agent.generate, ["a" * 40], error=ValueError, match="need 48 positions, the model has 32; shorten the prompts$")

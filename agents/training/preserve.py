@@ -17,8 +17,8 @@ from agents.policy import LanguagePolicy
 def preserve_state(policy: LanguagePolicy, rng: np.random.Generator) -> Iterator[None]:
     """Restore after the block what passes of a policy change besides weights.
 
-    That are the gradients, the modes of the modules, the random states of Python, numpy and torch, and that of `rng`. Within the
-    block there are gradients.
+    Restored are the gradients, the modes of the modules, the random states of Python, numpy and torch, and that of `rng`.
+    Within the block gradients are enabled.
     """
     modes = [(module, module.training) for module in policy.modules()]
     gradients = [(parameter, parameter.grad) for parameter in policy.parameters()]

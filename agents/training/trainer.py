@@ -127,12 +127,7 @@ class Trainer:
             ValueError: If the gradient is not finite. The weights are unchanged.
             torch.OutOfMemoryError: If a pass does not fit; the message names a smaller `max_tokens_per_batch`.
         """
-        index, tokens = torch.as_tensor(rows, device=rollout.mask.device), float(rollout.lengths[rows].sum())
-        mask = rollout.mask[index]
-        if self.mask_truncated:
-            mask = mask * ~rollout.truncated[index][:, None]
-        weights = torch.zeros_like(rollout.mask)  # of all episodes: a row finds its own in whichever micro-batch it is
-        weights[index] = token_weights(mask, self.aggregation, self.rules.max_new_tokens)
+        weights, tokens = self._token_weights(rollout, rows), float(rollout.lengths[rows].sum())
         old_logp = torch.zeros_like(rollout.rewards) if is_first_pass else None
         micro_batches = self.local_micro_batches(rollout, rows)
         idle = self._num_idle_passes(len(micro_batches))
@@ -212,6 +207,16 @@ class Trainer:
         most = min(self.micro_batch_size or len(rows), max_rows or len(rows))
         parts = passes(self.policy.lm, prompts, lengths, most, self.max_tokens_per_batch, self.policy.prefix_sharing)
         return [[int(rows[i]) for i in part] for part in parts]
+
+    def _token_weights(self, rollout: Rollout, rows: np.ndarray) -> Tensor:
+        """Compute the tokens' weights in the loss of one step; (B, T) for all episodes, 0 for those outside of the step."""
+        index = torch.as_tensor(rows, device=rollout.mask.device)
+        mask = rollout.mask[index]
+        if self.mask_truncated:
+            mask = mask * ~rollout.truncated[index][:, None]
+        weights = torch.zeros_like(rollout.mask)
+        weights[index] = token_weights(mask, self.aggregation, self.rules.max_new_tokens)
+        return weights
 
     def _num_idle_passes(self, num_passes: int) -> int:
         """Return how many passes other processes make after this one's last: sharded weights are gathered in every pass."""
