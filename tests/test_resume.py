@@ -288,7 +288,7 @@ def test_a_file_cut_off_anywhere_is_refused(saved, tmp_path):
     for length in [0, 1, *np.linspace(2, len(saved) - 1, 24, dtype=int).tolist()]:
         path.write_bytes(saved[:length])
         refused(kind.load, path, error=ValueError, match=r"cut.zip is not a complete checkpoint \(.+Load an earlier one")
-    refused(build("REINFORCE").set_parameters, path, error=ValueError, match="is no whole agent")
+    refused(build("REINFORCE").set_parameters, path, error=ValueError, match="is not a complete checkpoint")
     with pytest.raises(FileNotFoundError):
         kind.load(tmp_path / "nothing")
 

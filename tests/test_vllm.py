@@ -7,6 +7,7 @@ import torch
 
 import llm_env
 from agents import GRPO, LanguagePolicy
+from agents.engines.base import DecodingSpec
 from agents.engines.registry import make_engine
 from agents.engines.weight_sync import logprob_gap
 from agents.sampler import Sampler
