@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,10 +61,11 @@ from agents.prompt_encoding import encode_prompts
 from agents.recomputing import check_recomputing
 from agents.rollout import Rollout, concat
 from agents.sampler import Sampler
-from agents.sharded import begin, gathered, is_sharded, scattered, scattered_for, wholeness
+from agents.sharded import gathered, is_sharded, scattered, scattered_for, wholeness
 from agents.training.objective import LossTerms, Statistics
 from agents.training.preflight import preflight
 from agents.training.reference_sync import ReferenceSync, check_reference_sync
+from agents.training.replication import replicate_policy, replicate_reference
 from agents.training.trainer import Trainer
 from agents.validation import (
     check_choice,
@@ -88,7 +88,6 @@ from llm_env.reference import BaseReference, KLController, coefficient
 from llm_env.report import Report
 from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
-from llm_env.scoring import try_out
 from llm_env.sharing import PrefixSharing
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
@@ -682,7 +681,9 @@ class LanguageAgent(BaseAlgorithm):
         quantized = self.policy.adapter is not None and self.policy.adapter.quantized
         check_sharding(self.world.sharded, self.optimizer, quantized)
         self._configure()
-        self._share_policy()
+        if not self.world.main:
+            self.verbose, self.tensorboard_log = 0, None
+        replicate_policy(self.policy, self.world)
         if self._learning_rate_setting is None:
             self.learning_rate = self._learning_rate_setting = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
@@ -756,7 +757,8 @@ class LanguageAgent(BaseAlgorithm):
         agree_on_ends(self.policy, env)
         self.policy.take_over(rules)
         self._configure()
-        self._share_env(rules)
+        replicate_reference(rules.reference, self.world)
+        rules.record_apart(self.world.rank)  # a separate file for every process but the main one
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._last_obs = None
         if self.seed is not None:
@@ -800,47 +802,6 @@ class LanguageAgent(BaseAlgorithm):
             reference.place(self.device)
             reference.temperature, reference.bf16 = self.temperature, self.bf16
             reference.prefix_sharing, reference.max_tokens_per_batch = self.prefix_sharing, self.max_tokens_per_batch
-
-    def _share_policy(self) -> None:
-        """Let all processes begin with the main one's weights, sharded where the launcher says so; only the main one logs."""
-        communicator, policy = self.world, self.policy
-        if not communicator.main:
-            self.verbose, self.tensorboard_log = 0, None
-        if is_sharded(policy):
-            return
-
-        def try_out_all() -> None:
-            for model in (policy.lm, policy.critic):
-                if model is not None:
-                    try_out(model)
-
-        def warm_up() -> None:
-            try_out_all()
-            policy._evaluate([[0]], [[0]], None, 1.0)
-
-        communicator.spread(policy)
-        try_out_all()
-        if communicator.sharded and policy.adapter is not None:
-            _ = policy.adapter.base_hash  # which checkpoints have, of the base as it is now
-        if communicator.sharded and policy.critic is not None:
-            # Frozen weights are shared with the policy, and each of the two is sharded by itself.
-            policy.critic = copy.deepcopy(policy.critic)
-        begin(communicator, policy, warm_up, "_evaluate", None if policy.adapter is None else policy.adapter.base)
-
-    def _share_env(self, rules: Rules) -> None:
-        """Do the same for the reference; and let every process but the main one record episodes to a separate file."""
-        communicator, reference = self.world, rules.reference
-        if reference is not None and not isinstance(reference, BaseReference):  # which is the policy's
-            model = reference.model
-
-            def warm_up() -> None:
-                try_out(model)
-                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-
-            if not is_sharded(model):
-                communicator.spread(model)
-                begin(communicator, model, warm_up, "forward")
-        rules.record_apart(communicator.rank)
 
     # --- inference ---------------------------------------------------------------------------------------------------
 
