@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from agents.optimizers import BITSANDBYTES
+from agents.training.optimizers import BITSANDBYTES
 from llm_env.arguments import as_whole, whole
 from llm_env.capabilities import vocabulary_of
 from llm_env.positions import check_length

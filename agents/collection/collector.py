@@ -15,7 +15,7 @@ from agents.distributed import ALONE, World
 from agents.engines.base import Completions, DecodingSpec, Engine
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, concat, from_episodes
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from agents.sharded import whole
 from agents.vec_env import rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv

@@ -13,11 +13,11 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.adapters import Adapter
 from agents.distributed import placed, world
-from agents.identity import is_rebuilt, qualified_name
-from agents.pretrained import RECORD, PretrainedFiles, files_of, record_of, write
-from agents.quantization import is_quantized
+from agents.policy.identity import is_rebuilt, qualified_name
+from agents.policy.loading import RECORD, PretrainedFiles, files_of, record_of, write
+from agents.policy.lora import Adapter
+from agents.policy.quantization import is_quantized
 from agents.sharded import gathered, is_sharded
 from llm_env.capabilities import plain_outputs, trial, trial_rows
 

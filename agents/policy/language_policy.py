@@ -14,15 +14,15 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.adapters import with_frozen_in_common
-from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
-from agents.pretrained import PretrainedFiles, load, processor_of, record_of
-from agents.recomputing import recomputing
-from agents.sampler import Sampler
+from agents.policy.gradient_checkpointing import recomputing
+from agents.policy.loading import PretrainedFiles, load, processor_of, record_of
+from agents.policy.lora import with_frozen_in_common
+from agents.policy.weights import Weights
+from agents.sampling.generate import StepState, StopRule, next_logits, response_limits, sample_responses
+from agents.sampling.sampler import Sampler
 from agents.sharded import is_spread, whole
 from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
-from agents.weights import Weights
 from llm_env.capabilities import trial, vocabulary_of
 from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
@@ -69,7 +69,7 @@ class LanguagePolicy(Weights):
         separate_critic: read V from the hidden states of a network of its own, begun as a copy of the model's; with an adapter
             a copy of that, on the same base.
         peft_config: a `peft.LoraConfig`, or the path or hub id of a saved adapter: the model's weights stay as they are, and an
-            adapter is trained. A model object gets it in its place. See `agents.adapters`.
+            adapter is trained. A model object gets it in its place. See `agents.policy.lora`.
         base: of a `model` that is an adapter, its base if it is not where it was: a path, a hub id or a `PreTrainedModel`. Of a
             whole model's files, a model of its class to take over the weights.
 
@@ -88,9 +88,9 @@ class LanguagePolicy(Weights):
             once there is one.
         chat_template_kwargs: arguments of the chat template; the env's once there is one, saved with the agent.
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
-        gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
+        gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.policy.gradient_checkpointing.recomputing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
-        max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
+        max_num_seqs: responses that are drawn at a time; see `agents.sampling.generate.sample_responses`.
         num_steps: optimizer steps since the policy was made: not all optimizers tell torch that weights have moved.
 
     Raises:
@@ -298,7 +298,7 @@ class LanguagePolicy(Weights):
             temperature: divides the logits.
             eos_id: the end token, or several; `eos_ids` by default.
             completes_stop: whether the last token of a response completes a stop string.
-            sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.sampler.Sampler`.
+            sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.sampling.sampler.Sampler`.
 
         Returns:
             N * G responses, those to prompt i at i*G..i*G+G-1, each up to and including its end token, and the log-probs of
