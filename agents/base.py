@@ -49,7 +49,15 @@ from agents.compatibility import (
     default_learning_rate,
 )
 from agents.diagnostics import check_agent
-from agents.distributed import ALONE, World, placed, world
+from agents.distributed.communicator import SINGLE_PROCESS, Communicator, collective, get_communicator
+from agents.distributed.fsdp import (
+    full_params_context,
+    full_state_dict,
+    is_sharded,
+    shard_and_warm_up,
+    shard_optim_state_dict,
+    shard_state_dict,
+)
 from agents.engines.base import PolicyEngine
 from agents.engines.registry import check_engine, check_engine_env, make_engine
 from agents.engines.weight_sync import ExternalEngine, SyncedEngine
@@ -62,7 +70,6 @@ from agents.prompt_encoding import encode_prompts
 from agents.recomputing import check_recomputing
 from agents.rollout import Rollout, concat
 from agents.sampler import Sampler
-from agents.sharded import begin, gathered, is_sharded, scattered, scattered_for, wholeness
 from agents.training.objective import LossTerms, Statistics
 from agents.training.preflight import preflight
 from agents.training.reference_sync import ReferenceSync, check_reference_sync
@@ -112,7 +119,7 @@ LIVE = (  # attributes that are not in a checkpoint
     "_engine",
     "_reference_sync",
     "on_iteration",
-    "world",
+    "communicator",
 )
 
 
@@ -205,7 +212,7 @@ class LanguageAgent(BaseAlgorithm):
 
     policy: LanguagePolicy
     np_random: np.random.Generator
-    world: World = ALONE
+    communicator: Communicator = SINGLE_PROCESS
     needs_old_logp = True
     needs_values = False
     separate_critic = False
@@ -264,7 +271,7 @@ class LanguageAgent(BaseAlgorithm):
             seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
         if not isinstance(policy_kwargs or {}, dict):
             raise TypeError(f"policy_kwargs={policy_kwargs!r} must be a dict")
-        self.world = world()
+        self.communicator = get_communicator()
         super().__init__(
             policy=LanguagePolicy,
             env=None,
@@ -273,9 +280,9 @@ class LanguageAgent(BaseAlgorithm):
             stats_window_size=stats_window_size or DEFAULT_N_ENVS,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
-            device=self.world.device if device == "auto" and self.world.device is not None else device,
+            device=self.communicator.device if device == "auto" and self.communicator.device is not None else device,
             support_multi_env=True,
-            seed=self.world.seed(seed),
+            seed=self.communicator.broadcast_seed(seed),
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
@@ -306,7 +313,7 @@ class LanguageAgent(BaseAlgorithm):
         self.min_p = min_p
         self.max_num_seqs = max_num_seqs
         self.prefix_sharing = prefix_sharing
-        self.bf16 = bf16 or self.world.bf16
+        self.bf16 = bf16 or self.communicator.bf16
         self.overlap = overlap
         self.importance_cap = importance_cap
         self.gradient_checkpointing = gradient_checkpointing
@@ -353,7 +360,7 @@ class LanguageAgent(BaseAlgorithm):
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
-    @placed
+    @collective
     def learn(  # type: ignore[override]
         self: SelfAgent,
         env_or_timesteps: Any = None,
@@ -393,7 +400,7 @@ class LanguageAgent(BaseAlgorithm):
         if env is not None:
             self._set_env(as_vec_env(env, self.n_envs))
         self._configure()
-        check_overlap(self.overlap, self.env is None or vector_env_of(self.env) is not None, self.world.sharded)
+        check_overlap(self.overlap, self.env is None or vector_env_of(self.env) is not None, self.communicator.sharded)
         check_optimizer(self.policy)
         self._run_preflight()
         requested = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
@@ -402,9 +409,9 @@ class LanguageAgent(BaseAlgorithm):
             callback,
             reset_num_timesteps,
             tb_log_name or type(self).__name__,
-            progress_bar and self.world.main,
+            progress_bar and self.communicator.is_main_process,
         )
-        sync_callbacks(callback, self.policy, self.world, self.seed)
+        sync_callbacks(callback, self.policy, self.communicator, self.seed)
         callback.on_training_start(locals(), globals())
         iteration = 0
         try:
@@ -468,7 +475,7 @@ class LanguageAgent(BaseAlgorithm):
         return Trainer(
             self.policy,
             self,
-            self.world,
+            self.communicator,
             self.policy.optimizer,
             self.np_random,
             self.rules,
@@ -488,8 +495,8 @@ class LanguageAgent(BaseAlgorithm):
         assert self.env is not None
         venv = vector_env_of(self.env)
         if venv is None:
-            return TokenCollector(self.policy, self.env, self.sampler(), self.group_size, self.world, self._next_indexes)
-        return ResponseCollector(self.policy, self.engine, venv, self.sampler(), self.group_size, self.world)
+            return TokenCollector(self.policy, self.env, self.sampler(), self.group_size, self.communicator, self._next_indexes)
+        return ResponseCollector(self.policy, self.engine, venv, self.sampler(), self.group_size, self.communicator)
 
     def _next_indexes(self) -> list[int]:
         groups = [self._cursor.next() for _ in range(self.n_envs // self.group_size)]
@@ -503,7 +510,9 @@ class LanguageAgent(BaseAlgorithm):
         if not self.engine.takes_uniforms:
             sampler = sampler.spawn(0)  # the update draws from the agent's own generator meanwhile
         frozen = self.engine.snapshot(self.rules)
-        return PrefetchedRollout(ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.world), began)
+        return PrefetchedRollout(
+            ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.communicator), began
+        )
 
     def _discard_prefetched(self) -> None:
         """Wait for the rollout that is being prefetched, and drop it."""
@@ -558,12 +567,12 @@ class LanguageAgent(BaseAlgorithm):
                 )
                 goes_on = callback.on_step() and goes_on
                 if (
-                    not goes_on and self.world.size == 1
+                    not goes_on and self.communicator.size == 1
                 ):  # else other processes may be in a collective of a callback's next call
                     break
         except Exception as raised:
             error = raised
-        return all(self.world.gather_or_raise(goes_on, error))
+        return all(self.communicator.gather_or_raise(goes_on, error))
 
     def _update_trainer_state(self) -> None:
         """Set what reward functions may ask for as `trainer_state`."""
@@ -573,9 +582,11 @@ class LanguageAgent(BaseAlgorithm):
 
     def _sync_rng(self) -> None:
         """Take over the main process's random states: another process may have drawn numbers for itself."""
-        if self.world.size == 1:
+        if self.communicator.size == 1:
             return
-        torch_state, numpy_state = self.world.from_main((self._generator.get_state(), self.np_random.bit_generator.state))
+        torch_state, numpy_state = self.communicator.broadcast_from_main(
+            (self._generator.get_state(), self.np_random.bit_generator.state)
+        )
         self._generator.set_state(torch_state)
         self.np_random.bit_generator.state = numpy_state
 
@@ -609,7 +620,7 @@ class LanguageAgent(BaseAlgorithm):
 
     def set_logger(self, logger: Logger) -> None:
         """Set the logger; of several processes the main one logs."""
-        super().set_logger(logger if self.world.main else Logger(None, []))
+        super().set_logger(logger if self.communicator.is_main_process else Logger(None, []))
 
     @property
     def importance(self) -> float | None:
@@ -649,7 +660,7 @@ class LanguageAgent(BaseAlgorithm):
         check_engine(engine, engine_kwargs)
         made = None if engine is None else make_engine(engine, engine_kwargs)
         if self.env is not None:
-            check_engine_env(engine, self.rules, vector_env_of(self.env) is not None, self.world.sharded)
+            check_engine_env(engine, self.rules, vector_env_of(self.env) is not None, self.communicator.sharded)
         if self._engine is not None and not self._engine_is_object:
             self._engine.close()
         self._engine_setting, self.engine_kwargs, self._engine = engine, engine_kwargs, made
@@ -674,7 +685,7 @@ class LanguageAgent(BaseAlgorithm):
             self.policy.adapter.base.to(self.device)  # buffers that it does not share with the policy
         self.policy.train(False)
         quantized = self.policy.adapter is not None and self.policy.adapter.quantized
-        check_sharding(self.world.sharded, self.optimizer, quantized)
+        check_sharding(self.communicator.sharded, self.optimizer, quantized)
         self._configure()
         self._share_policy()
         if self._learning_rate_setting is None:
@@ -741,8 +752,8 @@ class LanguageAgent(BaseAlgorithm):
         )
         self.check_env(rules)
         check_reference_sync(self.policy, rules.reference, self.reference_every)
-        check_processes(n_envs, self.group_size, self.world.size)
-        check_engine_env(self._engine_setting, rules, by_response, self.world.sharded)
+        check_processes(n_envs, self.group_size, self.communicator.size)
+        check_engine_env(self._engine_setting, rules, by_response, self.communicator.sharded)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:
@@ -787,7 +798,7 @@ class LanguageAgent(BaseAlgorithm):
         if self.policy.adapter is not None:
             for rules in unique_rules(self.env):
                 if isinstance(rules.reference, BaseReference):
-                    rules.reference.bind(self.policy.base, wholeness(self.policy))
+                    rules.reference.bind(self.policy.base, full_params_context(self.policy))
                     rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
         reference = self.rules.reference
         if reference is not None:
@@ -797,8 +808,8 @@ class LanguageAgent(BaseAlgorithm):
 
     def _share_policy(self) -> None:
         """Let all processes begin with the main one's weights, sharded where the launcher says so; only the main one logs."""
-        communicator, policy = self.world, self.policy
-        if not communicator.main:
+        communicator, policy = self.communicator, self.policy
+        if not communicator.is_main_process:
             self.verbose, self.tensorboard_log = 0, None
         if is_sharded(policy):
             return
@@ -812,18 +823,18 @@ class LanguageAgent(BaseAlgorithm):
             try_out_all()
             policy._evaluate([[0]], [[0]], None, 1.0)
 
-        communicator.spread(policy)
+        communicator.broadcast_weights(policy)
         try_out_all()
         if communicator.sharded and policy.adapter is not None:
             _ = policy.adapter.base_hash  # which checkpoints have, of the base as it is now
         if communicator.sharded and policy.critic is not None:
             # Frozen weights are shared with the policy, and each of the two is sharded by itself.
             policy.critic = copy.deepcopy(policy.critic)
-        begin(communicator, policy, warm_up, "_evaluate", None if policy.adapter is None else policy.adapter.base)
+        shard_and_warm_up(communicator, policy, warm_up, "_evaluate", None if policy.adapter is None else policy.adapter.base)
 
     def _share_env(self, rules: Rules) -> None:
         """Do the same for the reference; and let every process but the main one record episodes to a separate file."""
-        communicator, reference = self.world, rules.reference
+        communicator, reference = self.communicator, rules.reference
         if reference is not None and not isinstance(reference, BaseReference):  # which is the policy's
             model = reference.model
 
@@ -832,8 +843,8 @@ class LanguageAgent(BaseAlgorithm):
                 model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
 
             if not is_sharded(model):
-                communicator.spread(model)
-                begin(communicator, model, warm_up, "forward")
+                communicator.broadcast_weights(model)
+                shard_and_warm_up(communicator, model, warm_up, "forward")
         rules.record_apart(communicator.rank)
 
     # --- inference ---------------------------------------------------------------------------------------------------
@@ -860,7 +871,7 @@ class LanguageAgent(BaseAlgorithm):
             generator=self._generator,
         )
 
-    @placed
+    @collective
     def generate(self, prompts: Sequence[Any], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
         """Generate a response text for each prompt, given as text or as a chat.
 
@@ -904,7 +915,7 @@ class LanguageAgent(BaseAlgorithm):
             return rules.decode(responses)
         return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    @placed
+    @collective
     def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
         """Run one episode for every prompt of an env.
 
@@ -925,10 +936,10 @@ class LanguageAgent(BaseAlgorithm):
         check_tokenizers(self.policy, rules)
         check_positions(self.policy, rules)
         agree_on_ends(self.policy, vec_env)
-        rules.record_apart(self.world.rank)
+        rules.record_apart(self.communicator.rank)
         if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
-            rules.reference.bind(self.policy.base, wholeness(self.policy))
-        return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.world)
+            rules.reference.bind(self.policy.base, full_params_context(self.policy))
+        return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.communicator)
 
     def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
         """Measure on fresh episodes whether sampling and training fit together; see `agents.check_agent`."""
@@ -949,7 +960,7 @@ class LanguageAgent(BaseAlgorithm):
             return self._state.began
         return self._state.snapshot() | ({} if self._prefetched is None else self._prefetched.began)
 
-    @placed
+    @collective
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write the agent to one zip file: weights, optimizer, counts and random states, but not the env.
 
@@ -973,8 +984,8 @@ class LanguageAgent(BaseAlgorithm):
         try:
             if not isinstance(path, (str, Path)):
                 return super().save(path, exclude, include)
-            if not self.world.main:
-                if self.world.sharded:
+            if not self.communicator.is_main_process:
+                if self.communicator.sharded:
                     self.get_parameters()  # the main process needs this one's shards
                 return None
             target = Path(path)
@@ -987,13 +998,13 @@ class LanguageAgent(BaseAlgorithm):
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """Return the weights as SB3 saves them, and those of a reference that has moved since the env was made."""
-        if self.world.sharded:
-            self.world.gather(None, "weights")
+        if self.communicator.sharded:
+            self.communicator.all_gather_object(None, "weights")
         weights = self._reference_weights  # of an agent that was loaded and has no env yet
         if self._reference_sync.has_moved and self.env is not None:
             reference = self.rules.reference
-            weights = None if reference is None else gathered(reference.model.state_dict())
-        return gathered(super().get_parameters()) | ({} if weights is None else {"reference": weights})
+            weights = None if reference is None else full_state_dict(reference.model.state_dict())
+        return full_state_dict(super().get_parameters()) | ({} if weights is None else {"reference": weights})
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
         """Load weights: those of `get_parameters`, or a checkpoint's."""
@@ -1004,9 +1015,9 @@ class LanguageAgent(BaseAlgorithm):
         self._reference_weights = params.get("reference")
         weights = {key: params[key] for key in params if key != "reference"}
         if is_sharded(self.policy):
-            weights["policy"] = scattered(weights["policy"], self.policy.state_dict())
+            weights["policy"] = shard_state_dict(weights["policy"], self.policy.state_dict())
             if "policy.optimizer" in weights:
-                weights["policy.optimizer"] = scattered_for(self.policy.optimizer, weights["policy.optimizer"])
+                weights["policy.optimizer"] = shard_optim_state_dict(self.policy.optimizer, weights["policy.optimizer"])
         super().set_parameters(weights, exact_match, device)
         if self.env is not None:
             self._restore_reference(self.rules)
@@ -1022,7 +1033,7 @@ class LanguageAgent(BaseAlgorithm):
                 "with reference=<the model that training began with>"
             )
         try:
-            rules.reference.model.load_state_dict(scattered(weights, rules.reference.model.state_dict()))
+            rules.reference.model.load_state_dict(shard_state_dict(weights, rules.reference.model.state_dict()))
         except RuntimeError as error:
             raise ValueError(
                 f"the saved reference's weights do not fit the env's {type(rules.reference.model).__name__} "
@@ -1061,8 +1072,8 @@ class LanguageAgent(BaseAlgorithm):
             ValueError: If the file was cut off or damaged, another algorithm wrote it, its model cannot be rebuilt, `policy` is
                 another one, or an adapter's base is not there or has other weights.
         """
-        with world().at("load"):
-            world().gather(None)  # the main process has finished the file
+        with get_communicator().section("load"):
+            get_communicator().all_gather_object(None)  # the main process has finished the file
         if isinstance(path, (str, Path)) and Path(path).is_dir():
             raise ValueError(
                 f"{path} is a folder, as save_pretrained writes it; make an agent of it: {cls.__name__}({str(path)!r}, env)"

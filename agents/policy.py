@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.adapters import with_frozen_in_common
+from agents.distributed.fsdp import full_params, is_sharded_now
 from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
 from agents.pretrained import PretrainedFiles, load, processor_of, record_of
 from agents.recomputing import recomputing
 from agents.sampler import Sampler
-from agents.sharded import is_spread, whole
 from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
@@ -240,7 +240,7 @@ class LanguagePolicy(Weights):
         allowed: Sequence[np.ndarray] | None,
         temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The fields of an `Evaluation`: the entry by which sharded weights know that they are needed; see `agents.sharded`."""
+        """Compute the fields of an `Evaluation`; the entry at which FSDP gathers the weights, see `agents.distributed.fsdp`."""
         states = self.value_head is not None and self.critic is None
         models = [model for model in (self.lm, self.critic) if model is not None]
         again = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
@@ -271,7 +271,7 @@ class LanguagePolicy(Weights):
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[Tensor]:
         """Log pi of every response token, by the training path: one float32 tensor of the response's length a row."""
-        with whole(self):
+        with full_params(self):
             result = self.evaluate_actions(prompts, responses, temperature)
         return [row[keep] for row, keep in zip(result.logp, result.mask.bool(), strict=True)]
 
@@ -335,7 +335,7 @@ class LanguagePolicy(Weights):
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         for prompt, new in set(zip(map(len, prompts), limits, strict=True)):
             check_length(self.max_positions, prompt, new)
-        with torch.no_grad(), whole(self), autocast(self.device, self.bf16):
+        with torch.no_grad(), full_params(self), autocast(self.device, self.bf16):
             yield
 
     def next_tokens(
@@ -351,9 +351,9 @@ class LanguagePolicy(Weights):
 
         `action_masks`, (B, V) bool, takes the place of the policy's constraint; `numbers` as in `Sampler.__call__`.
         """
-        if state is not None and is_spread(self):
+        if state is not None and is_sharded_now(self):
             state = replace(state, version=-1)  # whole weights are made anew, and do not say whether they are others
-        with whole(self), autocast(self.device, self.bf16):
+        with full_params(self), autocast(self.device, self.bf16):
             logits, state = next_logits(self.lm, rows, state, episode_start)
         if action_masks is None and self.constraint is not None:
             states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]

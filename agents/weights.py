@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.adapters import Adapter
-from agents.distributed import placed, world
+from agents.distributed.communicator import collective, get_communicator
+from agents.distributed.fsdp import full_state_dict, is_sharded
 from agents.identity import is_rebuilt, qualified_name
 from agents.pretrained import RECORD, PretrainedFiles, files_of, record_of, write
 from agents.quantization import is_quantized
-from agents.sharded import gathered, is_sharded
 from llm_env.capabilities import plain_outputs, trial, trial_rows
 
 SAME = 1e-3  # nats; devices and versions differ by 1e-5
@@ -36,7 +36,7 @@ class Weights(BasePolicy):
     chat_template_kwargs: dict[str, Any]
     _told_of_class = False
 
-    @placed
+    @collective
     def save_pretrained(self, path: str | Path, merge: bool = False) -> None:
         """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind.
 
@@ -62,9 +62,11 @@ class Weights(BasePolicy):
         if merge and is_sharded(self):
             raise ValueError("merge=True, but the weights are sharded: save the agent, and merge it in a single process")
         if is_sharded(self):
-            world().gather(None, "weights")
-        weights = None if merge else gathered(self.lm.state_dict() if self.adapter is None else self.adapter.state_dict())
-        if not world().main:
+            get_communicator().all_gather_object(None, "weights")
+        weights = (
+            None if merge else full_state_dict(self.lm.state_dict() if self.adapter is None else self.adapter.state_dict())
+        )
+        if not get_communicator().is_main_process:
             return
         if self.adapter is None:
             self.lm.save_pretrained(path, state_dict=weights)

@@ -5,16 +5,16 @@ import re
 from contextlib import contextmanager
 from itertools import islice, permutations
 
+import agents.preflight
 import numpy as np
 import pytest
 import torch
+from agents.preflight import LongestPass
+from agents.untouched import untouched
 
-import agents.preflight
 import llm_env.scoring
 from agents import GRPO, PPO, REINFORCE
 from agents.policy import LanguagePolicy
-from agents.preflight import LongestPass
-from agents.untouched import untouched
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
 from tests.test_resume import standing
