@@ -48,7 +48,8 @@ from agents.compatibility import (
     default_learning_rate,
 )
 from agents.diagnostics import check_agent
-from agents.distributed import ALONE, World, placed, world
+from agents.distributed.communicator import SINGLE_PROCESS, Communicator, collective, get_communicator
+from agents.distributed.fsdp import full_params_context, full_state_dict, is_sharded, shard_optim_state_dict, shard_state_dict
 from agents.engines.base import PolicyEngine
 from agents.engines.registry import check_engine, check_engine_env, make_engine
 from agents.engines.weight_sync import ExternalEngine, SyncedEngine
@@ -60,9 +61,8 @@ from agents.policy.prompt_encoding import encode_prompts
 from agents.rollout import Rollout, concat
 from agents.sampling.generate import StepState
 from agents.sampling.sampler import Sampler
-from agents.sharded import gathered, is_sharded, scattered, scattered_for, wholeness
 from agents.training.objective import LossTerms, Statistics
-from agents.training.optimizers import class_of, make_optimizer
+from agents.training.optimizers import check_sharding, class_of, make_optimizer
 from agents.training.preflight import preflight
 from agents.training.reference_sync import ReferenceSync, check_reference_sync
 from agents.training.replication import replicate_policy, replicate_reference
@@ -74,7 +74,6 @@ from agents.validation import (
     check_max_num_seqs,
     check_numbers,
     check_processes,
-    check_sharding,
     check_switches,
     check_tokens,
     episodes_per_rollout,
@@ -111,7 +110,7 @@ LIVE = (  # attributes that are not in a checkpoint
     "_engine",
     "_reference_sync",
     "on_iteration",
-    "world",
+    "communicator",
 )
 
 
@@ -204,7 +203,7 @@ class LanguageAgent(BaseAlgorithm):
 
     policy: LanguagePolicy
     np_random: np.random.Generator
-    world: World = ALONE
+    communicator: Communicator = SINGLE_PROCESS
     needs_old_logp = True
     needs_values = False
     separate_critic = False
@@ -263,7 +262,7 @@ class LanguageAgent(BaseAlgorithm):
             seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
         if not isinstance(policy_kwargs or {}, dict):
             raise TypeError(f"policy_kwargs={policy_kwargs!r} must be a dict")
-        self.world = world()
+        self.communicator = get_communicator()
         super().__init__(
             policy=LanguagePolicy,
             env=None,
@@ -272,9 +271,9 @@ class LanguageAgent(BaseAlgorithm):
             stats_window_size=stats_window_size or DEFAULT_N_ENVS,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
-            device=self.world.device if device == "auto" and self.world.device is not None else device,
+            device=self.communicator.device if device == "auto" and self.communicator.device is not None else device,
             support_multi_env=True,
-            seed=self.world.seed(seed),
+            seed=self.communicator.broadcast_seed(seed),
         )
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
@@ -305,7 +304,7 @@ class LanguageAgent(BaseAlgorithm):
         self.min_p = min_p
         self.max_num_seqs = max_num_seqs
         self.prefix_sharing = prefix_sharing
-        self.bf16 = bf16 or self.world.bf16
+        self.bf16 = bf16 or self.communicator.bf16
         self.overlap = overlap
         self.importance_cap = importance_cap
         self.gradient_checkpointing = gradient_checkpointing
@@ -357,7 +356,7 @@ class LanguageAgent(BaseAlgorithm):
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
-    @placed
+    @collective
     def learn(  # type: ignore[override]
         self: SelfAgent,
         env_or_timesteps: Any = None,
@@ -397,7 +396,7 @@ class LanguageAgent(BaseAlgorithm):
         if env is not None:
             self._set_env(as_vec_env(env, self.n_envs))
         self._configure()
-        check_overlap(self.overlap, self.env is None or vector_env_of(self.env) is not None, self.world.sharded)
+        check_overlap(self.overlap, self.env is None or vector_env_of(self.env) is not None, self.communicator.sharded)
         check_optimizer(self.policy)
         self._run_preflight()
         requested = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
@@ -406,9 +405,9 @@ class LanguageAgent(BaseAlgorithm):
             callback,
             reset_num_timesteps,
             tb_log_name or type(self).__name__,
-            progress_bar and self.world.main,
+            progress_bar and self.communicator.is_main_process,
         )
-        sync_callbacks(callback, self.policy, self.world, self.seed)
+        sync_callbacks(callback, self.policy, self.communicator, self.seed)
         callback.on_training_start(locals(), globals())
         iteration = 0
         try:
@@ -469,7 +468,7 @@ class LanguageAgent(BaseAlgorithm):
         return Trainer(
             self.policy,
             self,
-            self.world,
+            self.communicator,
             self.policy.optimizer,
             self.np_random,
             self.rules,
@@ -493,8 +492,8 @@ class LanguageAgent(BaseAlgorithm):
         assert self.env is not None
         venv = vector_env_of(self.env)
         if venv is None:
-            return TokenCollector(self.policy, self.env, self.sampler(), self.group_size, self.world, self._next_indexes)
-        return ResponseCollector(self.policy, self.engine, venv, self.sampler(), self.group_size, self.world)
+            return TokenCollector(self.policy, self.env, self.sampler(), self.group_size, self.communicator, self._next_indexes)
+        return ResponseCollector(self.policy, self.engine, venv, self.sampler(), self.group_size, self.communicator)
 
     def _next_indexes(self) -> list[int]:
         groups = [self._cursor.next() for _ in range(self.n_envs // self.group_size)]
@@ -508,7 +507,9 @@ class LanguageAgent(BaseAlgorithm):
         if not self.engine.takes_uniforms:
             sampler = sampler.spawn(0)  # the update draws from the agent's own generator meanwhile
         frozen = self.engine.snapshot(self.rules)
-        return PrefetchedRollout(ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.world), began)
+        return PrefetchedRollout(
+            ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.communicator), began
+        )
 
     def _discard_prefetched(self) -> None:
         """Wait for the rollout that is being prefetched, and drop it."""
@@ -563,12 +564,12 @@ class LanguageAgent(BaseAlgorithm):
                 )
                 goes_on = callback.on_step() and goes_on
                 if (
-                    not goes_on and self.world.size == 1
+                    not goes_on and self.communicator.size == 1
                 ):  # else other processes may be in a collective of a callback's next call
                     break
         except Exception as raised:
             error = raised
-        return all(self.world.gather_or_raise(goes_on, error))
+        return all(self.communicator.gather_or_raise(goes_on, error))
 
     def _update_trainer_state(self) -> None:
         """Set what reward functions may ask for as `trainer_state`."""
@@ -578,9 +579,11 @@ class LanguageAgent(BaseAlgorithm):
 
     def _sync_rng(self) -> None:
         """Take over the main process's random states: another process may have drawn numbers for itself."""
-        if self.world.size == 1:
+        if self.communicator.size == 1:
             return
-        torch_state, numpy_state = self.world.from_main((self._generator.get_state(), self.np_random.bit_generator.state))
+        torch_state, numpy_state = self.communicator.broadcast_from_main(
+            (self._generator.get_state(), self.np_random.bit_generator.state)
+        )
         self._generator.set_state(torch_state)
         self.np_random.bit_generator.state = numpy_state
 
@@ -614,7 +617,7 @@ class LanguageAgent(BaseAlgorithm):
 
     def set_logger(self, logger: Logger) -> None:
         """Set the logger; of several processes the main one logs."""
-        super().set_logger(logger if self.world.main else Logger(None, []))
+        super().set_logger(logger if self.communicator.is_main_process else Logger(None, []))
 
     @property
     def importance(self) -> float | None:
@@ -654,7 +657,7 @@ class LanguageAgent(BaseAlgorithm):
         check_engine(engine, engine_kwargs)
         made = None if engine is None else make_engine(engine, engine_kwargs)
         if self.env is not None:
-            check_engine_env(engine, self.rules, vector_env_of(self.env) is not None, self.world.sharded)
+            check_engine_env(engine, self.rules, vector_env_of(self.env) is not None, self.communicator.sharded)
         if self._engine is not None and not self._engine_is_object:
             self._engine.close()
         self._engine_setting, self.engine_kwargs, self._engine = engine, engine_kwargs, made
@@ -679,11 +682,11 @@ class LanguageAgent(BaseAlgorithm):
             self.policy.adapter.base.to(self.device)  # buffers that it does not share with the policy
         self.policy.train(False)
         quantized = self.policy.adapter is not None and self.policy.adapter.quantized
-        check_sharding(self.world.sharded, self.optimizer, quantized)
+        check_sharding(self.communicator.sharded, self.optimizer, quantized)
         self._configure()
-        if not self.world.main:
+        if not self.communicator.is_main_process:
             self.verbose, self.tensorboard_log = 0, None
-        replicate_policy(self.policy, self.world)
+        replicate_policy(self.policy, self.communicator)
         if self._learning_rate_setting is None:
             self.learning_rate = self._learning_rate_setting = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
@@ -748,8 +751,8 @@ class LanguageAgent(BaseAlgorithm):
         )
         self.check_env(rules)
         check_reference_sync(self.policy, rules.reference, self.reference_every)
-        check_processes(n_envs, self.group_size, self.world.size)
-        check_engine_env(self._engine_setting, rules, by_response, self.world.sharded)
+        check_processes(n_envs, self.group_size, self.communicator.size)
+        check_engine_env(self._engine_setting, rules, by_response, self.communicator.sharded)
         self.env, self.n_envs = env, n_envs
         self.observation_space, self.action_space = env.observation_space, env.action_space
         if self._window_is_rollout:
@@ -757,8 +760,8 @@ class LanguageAgent(BaseAlgorithm):
         agree_on_ends(self.policy, env)
         self.policy.take_over(rules)
         self._configure()
-        replicate_reference(rules.reference, self.world)
-        rules.record_apart(self.world.rank)  # a separate file for every process but the main one
+        replicate_reference(rules.reference, self.communicator)
+        rules.record_apart(self.communicator.rank)  # a separate file for every process but the main one
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._last_obs = None
         if self.seed is not None:
@@ -795,7 +798,7 @@ class LanguageAgent(BaseAlgorithm):
         if self.policy.adapter is not None:
             for rules in unique_rules(self.env):
                 if isinstance(rules.reference, BaseReference):
-                    rules.reference.bind(self.policy.base, wholeness(self.policy))
+                    rules.reference.bind(self.policy.base, full_params_context(self.policy))
                     rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
         reference = self.rules.reference
         if reference is not None:
@@ -827,7 +830,7 @@ class LanguageAgent(BaseAlgorithm):
             generator=self._generator,
         )
 
-    @placed
+    @collective
     def generate(self, prompts: Sequence[Any], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
         """Generate a response text for each prompt, given as text or as a chat.
 
@@ -871,7 +874,7 @@ class LanguageAgent(BaseAlgorithm):
             return rules.decode(responses)
         return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    @placed
+    @collective
     def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
         """Run one episode for every prompt of an env.
 
@@ -892,10 +895,10 @@ class LanguageAgent(BaseAlgorithm):
         check_tokenizers(self.policy, rules)
         check_positions(self.policy, rules)
         agree_on_ends(self.policy, vec_env)
-        rules.record_apart(self.world.rank)
+        rules.record_apart(self.communicator.rank)
         if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
-            rules.reference.bind(self.policy.base, wholeness(self.policy))
-        return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.world)
+            rules.reference.bind(self.policy.base, full_params_context(self.policy))
+        return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.communicator)
 
     def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
         """Measure on fresh episodes whether sampling and training fit together; see `agents.check_agent`."""
@@ -916,7 +919,7 @@ class LanguageAgent(BaseAlgorithm):
             return self._state.began
         return self._state.snapshot() | ({} if self._prefetched is None else self._prefetched.began)
 
-    @placed
+    @collective
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write the agent to one zip file: weights, optimizer, counts and random states, but not the env.
 
@@ -939,8 +942,8 @@ class LanguageAgent(BaseAlgorithm):
         try:
             if not isinstance(path, (str, Path)):
                 return super().save(path, exclude, include)
-            if not self.world.main:
-                if self.world.sharded:
+            if not self.communicator.is_main_process:
+                if self.communicator.sharded:
                     self.get_parameters()  # the main process needs this one's shards
                 return None
             target = Path(path)
@@ -953,13 +956,13 @@ class LanguageAgent(BaseAlgorithm):
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """Return the weights as SB3 saves them, and those of a reference that has moved since the env was made."""
-        if self.world.sharded:
-            self.world.gather(None, "weights")
+        if self.communicator.sharded:
+            self.communicator.all_gather_object(None, "weights")
         weights = self._reference_weights  # of an agent that was loaded and has no env yet
         if self._reference_sync.has_moved and self.env is not None:
             reference = self.rules.reference
-            weights = None if reference is None else gathered(reference.model.state_dict())
-        return gathered(super().get_parameters()) | ({} if weights is None else {"reference": weights})
+            weights = None if reference is None else full_state_dict(reference.model.state_dict())
+        return full_state_dict(super().get_parameters()) | ({} if weights is None else {"reference": weights})
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
         """Load weights: those of `get_parameters`, or a checkpoint's."""
@@ -970,9 +973,9 @@ class LanguageAgent(BaseAlgorithm):
         self._reference_weights = params.get("reference")
         weights = {key: params[key] for key in params if key != "reference"}
         if is_sharded(self.policy):
-            weights["policy"] = scattered(weights["policy"], self.policy.state_dict())
+            weights["policy"] = shard_state_dict(weights["policy"], self.policy.state_dict())
             if "policy.optimizer" in weights:
-                weights["policy.optimizer"] = scattered_for(self.policy.optimizer, weights["policy.optimizer"])
+                weights["policy.optimizer"] = shard_optim_state_dict(self.policy.optimizer, weights["policy.optimizer"])
         super().set_parameters(weights, exact_match, device)
         if self.env is not None:
             self._restore_reference(self.rules)
@@ -988,7 +991,7 @@ class LanguageAgent(BaseAlgorithm):
                 "with reference=<the model that training began with>"
             )
         try:
-            rules.reference.model.load_state_dict(scattered(weights, rules.reference.model.state_dict()))
+            rules.reference.model.load_state_dict(shard_state_dict(weights, rules.reference.model.state_dict()))
         except RuntimeError as error:
             raise ValueError(
                 f"the saved reference's weights do not fit the env's {type(rules.reference.model).__name__} "
@@ -1027,8 +1030,8 @@ class LanguageAgent(BaseAlgorithm):
             ValueError: If the file was cut off or damaged, another algorithm wrote it, its model cannot be rebuilt, `policy` is
                 another one, or an adapter's base is not there or has other weights.
         """
-        with world().at("load"):
-            world().gather(None)  # the main process has finished the file
+        with get_communicator().section("load"):
+            get_communicator().all_gather_object(None)  # the main process has finished the file
         if isinstance(path, (str, Path)) and Path(path).is_dir():
             raise ValueError(
                 f"{path} is a folder, as save_pretrained writes it; make an agent of it: {cls.__name__}({str(path)!r}, env)"

@@ -9,7 +9,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from agents.compatibility import agree_on_ends
-from agents.distributed import World
+from agents.distributed.communicator import Communicator
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout
 from agents.vec_env import unique_rules
@@ -42,7 +42,7 @@ def update_kl_controllers(controllers: Iterable[Any], rollout: Rollout) -> None:
             controller.update(float(np.mean(kls)), len(kls))
 
 
-def sync_callbacks(callback: BaseCallback, policy: LanguagePolicy, communicator: World, seed: int | None) -> None:
+def sync_callbacks(callback: BaseCallback, policy: LanguagePolicy, communicator: Communicator, seed: int | None) -> None:
     """Let SB3's callbacks come to the same conclusions in all processes, and the main one write and print.
 
     Episodes of an `EvalCallback` end at the end tokens of training. Every process calls its callbacks, with the infos of all
@@ -56,11 +56,11 @@ def sync_callbacks(callback: BaseCallback, policy: LanguagePolicy, communicator:
     for part in all_callbacks(callback):
         if isinstance(part, EvalCallback):
             part.eval_env.seed(seed)
-            if not communicator.main and part.eval_env.has_attr("rules"):
+            if not communicator.is_main_process and part.eval_env.has_attr("rules"):
                 for rules in unique_rules(part.eval_env):
                     rules.recorder = None  # all run the same episodes
-            part.log_path = part.log_path if communicator.main else None
-        part.verbose = part.verbose if communicator.main else 0
+            part.log_path = part.log_path if communicator.is_main_process else None
+        part.verbose = part.verbose if communicator.is_main_process else 0
 
 
 def all_callbacks(callback: BaseCallback | None) -> Iterator[BaseCallback]:

@@ -16,8 +16,9 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.monitor import Monitor
 from transformers import LlamaForCausalLM
 
-from agents import GRPO, PPO, REINFORCE, distributed
-from agents.sharded import whole
+from agents import GRPO, PPO, REINFORCE
+from agents.distributed import communicator
+from agents.distributed.fsdp import full_params
 from agents.validation import check_processes
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
@@ -136,7 +137,7 @@ def together(folder):
     )
     found = {"native": learned(agent, 300, callback=[evaluation, CheckpointCallback(9, folder / "checkpoints")])}
     found["best"] = evaluation.best_mean_reward
-    if rank == 1 and not agent.world.sharded:
+    if rank == 1 and not agent.communicator.sharded:
         agent.generate(["ab"])
     found["after a draw"] = learned(agent, 200)
     env = make_env(TOKENIZER, letters, ("a",), max_new_tokens=8)
@@ -236,7 +237,7 @@ def mixed(folder):
     agent.learn(10, callback=EvalCallback(exam, eval_freq=2, n_eval_episodes=2, verbose=0))
     policy = agent.policy
     base = list(policy.adapter.base.parameters())
-    with whole(policy):
+    with full_params(policy):
         gathered = list(policy.adapter.base.parameters())
     found["base"] = [parameter.device.type for parameter in base], {parameter.dtype for parameter in gathered}
     write(found, folder)
@@ -249,7 +250,7 @@ def refused(folder):
         make_agent,
         lambda: GRPO(model, make_text_env(), optimizer="adamw_8bit"),
         lambda: GRPO(model, make_text_env(), optimizer="paged_adamw_8bit"),
-        lambda: check_processes(4, 4, distributed.world().size),
+        lambda: check_processes(4, 4, communicator.get_communicator().size),
     ):
         try:
             call()

@@ -15,7 +15,7 @@ import agents.engines.vllm.local
 import agents.engines.vllm.server
 import llm_env
 from agents import GRPO, PPO, LanguagePolicy
-from agents.distributed import World
+from agents.distributed.communicator import Communicator
 from agents.engines.base import Completions, DecodingSpec, PolicyEngine, StaleWeightsError, end_episodes
 from agents.engines.vllm.engine import VLLMEngine, chunks_of, own_url
 from tests.conftest import make_model, make_tokenizer, refused
@@ -282,9 +282,9 @@ def test_adapters_are_pushed_merged_in():
 
 def test_every_process_has_a_server_of_its_own():
     """Two processes would overwrite each other's weights."""
-    world = World()
+    world = Communicator()
     world.rank, world.size = 1, 2
-    assert own_url(["http://a", "http://b"], world) == "http://b" and own_url("http://a", World()) == "http://a"
+    assert own_url(["http://a", "http://b"], world) == "http://b" and own_url("http://a", Communicator()) == "http://a"
     refused(own_url, "http://a", world, match="names 1 servers for 2 processes")
 
 

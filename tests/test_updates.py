@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM
 import agents.sampling.shared_prefix
 import llm_env
 from agents import GRPO, PPO, REINFORCE
-from agents.distributed import ALONE
+from agents.distributed.communicator import SINGLE_PROCESS
 from agents.training.trainer import Trainer
 from llm_env.passes import DEFAULT_TOKENS_CPU
 from llm_env.scoring import head_of
@@ -153,7 +153,9 @@ def planned(prompts, lengths, budget=None, size=None, shares=True):
     """The passes of episodes with prompts of one number, repeated, and responses of these lengths."""
     lm = make_model("llama", 16) if shares else BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2))
     policy = SimpleNamespace(prefix_sharing="auto", lm=lm)
-    trainer = Trainer(policy, None, ALONE, None, None, None, micro_batch_size=size, max_tokens_per_batch=budget or NO_BOUND)
+    trainer = Trainer(
+        policy, None, SINGLE_PROCESS, None, None, None, micro_batch_size=size, max_tokens_per_batch=budget or NO_BOUND
+    )
     rollout = SimpleNamespace(prompts=prompts, lengths=np.array(lengths))
     parts = trainer.micro_batches(rollout, np.arange(len(prompts)))
     assert sorted(row for part in parts for row in part) == list(range(len(prompts)))

@@ -11,12 +11,12 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from agents.distributed import ALONE, World
+from agents.distributed.communicator import SINGLE_PROCESS, Communicator
+from agents.distributed.fsdp import full_params
 from agents.engines.base import Completions, DecodingSpec, Engine
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, concat, from_episodes
 from agents.sampling.sampler import Sampler
-from agents.sharded import whole
 from agents.vec_env import rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.observations import pick
@@ -57,7 +57,7 @@ class ResponseCollector:
         venv: TextGenerationVectorEnv,
         sampler: Sampler,
         group_size: int = 1,
-        communicator: World = ALONE,
+        communicator: Communicator = SINGLE_PROCESS,
     ) -> None:
         self.policy, self.engine, self.venv, self.sampler = policy, engine, venv, sampler
         self.group_size, self.communicator = group_size, communicator
@@ -70,7 +70,7 @@ class ResponseCollector:
         """
         request = self.prepare(indexes)
         local, error = None, None
-        with whole(self.policy), whole(reference_model(self.venv.rules)):
+        with full_params(self.policy), full_params(reference_model(self.venv.rules)):
             try:
                 local = self.collect_local(request)
             except Exception as raised:
@@ -82,7 +82,7 @@ class ResponseCollector:
         venv, rules = self.venv, self.venv.rules
         venv.reset(options={"group_size": self.group_size, **({} if indexes is None else {"index": indexes})})
         prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
-        rows, sampler, uniforms = self.communicator.part(venv.num_envs, self.group_size), self.sampler, None
+        rows, sampler, uniforms = self.communicator.split_rows(venv.num_envs, self.group_size), self.sampler, None
         if self.engine.takes_uniforms:
             uniforms = sampler.numbers(venv.num_envs, rules.max_new_tokens, rules.vocab_size, self.policy.device)
             uniforms = uniforms[rows.start : rows.stop]
@@ -135,7 +135,7 @@ class TokenCollector:
         vec_env: VecEnv,
         sampler: Sampler,
         group_size: int = 1,
-        communicator: World = ALONE,
+        communicator: Communicator = SINGLE_PROCESS,
         next_indexes: Callable[[], list[int]] | None = None,
     ) -> None:
         self.policy, self.vec_env, self.sampler = policy, vec_env, sampler
@@ -154,10 +154,10 @@ class TokenCollector:
             assert self.next_indexes is not None
             indexes = self.next_indexes()
         rules = rules_of_vec_env(self.vec_env)
-        rows = self.communicator.part(len(indexes), self.group_size)
+        rows = self.communicator.split_rows(len(indexes), self.group_size)
         uniforms = self.sampler.numbers(len(indexes), rules.max_new_tokens, rules.vocab_size, self.policy.device)
         local, error = None, None
-        with whole(self.policy), whole(reference_model(rules)):
+        with full_params(self.policy), full_params(reference_model(rules)):
             try:
                 local = self._collect_local(rules, list(indexes), rows, uniforms) if len(rows) else None
             except Exception as raised:
@@ -253,7 +253,7 @@ def reference_model(rules: Rules) -> nn.Module | None:
     return None if rules.reference is None else rules.reference.model
 
 
-def gather_rollout(communicator: World, local: Rollout | None, error: Exception | None, device: torch.device) -> Rollout:
+def gather_rollout(communicator: Communicator, local: Rollout | None, error: Exception | None, device: torch.device) -> Rollout:
     """Return the rollout of all processes, from the episodes of each; an error in one process is raised in all.
 
     Args:

@@ -6,7 +6,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.collection.collector import ResponseCollector, TokenCollector
-from agents.distributed import World
+from agents.distributed.communicator import Communicator
 from agents.engines.base import PolicyEngine
 from agents.policy import LanguagePolicy
 from agents.sampling.sampler import Sampler
@@ -15,7 +15,7 @@ from llm_env import TextGenerationVectorEnv
 
 
 def evaluate(
-    policy: LanguagePolicy, vec_env: VecEnv, sampler: Sampler, batch_size: int, communicator: World
+    policy: LanguagePolicy, vec_env: VecEnv, sampler: Sampler, batch_size: int, communicator: Communicator
 ) -> dict[str, float]:
     """Run one episode for every prompt of an env.
 

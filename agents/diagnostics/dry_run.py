@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agents.collection.collector import ResponseCollector, TokenCollector
 from agents.diagnostics.compare import active_dropout
-from agents.distributed import ALONE
+from agents.distributed.communicator import SINGLE_PROCESS
 from agents.engines.base import PolicyEngine
 from agents.patching import patched
 from agents.policy import Evaluation, LanguagePolicy
@@ -101,7 +101,7 @@ def dry_run_copy(agent: Any, rng: np.random.Generator) -> Any:
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     policy._modules = dict(policy._modules)
     policy.optimizer = NoOpOptimizer(trained, lr=0.0)
-    vars(copied).update(policy=policy, np_random=rng, world=ALONE, max_grad_norm=float("inf"))
+    vars(copied).update(policy=policy, np_random=rng, communicator=SINGLE_PROCESS, max_grad_norm=float("inf"))
     return copied
 
 

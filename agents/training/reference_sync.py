@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from agents.distributed.fsdp import full_params, shard_state_dict
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout
-from agents.sharded import scattered, whole
 from llm_env.reference import BaseReference, Reference
 
 
@@ -45,8 +45,8 @@ class ReferenceSync:
             self._rollouts.append(rollout)
         if self._num_rollouts < every:
             return None
-        with whole(policy if policy.adapter is not None else None):  # an adapter is merged with the whole base
-            weights = scattered(dict(policy.weights()), reference.model.state_dict())
+        with full_params(policy if policy.adapter is not None else None):  # an adapter is merged with the whole base
+            weights = shard_state_dict(dict(policy.weights()), reference.model.state_dict())
         reference.model.load_state_dict(weights)
         self.has_moved = True
         rollouts, self._rollouts, self._num_rollouts = self._rollouts, [], 0

@@ -6,14 +6,14 @@ import copy
 
 import torch
 
-from agents.distributed import World
+from agents.distributed.communicator import Communicator
+from agents.distributed.fsdp import is_sharded, shard_and_warm_up
 from agents.policy import LanguagePolicy
-from agents.sharded import begin, is_sharded
 from llm_env.reference import BaseReference, Reference
 from llm_env.scoring import try_out
 
 
-def replicate_policy(policy: LanguagePolicy, communicator: World) -> None:
+def replicate_policy(policy: LanguagePolicy, communicator: Communicator) -> None:
     """Give all processes the main one's weights, and shard them where the launcher says so."""
     if is_sharded(policy):
         return
@@ -27,17 +27,17 @@ def replicate_policy(policy: LanguagePolicy, communicator: World) -> None:
         try_out_all()
         policy._evaluate([[0]], [[0]], None, 1.0)
 
-    communicator.spread(policy)
+    communicator.broadcast_weights(policy)
     try_out_all()
     if communicator.sharded and policy.adapter is not None:
         _ = policy.adapter.base_hash  # which checkpoints have, of the base as it is now
     if communicator.sharded and policy.critic is not None:
         # Frozen weights are shared with the policy, and each of the two is sharded by itself.
         policy.critic = copy.deepcopy(policy.critic)
-    begin(communicator, policy, warm_up, "_evaluate", None if policy.adapter is None else policy.adapter.base)
+    shard_and_warm_up(communicator, policy, warm_up, "_evaluate", None if policy.adapter is None else policy.adapter.base)
 
 
-def replicate_reference(reference: Reference | None, communicator: World) -> None:
+def replicate_reference(reference: Reference | None, communicator: Communicator) -> None:
     """Do the same for a reference with its own model."""
     if reference is None or isinstance(reference, BaseReference) or is_sharded(reference.model):
         return
@@ -47,5 +47,5 @@ def replicate_reference(reference: Reference | None, communicator: World) -> Non
         try_out(model)
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
 
-    communicator.spread(model)
-    begin(communicator, model, warm_up, "forward")
+    communicator.broadcast_weights(model)
+    shard_and_warm_up(communicator, model, warm_up, "forward")

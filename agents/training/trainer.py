@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from agents.distributed import World
+from agents.distributed.communicator import Communicator
+from agents.distributed.fsdp import full_params, full_tensor
 from agents.losses import token_weights, truncated_importance
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout
-from agents.sharded import whole, whole_tensor
 from agents.training.batching import group_unit, minibatches
 from agents.training.objective import Objective
 from agents.training.out_of_memory import suggest_token_budget
@@ -50,7 +50,7 @@ class Trainer:
 
     policy: LanguagePolicy
     objective: Objective
-    communicator: World
+    communicator: Communicator
     optimizer: Optimizer
     rng: np.random.Generator
     rules: Rules
@@ -97,7 +97,7 @@ class Trainer:
         old_logp, old_values = torch.zeros_like(rollout.rewards), torch.zeros_like(rollout.rewards)
         last_values = torch.zeros_like(rollout.scores)
         size = min(self.batch_size or len(rollout), len(rollout))
-        with whole(self.policy):
+        with full_params(self.policy):
             for rows in self.local_micro_batches(rollout, np.arange(len(rollout)), size):
                 batch = rollout.select(rows)
                 with suggest_token_budget(self.policy, self.rules, batch.prompts, batch.responses):
@@ -107,7 +107,7 @@ class Trainer:
                 if evaluation.values is not None:
                     old_values[rows, :width] = evaluation.values[:, :-1] * batch.mask
                     last_values[rows] = evaluation.values[np.arange(len(rows)), batch.lengths]
-        self.communicator.add([old_logp, old_values, last_values])
+        self.communicator.all_reduce([old_logp, old_values, last_values])
         rollout.old_logp = old_logp
         if self.objective.needs_values:
             rollout.old_values, rollout.last_values = old_values, last_values
@@ -151,7 +151,7 @@ class Trainer:
         sums = self._reduce_step(sums, error, old_logp)
         if old_logp is not None:
             rollout.old_logp = old_logp
-        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
         if not torch.isfinite(norm):
             self.optimizer.zero_grad()
             raise ValueError(f"the gradient is not finite (norm {norm.item()}); the weights are unchanged. Lower learning_rate")
@@ -192,7 +192,7 @@ class Trainer:
         Groups are kept together where there are enough of them for all processes.
         """
         unit = group_unit(len(rows), len(rollout), rollout.group_size)
-        local = self.communicator.part(len(rows), unit if len(rows) >= unit * self.communicator.size else 1)
+        local = self.communicator.split_rows(len(rows), unit if len(rows) >= unit * self.communicator.size else 1)
         return self.micro_batches(rollout, rows[local], max_rows) if len(local) else []
 
     def micro_batches(self, rollout: Rollout, rows: np.ndarray, max_rows: int | None = None) -> list[list[int]]:
@@ -222,7 +222,7 @@ class Trainer:
         """Return how many passes other processes make after this one's last: sharded weights are gathered in every pass."""
         if not self.communicator.sharded:
             return 0
-        return max(self.communicator.gather(num_passes, "passes")) - num_passes
+        return max(self.communicator.all_gather_object(num_passes, "passes")) - num_passes
 
     def _idle_pass(self, rollout: Rollout) -> None:
         """Make a pass over an episode that has no weight."""
@@ -239,9 +239,9 @@ class Trainer:
             raise error
         found = communicator.gather_or_raise(sums, error)
         if not communicator.sharded:
-            communicator.add_gradients(self.policy.parameters())
+            communicator.all_reduce_gradients(self.policy.parameters())
         if old_logp is not None:
-            communicator.add([old_logp])
+            communicator.all_reduce([old_logp])
         totals: dict[str, float] = {}
         for entry in found:
             for key, value in entry.items():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.distributed import World, world
+from agents.distributed.communicator import Communicator, get_communicator
 from agents.engines.base import Completions, DecodingSpec, OnTurns, StaleWeightsError, end_episodes
 from agents.engines.vllm.local import LocalVLLM
 from agents.engines.vllm.server import VLLMServer
@@ -83,7 +83,9 @@ class VLLMEngine:
     takes_uniforms = False
 
     def __init__(self, base_url: str | Sequence[str] | None = None, tolerance: float | None = None, **settings: Any) -> None:
-        self.vllm: VLLM = LocalVLLM(settings) if base_url is None else VLLMServer(own_url(base_url, world()), **settings)
+        self.vllm: VLLM = (
+            LocalVLLM(settings) if base_url is None else VLLMServer(own_url(base_url, get_communicator()), **settings)
+        )
         self._wanted_tolerance = tolerance
         self.tolerance = TOLERANCE["torch.float32"] if tolerance is None else tolerance
         self._dtype = torch.float32
@@ -184,19 +186,20 @@ class VLLMEngine:
         self.vllm.close()
 
 
-def own_url(base_url: str | Sequence[str], world: World) -> str:
+def own_url(base_url: str | Sequence[str], communicator: Communicator) -> str:
     """The url of this process's server.
 
     Raises:
         ValueError: there are more processes, each of which gives a server its weights, or fewer.
     """
     urls: list[Any] = list(base_url) if isinstance(base_url, (list, tuple)) else [base_url]
-    if len(urls) != world.size:
+    count = communicator.size
+    if len(urls) != count:
         raise ValueError(
-            f"base_url={base_url!r} names {len(urls)} servers for {world.size} processes, each of which gives its weights to "
+            f"base_url={base_url!r} names {len(urls)} servers for {count} processes, each of which gives its weights to "
             "one of its own; give a list of as many urls"
         )
-    return urls[world.rank]
+    return urls[communicator.rank]
 
 
 def _device(sampler: Sampler) -> torch.device | str:

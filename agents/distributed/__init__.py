@@ -1,0 +1,1 @@
+"""Training in several processes: `communicator` (replicated weights) and `fsdp` (sharded weights)."""
