@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,14 +49,7 @@ from agents.compatibility import (
 )
 from agents.diagnostics import check_agent
 from agents.distributed.communicator import SINGLE_PROCESS, Communicator, collective, get_communicator
-from agents.distributed.fsdp import (
-    full_params_context,
-    full_state_dict,
-    is_sharded,
-    shard_and_warm_up,
-    shard_optim_state_dict,
-    shard_state_dict,
-)
+from agents.distributed.fsdp import full_params_context, full_state_dict, is_sharded, shard_optim_state_dict, shard_state_dict
 from agents.engines.base import PolicyEngine
 from agents.engines.registry import check_engine, check_engine_env, make_engine
 from agents.engines.weight_sync import ExternalEngine, SyncedEngine
@@ -73,6 +65,7 @@ from agents.sampler import Sampler
 from agents.training.objective import LossTerms, Statistics
 from agents.training.preflight import preflight
 from agents.training.reference_sync import ReferenceSync, check_reference_sync
+from agents.training.replication import replicate_policy, replicate_reference
 from agents.training.trainer import Trainer
 from agents.validation import (
     check_choice,
@@ -95,7 +88,6 @@ from llm_env.reference import BaseReference, KLController, coefficient
 from llm_env.report import Report
 from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
-from llm_env.scoring import try_out
 from llm_env.sharing import PrefixSharing
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
@@ -328,10 +320,15 @@ class LanguageAgent(BaseAlgorithm):
         self._tokens_left_over = 0
         self._has_had_env = False
         self._had_hook = self.on_iteration is not None
+        self._name_algorithm()
         if _init_setup_model:
             self._setup_model()
             if env is not None:
                 self._set_env(as_vec_env(env, self.n_envs))
+
+    def _name_algorithm(self) -> None:
+        self._algorithm = type(self).__name__  # the class that writes a checkpoint
+        self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
 
     # --- what an algorithm fills in: see `agents.training.objective.Objective` -------------------------------------------
 
@@ -423,7 +420,8 @@ class LanguageAgent(BaseAlgorithm):
                 self._update_trainer_state()
                 steps = self.policy.num_steps
                 is_final = lambda: self.policy.num_steps != steps  # noqa: B023, E731 - called within this iteration only
-                with self._state.rollback_on_error(self._discard_prefetched, is_final) as transaction:
+                began = self._training_state()
+                with self._state.rollback_on_error(began, self._discard_prefetched, is_final) as transaction:
                     rollout = self.sample_rollout()
                     update_kl_controllers((self.rules.kl, self.kl_coef), rollout)
                     if not self._run_callbacks(callback, rollout):
@@ -462,11 +460,7 @@ class LanguageAgent(BaseAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         rows = self.select_training_rows(rollout)
         trained = rollout if rows is None else rollout.select(rows)
-        steps = self.policy.num_steps
-        try:
-            statistics = self.make_trainer().train(trained)
-        finally:
-            self._n_updates += self.policy.num_steps - steps
+        statistics = self.make_trainer().train(trained)
         record_update(self.logger, trained, statistics, self._n_updates)
         self._sync_reference(rollout)
 
@@ -488,7 +482,11 @@ class LanguageAgent(BaseAlgorithm):
             aggregation=self.aggregation,
             mask_truncated=self.mask_truncated,
             importance_cap=self.importance,
+            on_step=self._count_step,
         )
+
+    def _count_step(self) -> None:
+        self._n_updates += 1
 
     def _make_collector(self) -> ResponseCollector | TokenCollector:
         """Build the collector from the agent's attributes as they are now: of whole responses where the env allows it."""
@@ -687,7 +685,9 @@ class LanguageAgent(BaseAlgorithm):
         quantized = self.policy.adapter is not None and self.policy.adapter.quantized
         check_sharding(self.communicator.sharded, self.optimizer, quantized)
         self._configure()
-        self._share_policy()
+        if not self.communicator.is_main_process:
+            self.verbose, self.tensorboard_log = 0, None
+        replicate_policy(self.policy, self.communicator)
         if self._learning_rate_setting is None:
             self.learning_rate = self._learning_rate_setting = default_learning_rate(self.policy, self.n_epochs)
         self._setup_lr_schedule()
@@ -761,7 +761,8 @@ class LanguageAgent(BaseAlgorithm):
         agree_on_ends(self.policy, env)
         self.policy.take_over(rules)
         self._configure()
-        self._share_env(rules)
+        replicate_reference(rules.reference, self.communicator)
+        rules.record_apart(self.communicator.rank)  # a separate file for every process but the main one
         self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
         self._last_obs = None
         if self.seed is not None:
@@ -805,47 +806,6 @@ class LanguageAgent(BaseAlgorithm):
             reference.place(self.device)
             reference.temperature, reference.bf16 = self.temperature, self.bf16
             reference.prefix_sharing, reference.max_tokens_per_batch = self.prefix_sharing, self.max_tokens_per_batch
-
-    def _share_policy(self) -> None:
-        """Let all processes begin with the main one's weights, sharded where the launcher says so; only the main one logs."""
-        communicator, policy = self.communicator, self.policy
-        if not communicator.is_main_process:
-            self.verbose, self.tensorboard_log = 0, None
-        if is_sharded(policy):
-            return
-
-        def try_out_all() -> None:
-            for model in (policy.lm, policy.critic):
-                if model is not None:
-                    try_out(model)
-
-        def warm_up() -> None:
-            try_out_all()
-            policy._evaluate([[0]], [[0]], None, 1.0)
-
-        communicator.broadcast_weights(policy)
-        try_out_all()
-        if communicator.sharded and policy.adapter is not None:
-            _ = policy.adapter.base_hash  # which checkpoints have, of the base as it is now
-        if communicator.sharded and policy.critic is not None:
-            # Frozen weights are shared with the policy, and each of the two is sharded by itself.
-            policy.critic = copy.deepcopy(policy.critic)
-        shard_and_warm_up(communicator, policy, warm_up, "_evaluate", None if policy.adapter is None else policy.adapter.base)
-
-    def _share_env(self, rules: Rules) -> None:
-        """Do the same for the reference; and let every process but the main one record episodes to a separate file."""
-        communicator, reference = self.communicator, rules.reference
-        if reference is not None and not isinstance(reference, BaseReference):  # which is the policy's
-            model = reference.model
-
-            def warm_up() -> None:
-                try_out(model)
-                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-
-            if not is_sharded(model):
-                communicator.broadcast_weights(model)
-                shard_and_warm_up(communicator, model, warm_up, "forward")
-        rules.record_apart(communicator.rank)
 
     # --- inference ---------------------------------------------------------------------------------------------------
 
@@ -977,8 +937,7 @@ class LanguageAgent(BaseAlgorithm):
         """
         check_optimizer(self.policy)
         self._checkpoint_format = FORMAT
-        self._algorithm = type(self).__name__  # the class that writes the checkpoint
-        self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
+        self._name_algorithm()
         self._policy_data = self.policy._get_constructor_parameters()
         self._saved_state = self._training_state()
         try:

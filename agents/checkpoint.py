@@ -74,17 +74,18 @@ class TrainingState:
                 part.load_state_dict(snapshot[name])
 
     @contextmanager
-    def rollback_on_error(self, before_restore: Callable[[], None], is_final: Callable[[], bool]) -> Iterator[Transaction]:
+    def rollback_on_error(
+        self, began: dict[str, Any], before_restore: Callable[[], None], is_final: Callable[[], bool]
+    ) -> Iterator[Transaction]:
         """Undo a rollout that does not reach its end: after an error, Ctrl-C, or `Transaction.roll_back`.
 
-        Meanwhile `began` is the state that a checkpoint gets.
-
         Args:
+            began: the snapshot from which the rollout begins, and which a checkpoint gets meanwhile.
             before_restore: stops whatever else moves the state.
             is_final: whether weights have moved since, so that nothing can be undone any more.
         """
         transaction = Transaction()
-        self.began = began = self.snapshot()
+        self.began = began
 
         def roll_back() -> None:
             before_restore()
@@ -262,9 +263,9 @@ def migrate(attributes: dict[str, Any]) -> None:
     if attributes.get("_checkpoint_format", 1) >= FORMAT:
         return
     for old, new in RENAMED_ATTRIBUTES.items():
-        value = attributes.pop(old, None)
-        if not attributes.get(new):  # what `load` was given goes first
-            attributes[new] = value
+        if old in attributes:
+            value = attributes.pop(old)
+            attributes[new] = attributes.get(new) or value  # what `load` was given goes first
     position = attributes.pop("_position", {})
     state = {new: position[old] for old, new in RENAMED_PARTS.items() if position.get(old) is not None}
     if position.get("env") is not None:

@@ -29,9 +29,10 @@ from llm_env.constraints import TokenConstraint
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
 from llm_env.observations import Observation, pick
 from llm_env.positions import check_length, max_positions
-from llm_env.rules import Rules, vocabulary_size
+from llm_env.rules import Rules
 from llm_env.scoring import autocast, response_states, restrict, score
 from llm_env.sharing import PrefixSharing
+from llm_env.tokenization import vocabulary_size
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_env.arguments import check_text
+from llm_env.tokenization import encode_texts
 
 Messages = list[dict[str, Any]]
 SPOKEN = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")  # one of which a message has
@@ -192,51 +193,6 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], end: bool = False,
         for i, ids in zip(numbers, encoded, strict=True):
             rows[i] = ids
     return rows
-
-
-def encode_texts(
-    tokenizer: Any, texts: Sequence[str], special: bool = True, end: bool = False, **kwargs: Any
-) -> list[list[int]]:
-    """Tokenize texts, with each special token once.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        texts: N texts.
-        special: add the tokenizer's special tokens: those before a text, unless it begins with them (a rendered chat that has a
-            BOS); and with `end` those after it.
-        end: whether the texts are whole. Without it nothing is added after a text: a prompt goes on.
-        kwargs: further arguments of the tokenizer.
-    """
-    if not len(texts):
-        return []
-    if not special:
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False, **kwargs)["input_ids"]
-    encoded = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False, **kwargs)
-    if "special_tokens_mask" not in encoded:  # a tokenizer of somebody's own, which does not tell what it adds
-        return encoded["input_ids"]
-    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
-    return [_once(list(ids), list(added), tokenizer.eos_token_id, end) for ids, added in pairs]
-
-
-def _once(ids: list[int], added: list[int], eos_id: int | None, end: bool) -> list[int]:
-    """Return the ids of a text without what was added to it twice, or (unless `end`) after it.
-
-    Args:
-        ids: (n,) token ids.
-        added: (n,) 1 where the tokenizer has added a special token.
-        eos_id: the end token, to tell before from after in a text that is empty.
-        end: whether what was added after the text stays.
-    """
-    begin = next((i for i, is_added in enumerate(added) if not is_added), None)
-    if begin is None:
-        while ids and ids[-1] == eos_id and not end:
-            ids = ids[:-1]
-        return ids
-    stop = len(ids) - next(i for i, is_added in enumerate(reversed(added)) if not is_added)
-    before, text, after = ids[:begin], ids[begin:stop], ids[stop:]
-    if before == text[: len(before)]:
-        before = []
-    return before + text + (after if end and after != text[len(text) - len(after) :] else [])
 
 
 def _template(tokenizer: Any, chat_template: Any) -> str | None:

@@ -74,7 +74,9 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             raise ValueError(f"render_mode={render_mode!r} must be None or one of {self.metadata['render_modes']}")
         self.rules = Rules(prompts, reward, tokenizer, **rules)
         self.render_mode = render_mode
-        self.observation_space, self.action_space = spaces_of(self.rules)
+        self.observation_space, self.action_space = spaces_of(
+            self.rules.observation, self.rules.max_tokens, self.rules.vocab_size
+        )
         self._episodes = Episodes(self.rules, 1)
         self._cursor = PromptCursor(len(self.rules.prompts), partial(getattr, self, "np_random"))
         self._last_info: dict[str, Any] = {}

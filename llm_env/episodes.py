@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm_env.observations import observe
-from llm_env.recorder import record_of
-from llm_env.rewards import Scores
+from llm_env.rewards import NOTES, Scores
 from llm_env.rules import Rules
 
 
@@ -142,7 +141,7 @@ class Episodes:
             infos = self._pay(rows, before, lengths, ended, truncated, rewards)
             if self.rules.recorder is not None:
                 now = [(int(rows[i]), bool(terminated[i])) for i in np.flatnonzero(ended)]
-                self.rules.recorder.write([record_of(self, row, infos[row], by_itself) for row, by_itself in now])
+                self.rules.recorder.write([self._record(row, infos[row], by_itself) for row, by_itself in now])
         except BaseException:
             self.response_lengths[rows], self._paid_steps[rows], self.scores[rows] = before, paid_before, scores_before
             self.ids[at] = self.rules.pad_id
@@ -334,3 +333,26 @@ class Episodes:
                     info["kl"] = float((logp - ref_logp).sum())
             infos[row] = info
         return infos
+
+    def _record(self, row: int, info: dict[str, Any], terminated: bool) -> dict[str, Any]:
+        """Return the record of the episode that ended in `row`; see `llm_env.recorder.Recorder`."""
+        index, notes = info["prompt_index"], {key: value for key, value in info.items() if key.startswith(NOTES)}
+        (prompt,), (completion,), _ = self.rules.prompts.reward_inputs([index], [info["completion"]])
+        logp, ref_logp = (x.tolist() if np.isfinite(x).all() else None for x in self.log_probs(row))
+        return {
+            "prompt_index": index,
+            "prompt": prompt,
+            "completion": completion,
+            **({} if isinstance(prompt, str) else {"prompt_text": info["prompt"]}),
+            "prompt_ids": self.prompt(row).tolist(),
+            "completion_ids": self.response(row).tolist(),
+            "columns": self.rules.prompts.row(index),
+            "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
+            "score": float(self.scores[row]),
+            "terminated": terminated,
+            "truncated": not terminated,
+            "logprobs": logp,
+            "ref_logprobs": ref_logp,
+            **{key: info[key] for key in ("is_success", "reward_error") if key in info},
+            **notes,
+        }

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-
-if TYPE_CHECKING:
-    from llm_env.rules import Rules
 
 Observation = dict[str, np.ndarray] | np.ndarray
 FORMS = ("dict", "flat")
 PADDING = -1
 
 
-def spaces_of(rules: Rules) -> tuple[spaces.Space, spaces.Discrete]:
-    """The observation and the action space of one episode."""
-    shape, last = (rules.max_tokens,), rules.vocab_size - 1
-    actions = spaces.Discrete(rules.vocab_size)
-    if rules.observation == "flat":
+def spaces_of(form: str, max_tokens: int, vocab_size: int) -> tuple[spaces.Space, spaces.Discrete]:
+    """Return the observation space and the action space of one episode.
+
+    Args:
+        form: `"dict"` or `"flat"`; see `observe`.
+        max_tokens: L, the length of an observation.
+        vocab_size: V.
+    """
+    shape, last = (max_tokens,), vocab_size - 1
+    actions = spaces.Discrete(vocab_size)
+    if form == "flat":
         return spaces.Box(PADDING, last, shape, np.int64), actions
     ids, mask = spaces.Box(0, last, shape, np.int64), spaces.Box(0, 1, shape, np.int8)
     return spaces.Dict({"input_ids": ids, "attention_mask": mask}), actions

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from llm_env.answers import final_answer
-from llm_env.prompts import Row
-from llm_env.rules import Rules
+from llm_env.prompts import PromptTable, Row
 
 Gold = str | Callable[[Row], Any] | None
 GOLD_COLUMNS = ("solution", "answer")
@@ -31,17 +30,16 @@ class Sample:
         return Sample([self.indexes[i] for i in order], [self.completions[i] for i in order])
 
 
-def known_answers(rules: Rules, gold: Gold) -> dict[int, str]:
-    """The perfect completion of every prompt that has one, by the prompt's index.
+def known_answers(table: PromptTable, gold: Gold) -> dict[int, str]:
+    """Return the perfect completion of every prompt that has one, by the prompt's index.
 
     Args:
-        rules: the env's.
+        table: the env's prompts.
         gold: the name of a column, a function from a row to the completion, or None for the first of `GOLD_COLUMNS`.
 
     Raises:
         ValueError: there is no column `gold`.
     """
-    table = rules.prompts
     everything = range(len(table))
     if callable(gold):
         values = [
@@ -57,9 +55,9 @@ def known_answers(rules: Rules, gold: Gold) -> dict[int, str]:
     return {i: str(value) for i, value in zip(everything, values, strict=True) if value is not None}
 
 
-def choose_prompts(rules: Rules, golds: dict[int, str], n: int, rng: np.random.Generator) -> list[int]:
+def choose_prompts(table: PromptTable, golds: dict[int, str], n: int, rng: np.random.Generator) -> list[int]:
     """At most n prompts at random, one for each look of an answer ("0", "0,0", "-0", "a 0.0") before others."""
-    order = rng.permutation(sorted(golds) if golds else len(rules.prompts)).tolist()
+    order = rng.permutation(sorted(golds) if golds else len(table)).tolist()
     looks: dict[str, int] = {}
     for i in order if golds else []:
         looks.setdefault(re.sub(r"[0-9]+", "0", re.sub(r"[^\W\d_]+", "a", final_answer(golds[i]))), i)
@@ -67,9 +65,9 @@ def choose_prompts(rules: Rules, golds: dict[int, str], n: int, rng: np.random.G
     return [*first, *(i for i in order if i not in set(first))][:n]
 
 
-def make_probes(rules: Rules, golds: dict[int, str], indexes: list[int], rng: np.random.Generator) -> dict[str, Sample]:
+def make_probes(table: PromptTable, golds: dict[int, str], indexes: list[int], rng: np.random.Generator) -> dict[str, Sample]:
     """What must not pay, by the name of its check, and the gold answers under "gold"."""
-    texts = rules.prompts.texts
+    texts = table.texts
     known = [i for i in indexes if i in golds]
     bare = {i: final_answer(golds[i]) for i in known}
     found: dict[str, list[tuple[int, str]]] = {

@@ -7,15 +7,12 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from llm_env.prompts import read_jsonl
-from llm_env.rewards import NOTES, RewardFunction, RewardSum
-
-if TYPE_CHECKING:
-    from llm_env.episodes import Episodes
+from llm_env.rewards import RewardFunction, RewardSum
 
 logger = logging.getLogger("llm_env")
 
@@ -98,30 +95,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     raise TypeError(f"a column holds {value!r} ({type(value).__name__}), which JSON cannot; give text or numbers, or drop it")
-
-
-def record_of(episodes: Episodes, row: int, info: dict[str, Any], terminated: bool) -> dict[str, Any]:
-    """What `Recorder` writes of the episode that has just ended in `row` with the last info `info`."""
-    index, notes = info["prompt_index"], {key: value for key, value in info.items() if key.startswith(NOTES)}
-    (prompt,), (completion,), _ = episodes.rules.prompts.reward_inputs([index], [info["completion"]])
-    logp, ref_logp = (x.tolist() if np.isfinite(x).all() else None for x in episodes.log_probs(row))
-    return {
-        "prompt_index": index,
-        "prompt": prompt,
-        "completion": completion,
-        **({} if isinstance(prompt, str) else {"prompt_text": info["prompt"]}),
-        "prompt_ids": episodes.prompt(row).tolist(),
-        "completion_ids": episodes.response(row).tolist(),
-        "columns": episodes.rules.prompts.row(index),
-        "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
-        "score": float(episodes.scores[row]),
-        "terminated": terminated,
-        "truncated": not terminated,
-        "logprobs": logp,
-        "ref_logprobs": ref_logp,
-        **{key: info[key] for key in ("is_success", "reward_error") if key in info},
-        **notes,
-    }
 
 
 def rescore(

@@ -9,17 +9,29 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
 
 from llm_env.probes import GOLD_COLUMNS, Gold, Sample, choose_prompts, known_answers, make_probes
+from llm_env.prompts import PromptTable
 from llm_env.report import FAILED, NOT_APPLICABLE, NOT_RUN, NOTE, PASSED, CheckRow, Report, short
 from llm_env.reward_pool import PooledReward
-from llm_env.rules import Rules
+from llm_env.rewards import RewardSum
 
 ROUNDS, SECONDS = 3, 0.3  # calls per thread, at least, and how long quick functions are called
+
+
+class RewardTask(Protocol):
+    """What the check reads of an env's rules (`llm_env.rules.Rules`)."""
+
+    prompts: PromptTable
+    rewards: RewardSum
+    success: str | None
+    tokenizer: Any
+    eos_id: int
+    max_new_tokens: int
 
 
 def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, threads: int = 4, quiet: bool = False) -> Report:
@@ -75,9 +87,9 @@ def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, thr
         raise ValueError(f"n={n} and threads={threads} must be at least 1")
     rules = _rules(env)
     rng = np.random.default_rng(seed)
-    golds = known_answers(rules, gold)
-    indexes = choose_prompts(rules, golds, n, rng)
-    probes = make_probes(rules, golds, indexes, rng)
+    golds = known_answers(rules.prompts, gold)
+    indexes = choose_prompts(rules.prompts, golds, n, rng)
+    probes = make_probes(rules.prompts, golds, indexes, rng)
     lint = _Lint(rules, probes, golds, indexes)
     with _uncached(rules):
         rows = [*lint.numbers(), *lint.equality()]
@@ -90,9 +102,9 @@ def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, thr
     return report
 
 
-def _rules(env: Any) -> Rules:
-    rules = getattr(getattr(gym.make(env) if isinstance(env, str) else env, "unwrapped", None), "rules", None)
-    if not isinstance(rules, Rules):
+def _rules(env: Any) -> RewardTask:
+    rules: Any = getattr(getattr(gym.make(env) if isinstance(env, str) else env, "unwrapped", None), "rules", None)
+    if not isinstance(getattr(rules, "rewards", None), RewardSum):
         raise TypeError(f"check_reward takes a text env, single or vector, or the id of one; this is a {type(env).__name__}")
     return rules
 
@@ -100,7 +112,7 @@ def _rules(env: Any) -> Rules:
 class _Lint:
     """The checks, over one set of probes."""
 
-    def __init__(self, rules: Rules, probes: dict[str, Sample], golds: dict[int, str], indexes: list[int]) -> None:
+    def __init__(self, rules: RewardTask, probes: dict[str, Sample], golds: dict[int, str], indexes: list[int]) -> None:
         self.rules, self.probes, self.golds, self.indexes = rules, probes, golds, indexes
         self.failures: list[str] = []
         self.scores: dict[str, np.ndarray] = {}
@@ -287,7 +299,7 @@ def _eager_switching() -> Iterator[None]:
 
 
 @contextmanager
-def _uncached(rules: Rules) -> Iterator[None]:
+def _uncached(rules: RewardTask) -> Iterator[None]:
     """Pools forget nothing but look nothing up either: a cache would make noise look steady."""
     pools = [function for function in rules.rewards.functions if isinstance(function, PooledReward)]
     sizes = [pool.cache_size for pool in pools]

@@ -18,7 +18,7 @@ from llm_env.answers import completion_text
 from llm_env.chat import Messages, Prompt, encode_prompts
 from llm_env.inputs import evaluation_mode, pad
 from llm_env.positions import max_positions
-from llm_env.rules import vocabulary_size
+from llm_env.tokenization import vocabulary_size
 
 Template = str | Callable[[Any, Any], str]
 UNLIMITED = 10**9  # tokenizers without a limit report numbers beyond this

@@ -20,7 +20,8 @@ from llm_env.observations import FORMS
 from llm_env.prompts import PromptTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
-from llm_env.stops import StopStrings, decode
+from llm_env.stops import StopStrings
+from llm_env.tokenization import decode, vocabulary_size
 
 if TYPE_CHECKING:
     from llm_env.reference import KLController, Reference
@@ -252,11 +253,6 @@ def _tokenizer(tokenizer: Any) -> Any:
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
     return tokenizer
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """V, one more than the largest token id: some vocabularies have gaps."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _reference_and_kl(reference: Any, kl_coef: Any) -> tuple[Reference | None, KLController | None]:

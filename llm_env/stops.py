@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llm_env.arguments import check_text
+from llm_env.tokenization import decode
 
 PRIVATE = 0xF0000  # first of the characters that stand for special tokens while texts are compared
 
@@ -131,11 +132,6 @@ def can_be_written(text: str, pieces: Collection[str]) -> bool:
                 reached.add(end)
                 waiting.append(end)
     return False
-
-
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Return the text of tokens, without special tokens."""
-    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _as_strings(stop: Any) -> list[str]:

@@ -88,7 +88,9 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             modes = [mode.value for mode in AutoresetMode]
             raise ValueError(f"autoreset_mode={autoreset_mode!r} must be an AutoresetMode or one of {modes}") from error
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space, self.single_action_space = spaces_of(rules)
+        self.single_observation_space, self.single_action_space = spaces_of(
+            rules.observation, rules.max_tokens, rules.vocab_size
+        )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes(rules, num_envs)

@@ -69,7 +69,7 @@ class Ratios:
             def loss_spy(part, result, part_weights):
                 if part.old_logp is not None:
                     gap = ((result.logp - part.old_logp).exp() - 1).abs() * part.mask
-                    self.deviations.append((agent.policy.num_steps, gap.max().item()))
+                    self.deviations.append((agent._n_updates, gap.max().item()))
                 return loss(part, result, part_weights)
 
             agent.loss = loss_spy

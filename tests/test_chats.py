@@ -13,9 +13,10 @@ from stable_baselines3.common.logger import configure
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from agents import GRPO
+from agents.prompt_encoding import encode_prompts
 from llm_env import PooledReward, RewardModel, TextGenerationEnv, TextGenerationVectorEnv, check_reward, rescore
-from llm_env.chat import encode_texts
 from llm_env.rewards import exact_match, numeric_answer
+from llm_env.tokenization import encode_texts
 from tests.chats import CHATML, END, EOS, SPIDER, SPIDER_TEXT, ids_of, make_chat_tokenizer
 from tests.conftest import refused
 
@@ -415,7 +416,7 @@ def test_the_templates_arguments_of_training_are_saved(tmp_path):
     agent = GRPO(tiny(tokenizer), env, group_size=4, n_envs=4, seed=0, policy_kwargs={"tokenizer": tokenizer}, preflight=False)
     agent.save(tmp_path / "agent")
     alone = GRPO.load(tmp_path / "agent")
-    (ids,) = alone._contexts([SPIDER], alone.policy.prompt_format(), None)
+    (ids,) = encode_prompts([SPIDER], alone.policy.prompt_format(), None)
     assert ids == env.rules.prompts.ids[0].tolist() == ids_of("u:How many legs has a spider?;a:-")
     alone.save(tmp_path / "again")
     assert GRPO.load(tmp_path / "again").policy.chat_template_kwargs == {"enable_thinking": False}

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from agents import GRPO, TextVecEnv
+from agents.engines.base import DecodingSpec
 from agents.engines.vllm.engine import extend, sampling_settings
 from agents.policy import LanguagePolicy
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
@@ -172,7 +173,7 @@ def test_sampling_ends_at_each_of_them(tmp_path):
     env = make(path, allowed_tokens=[EOS, END, X, Y], max_new_tokens=20)
     agent = GRPO(path, env, group_size=64, n_envs=64, seed=0)
     prompt = env.rules.prompts.ids[0].tolist()
-    drawn, _ = agent.policy.respond([prompt], env.rules, agent.sampler(), 64)
+    drawn, _ = agent.engine.generate([prompt], 64, DecodingSpec(env.rules, agent.sampler(), env.rules.max_new_tokens))
     alone, _ = LanguagePolicy(path).sample([prompt], 64, 80, generator=torch.Generator().manual_seed(0))
     for responses in (drawn, alone):
         assert not any({EOS, END} & set(response[:-1]) for response in responses)

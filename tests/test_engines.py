@@ -16,7 +16,7 @@ import agents.engines.vllm.server
 import llm_env
 from agents import GRPO, PPO, LanguagePolicy
 from agents.distributed.communicator import Communicator
-from agents.engines.base import StaleWeightsError
+from agents.engines.base import Completions, DecodingSpec, PolicyEngine, StaleWeightsError, end_episodes
 from agents.engines.vllm.engine import VLLMEngine, chunks_of, own_url
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
@@ -28,7 +28,7 @@ V = len(TOKENIZER)
 class CopyEngine:
     """A copy of the policy draws; `arrives` says which of the pushes do."""
 
-    tolerance = 1e-3
+    tolerance, takes_uniforms = 1e-3, False
 
     def __init__(self, arrives=lambda push: True):
         self.arrives, self.starts, self.pushes, self.loses, self.closed = arrives, 0, 0, 0, False
@@ -37,18 +37,16 @@ class CopyEngine:
         self.starts += 1
         self.copy = LanguagePolicy(copy.deepcopy(policy.lm), policy.tokenizer)
 
-    def push(self, policy):
+    def update_weights(self, policy):
         self.pushes += 1
         if self.arrives(self.pushes):
             self.copy.lm.load_state_dict(policy.lm.state_dict())
 
-    def respond(self, prompts, rules, sampler, group_size=1, max_new_tokens=None):
-        if max_new_tokens is None and self.loses:
+    def generate(self, prompts, group_size, decoding, on_turns=end_episodes):
+        if on_turns is not end_episodes and self.loses:
             self.loses -= 1
             raise StaleWeightsError("gone")
-        limits = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-        rules = types.SimpleNamespace(**{**vars(rules), "completes_stop": rules.completes_stop, **limits})
-        return self.copy.respond(prompts, rules, sampler, group_size)
+        return PolicyEngine(self.copy).generate(prompts, group_size, decoding, on_turns)
 
     def close(self):
         self.closed = True
@@ -120,8 +118,13 @@ def test_a_push_that_arrives_at_the_second_try_is_none():
 def test_an_engine_whose_log_probs_are_nan_is_an_error():
     engine = CopyEngine()
     agent = agent_for(engine)
-    respond = engine.respond
-    engine.respond = lambda *args: (respond(*args)[0], [np.full_like(row, np.nan) for row in respond(*args)[1]])
+    generate = engine.generate
+
+    def generate_nan(*args):
+        completions = generate(*args)
+        return Completions(completions.token_ids, [np.full_like(row, np.nan) for row in completions.logprobs])
+
+    engine.generate = generate_nan
     refused(agent.learn, 10, error=RuntimeError, match="nan nats off")
 
 
@@ -168,7 +171,7 @@ def test_the_engine_is_not_in_the_file(tmp_path):
     agent.set_engine("vllm", kwargs)
     agent.save(tmp_path / "agent")
     loaded = GRPO.load(tmp_path / "agent", env=make_env(TOKENIZER))
-    assert (loaded.engine, loaded.engine_kwargs, loaded.importance) == ("vllm", kwargs, 2.0)
+    assert (loaded._engine_setting, loaded.engine_kwargs, loaded.importance) == ("vllm", kwargs, 2.0)
     refused(loaded.learn, 64, error=ConnectionError, match="http://127.0.0.1:1/v1/models gave no answer in 1 attempts")
 
 
@@ -183,9 +186,9 @@ def test_an_engine_that_the_agent_made_is_closed_when_another_takes_its_place(mo
 
 
 def test_bad_arguments(monkeypatch):
-    refused(agent_for, "sglang", error=ValueError, match="engine='sglang' is not known")
-    refused(agent_for, object(), error=TypeError, match="must have tolerance, start, push, respond and close")
-    refused(agent_for, CopyEngine, error=TypeError, match="must have tolerance, start, push, respond and close")
+    refused(agent_for, "sglang", error=ValueError, match="engine='sglang' must be one of 'vllm'")
+    refused(agent_for, object(), error=TypeError, match="must have tolerance, takes_uniforms, start, update_weights")
+    refused(agent_for, CopyEngine, error=TypeError, match="must have tolerance, takes_uniforms, start, update_weights")
     refused(agent_for, "vllm", engine_kwargs="http://x", error=TypeError, match="engine_kwargs='http://x' must be a dict")
     refused(agent_for, "vllm", engine_kwargs={"base_url": 8000}, error=ValueError, match="base_url=8000 must be the address")
     refused(agent_for, None, engine_kwargs={"base_url": "http://x"}, error=ValueError, match="without an engine")
@@ -196,7 +199,7 @@ def test_bad_arguments(monkeypatch):
     refused(agent_for, "vllm", engine_kwargs={**server, "attempts": 0}, error=ValueError, match="attempts")
     refused(agent_for, "vllm", engine_kwargs={"base_url": "localhost:8000"}, error=ValueError, match="http://localhost")
     function = make_env(TOKENIZER, allowed_tokens=lambda prompt, response: [0, 2])
-    refused(agent_for, CopyEngine(), env=function, error=ValueError, match="cannot ask the function allowed_tokens")
+    refused(agent_for, CopyEngine(), env=function, error=ValueError, match="cannot call the function allowed_tokens")
     wrapped = gym.wrappers.TransformReward(make_env(TOKENIZER), lambda reward: reward)
     refused(agent_for, CopyEngine(), env=wrapped, error=ValueError, match="one token at a time")
     monkeypatch.setattr(agents.engines.vllm.local, "find_spec", lambda name: None)
@@ -233,7 +236,8 @@ def test_responses_end_where_the_rules_say_wherever_vllm_stopped(stop):
     engine = VLLMEngine("http://127.0.0.1:1")
     engine.vllm = vllm = MadeUp()
     prompts = [[2], [3], [4]]
-    responses, logps = engine.respond(prompts, rules, agent_for(None).sampler(), 5)
+    decoding = DecodingSpec(rules, agent_for(None).sampler(), rules.max_new_tokens)
+    responses, logps = engine.generate(prompts, 5, decoding)
     ends = [[t == rules.eos_id or rules.completes_stop(r[: i + 1]) for i, t in enumerate(r)] for r in responses]
     assert len(responses) == 15 and not any(any(row[:-1]) for row in ends)
     assert all(row[-1] or len(row) == 20 for row in ends) and any(row[-1] for row in ends)
@@ -248,18 +252,19 @@ def test_responses_end_where_the_rules_say_wherever_vllm_stopped(stop):
 
 
 def test_answers_that_are_none():
-    rules, draw = make_env(TOKENIZER).rules, agent_for(None).sampler()
+    rules = make_env(TOKENIZER).rules
+    decoding = DecodingSpec(rules, agent_for(None).sampler(), rules.max_new_tokens)
     engine = VLLMEngine("http://127.0.0.1:1")
     engine.vllm = vllm = MadeUp()
     vllm.response = lambda request: ([], [])
-    refused(engine.respond, [[2]], rules, draw, error=RuntimeError, match="added no token")
+    refused(engine.generate, [[2]], 1, decoding, error=RuntimeError, match="added no token")
     vllm.response = lambda request: ([3], [float("nan")])
-    refused(engine.respond, [[2]], rules, draw, error=ValueError, match="not finite")
+    refused(engine.generate, [[2]], 1, decoding, error=ValueError, match="not finite")
     vllm.response, vllm.version = (lambda request: ([rules.eos_id], [-1.0])), "somebody's"
     with pytest.raises(StaleWeightsError, match="another run gave it its own"):
-        engine.respond([[2]], rules, draw)
-    hot = agent_for(None, temperature=3.0).sampler()
-    refused(engine.respond, [[2]], rules, hot, error=ValueError, match=r"takes 0\.01 to 2")
+        engine.generate([[2]], 1, decoding)
+    hot = DecodingSpec(rules, agent_for(None, temperature=3.0).sampler(), rules.max_new_tokens)
+    refused(engine.generate, [[2]], 1, hot, error=ValueError, match=r"takes 0\.01 to 2")
 
 
 def test_adapters_are_pushed_merged_in():
@@ -277,10 +282,10 @@ def test_adapters_are_pushed_merged_in():
 
 def test_every_process_has_a_server_of_its_own():
     """Two processes would overwrite each other's weights."""
-    second = Communicator()
-    second.rank, second.size = 1, 2
-    assert own_url(["http://a", "http://b"], second) == "http://b" and own_url("http://a", Communicator()) == "http://a"
-    refused(own_url, "http://a", second, match="names 1 servers for 2 processes")
+    world = Communicator()
+    world.rank, world.size = 1, 2
+    assert own_url(["http://a", "http://b"], world) == "http://b" and own_url("http://a", Communicator()) == "http://a"
+    refused(own_url, "http://a", world, match="names 1 servers for 2 processes")
 
 
 def test_an_engine_draws_ahead_by_the_weights_that_it_was_given(monkeypatch):

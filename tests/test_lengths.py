@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from agents import GRPO, PPO, LanguagePolicy
+from agents.engines.base import DecodingSpec, PolicyEngine
 from llm_env.positions import max_positions
 from llm_env.reference import Reference
 from tests.conftest import make_model, make_tokenizer, refused
@@ -157,12 +158,13 @@ def test_sampling_scoring_and_predicting():
     agent = agent_of()
     policy, rules = agent.policy, env_of(30).rules
     refused(policy.sample, [[3] * 30], 1, 8, error=ValueError, match=NEED)
-    refused(policy.respond, [[3] * 30], rules, agent.sampler(), error=ValueError, match=NEED)
+    decoding = DecodingSpec(rules, agent.sampler(), rules.max_new_tokens)
+    refused(PolicyEngine(policy).generate, [[3] * 30], 1, decoding, error=ValueError, match=NEED)
     refused(policy.sample, [[3], [3] * 30], 2, [8, 3], error=ValueError, match="max_new_tokens=3 need 33 positions")
     responses, _ = policy.sample([[3], [3] * 30], 2, [8, 2])  # each prompt has a limit of its own
     assert len(responses) == 4
     refused(policy.log_probs, [[3] * 30], [[3] * 3], error=ValueError, match="needs 33 positions, the model has 32; shorten it")
-    refused(policy.evaluate, [[3], [3] * 30], [[3], [3] * 3], error=ValueError, match="needs 33 positions")
+    refused(policy.evaluate_actions, [[3], [3] * 30], [[3], [3] * 3], error=ValueError, match="needs 33 positions")
     policy.log_probs([[3] * 30], [[3] * 2])
     refused(agent.generate, ["a" * 30], max_new_tokens=8, error=ValueError, match=NEED)
     refused(agent.generate, ["a" * 40], error=ValueError, match="need 48 positions, the model has 32; shorten the prompts$")

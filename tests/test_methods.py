@@ -146,7 +146,7 @@ def rarely(completions, **kwargs):
 
 def test_dynamic_sampling_fills_up_the_groups_that_teach_something(monkeypatch):
     trained = []
-    monkeypatch.setattr("agents.base.update", lambda agent, rollout: trained.append(rollout))
+    monkeypatch.setattr("agents.base.Trainer.train", lambda trainer, rollout: trained.append(rollout) or {})
     agent = make_agent(GRPO, make_env(TOKENIZER, rarely), max_resamples=50, n_envs=16)
     sampled = []
     original = agent.sample_rollout
@@ -227,7 +227,7 @@ def test_iterative_grpo_moves_the_reference_every_k_rollouts():
     assert [sizes for _, sizes, _ in hook.calls] == [[32, 32, 32]] * 2 and all(same for *_, same in hook.calls)
     refused(make_agent, GRPO, make_env(TOKENIZER), reference_every=3, match="needs a reference")
     other = make_env(TOKENIZER, reference=make_model("gpt2", len(TOKENIZER)))
-    refused(make_agent, GRPO, other, reference_every=3, match="models of different shapes")
+    refused(make_agent, GRPO, other, reference_every=3, match="their weights have different shapes")
     refused(make_agent, GRPO, env, on_iteration=hook, match="say how often")
 
 

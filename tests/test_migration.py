@@ -71,9 +71,7 @@ def test_what_becomes_of_the_attributes_of_version_0_1():
     migrate(attributes)
     assert attributes == {
         "_engine_setting": "vllm",
-        "_engine_is_object": None,
         "_n_envs_setting": 8,
-        "_learning_rate_setting": None,
         "batch_size": 4,
         "_checkpoint_format": FORMAT,
         "_saved_state": {

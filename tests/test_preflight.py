@@ -5,16 +5,16 @@ import re
 from contextlib import contextmanager
 from itertools import islice, permutations
 
-import agents.preflight
 import numpy as np
 import pytest
 import torch
-from agents.preflight import LongestPass
-from agents.untouched import untouched
 
+import agents.training.preflight
 import llm_env.scoring
 from agents import GRPO, PPO, REINFORCE
 from agents.policy import LanguagePolicy
+from agents.training.preflight import WorstCaseStep
+from agents.training.preserve import preserve_state
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
 from tests.test_resume import standing
@@ -47,21 +47,21 @@ def everything(agent):
 
 @contextmanager
 def longest_pass(agent):
-    optimizer = agent.policy.optimizer
-    with untouched(agent, 0):
-        yield LongestPass(agent, optimizer)
+    trainer = agent.make_trainer()
+    with preserve_state(agent.policy, trainer.rng):
+        yield WorstCaseStep(trainer, agent.rules, agent.n_envs)
 
 
 @pytest.fixture
 def tried(monkeypatch):
     """Let the CPU stand in for a GPU."""
-    monkeypatch.setattr(agents.preflight, "DEVICES", ("cpu",))
+    monkeypatch.setattr(agents.training.preflight, "DEVICES", ("cpu",))
 
 
 @pytest.fixture
 def limit(tried, monkeypatch):
     """A device, played by the CPU, on which a pass of more than so many positions, prompts computed every time, has no room."""
-    original, passes, most = LanguagePolicy.evaluate, [], [10**9]
+    original, passes, most = LanguagePolicy.evaluate_actions, [], [10**9]
 
     def evaluate(self, prompts, responses, *args):
         passes.append(len(prompts) * (max(map(len, prompts)) + max(map(len, responses))))
@@ -69,7 +69,7 @@ def limit(tried, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, prompts, responses, *args)
 
-    monkeypatch.setattr(LanguagePolicy, "evaluate", evaluate)
+    monkeypatch.setattr(LanguagePolicy, "evaluate_actions", evaluate)
     monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
 
     def set_limit(positions):
@@ -159,17 +159,15 @@ def test_it_leaves_no_trace(kind, arguments):
         return make_env(TOKENIZER, letters, PROMPTS, max_prompt_tokens=LONGEST, max_new_tokens=NEW, reference=reference)
 
     class Noisy(kind):
-        calls = 0
-
         def loss(self, *args):
-            self.calls += 1
             random.random(), np.random.random(), torch.rand(1), self.np_random.random()
             return super().loss(*args)
 
     agent, other = (make_agent(Noisy, env(), preflight=wanted, **arguments) for wanted in (True, False))
     for _ in range(2):  # once more with gradients, with the optimizer's state and under another limit
         before = everything(agent)
-        agents.preflight.preflight(agent)
+        agent._preflighted = None
+        agent._run_preflight()
         assert everything(agent) == before
         for each in (agent, other):
             each.learn(1)
@@ -181,8 +179,8 @@ def test_it_leaves_no_trace(kind, arguments):
 
 @pytest.mark.usefixtures("tried")
 def test_it_is_done_once_for_the_same_limits_and_not_at_all_if_not_wanted(monkeypatch):
-    made, original = [], LongestPass.__init__
-    monkeypatch.setattr(LongestPass, "__init__", lambda self, *args: (made.append(1), original(self, *args))[1])
+    made, original = [], WorstCaseStep.__init__
+    monkeypatch.setattr(WorstCaseStep, "__init__", lambda self, *args: (made.append(1), original(self, *args))[1])
     agent = make_agent()
     for _ in range(2):
         agent.learn(1)
@@ -194,7 +192,7 @@ def test_it_is_done_once_for_the_same_limits_and_not_at_all_if_not_wanted(monkey
     agent.learn(1)
     assert len(made) == 3
     make_agent(preflight=False).learn(1)
-    monkeypatch.setattr(agents.preflight, "DEVICES", ("cuda",))
+    monkeypatch.setattr(agents.training.preflight, "DEVICES", ("cuda",))
     make_agent().learn(1)
     assert len(made) == 3
 
@@ -227,7 +225,7 @@ ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_step_that_runs_out_of_memory_names_half_the_tokens(kind, error, where, monkeypatch):
     agent, text = make_agent(kind, preflight=False, prefix_sharing=False), str(error)
-    before, original, sizes = everything(agent)[0]["digest"], LanguagePolicy.evaluate, []
+    before, original, sizes = everything(agent)[0]["digest"], LanguagePolicy.evaluate_actions, []
 
     def fail(*args):
         error.args = (text,)
@@ -242,7 +240,7 @@ def test_a_step_that_runs_out_of_memory_names_half_the_tokens(kind, error, where
             result.logp.register_hook(fail)
         return result
 
-    monkeypatch.setattr(LanguagePolicy, "evaluate", evaluate)
+    monkeypatch.setattr(LanguagePolicy, "evaluate_actions", evaluate)
     with pytest.raises(type(error)) as caught:
         agent.learn(1)
     assert type(caught.value) is type(error) and str(caught.value).endswith(f". {text}")

@@ -92,6 +92,10 @@ def comparable(value):
         return [value.maxlen, *({k: v for k, v in row.items() if k != "t"} if isinstance(row, dict) else row for row in value)]
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return tuple(map(comparable, value))
     if isinstance(value, np.random.Generator):
         return value.bit_generator.state
     if isinstance(value, gym.Space):
@@ -283,8 +287,8 @@ def test_a_file_cut_off_anywhere_is_refused(saved, tmp_path):
     assert same(weights(kind.load(path)), weights(build("REINFORCE")))
     for length in [0, 1, *np.linspace(2, len(saved) - 1, 24, dtype=int).tolist()]:
         path.write_bytes(saved[:length])
-        refused(kind.load, path, error=ValueError, match=r"cut.zip is no whole agent \(.+load an earlier file")
-    refused(build("REINFORCE").set_parameters, path, error=ValueError, match="is no whole agent")
+        refused(kind.load, path, error=ValueError, match=r"cut.zip is not a complete checkpoint \(.+Load an earlier one")
+    refused(build("REINFORCE").set_parameters, path, error=ValueError, match="is not a complete checkpoint")
     with pytest.raises(FileNotFoundError):
         kind.load(tmp_path / "nothing")
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributions import Categorical
 
 from agents import TextVecEnv, TokenEmbeddingExtractor
-from llm_env.observations import spaces_of
 from tests.conftest import make_tokenizer
 from tests.probes import make_env
 
@@ -36,7 +35,7 @@ def make_coded(observation="dict"):
 def test_features_see_order_count_and_prompt_but_not_the_padding():
     torch.manual_seed(0)
     env = make_env(TOKENIZER, max_prompt_tokens=2, max_new_tokens=4)
-    dict_space, _ = spaces_of(env.rules)
+    dict_space = env.observation_space
     extractor = TokenEmbeddingExtractor(dict_space, features_dim=16, embedding_dim=4)
     rows = [[3, 4], [4, 3], [3, 4, 3], [3, 4, 4], [5, 4, 4], [3, 4, 4, 0]]
     ids, mask = torch.zeros(6, 6), torch.zeros(6, 6)
@@ -48,7 +47,7 @@ def test_features_see_order_count_and_prompt_but_not_the_padding():
     assert distances.min() > 0.05  # another order, length, last token or prompt is another vector
     other_padding = torch.where(mask > 0, ids, 7.0)
     assert torch.equal(extractor({"input_ids": other_padding, "attention_mask": mask}), features)
-    flat = TokenEmbeddingExtractor(spaces_of(make_env(TOKENIZER, observation="flat").rules)[0], 16, 4)
+    flat = TokenEmbeddingExtractor(make_env(TOKENIZER, observation="flat").observation_space, 16, 4)
     flat.load_state_dict(extractor.state_dict())
     assert torch.equal(flat(torch.where(mask > 0, ids, -1.0)), features)
     by_hand = extractor.tokens.weight[4] + extractor.positions.weight[2]

@@ -7,6 +7,7 @@ import torch
 
 import llm_env
 from agents import GRPO, LanguagePolicy
+from agents.engines.base import DecodingSpec
 from agents.engines.registry import make_engine
 from agents.engines.weight_sync import logprob_gap
 from agents.sampler import Sampler
@@ -32,8 +33,12 @@ def begin(engine, seed=0, tie=False, **settings):
     policy = LanguagePolicy(make_llama(seed, tie_word_embeddings=tie), rules.tokenizer)
     policy.vocab_size, policy.constraint = rules.vocab_size, rules.constraint
     engine.start(policy, rules)
-    engine.push(policy)
+    engine.update_weights(policy)
     return policy, rules
+
+
+def respond(engine, prompts, rules, sampler, group_size):
+    return engine.generate(prompts, group_size, DecodingSpec(rules, sampler, rules.max_new_tokens))
 
 
 def sampler(seed=0, temperature=0.7, **settings):
@@ -58,8 +63,8 @@ def test_adapters_are_merged_into_what_is_pushed(engine):
     policy = LanguagePolicy(make_llama(0), rules.tokenizer, peft_config=config)
     policy.vocab_size = rules.vocab_size
     engine.start(policy, rules)
-    engine.push(policy)
-    responses, logps = engine.respond(rules.prompts.ids, rules, sampler(), 2)
+    engine.update_weights(policy)
+    responses, logps = respond(engine, rules.prompts.ids, rules, sampler(), 2)
     prompts = [ids for ids in rules.prompts.ids for _ in range(2)]
     assert gap(policy, prompts, responses, logps, 0.7) < 2e-5
 
@@ -68,7 +73,7 @@ def test_adapters_are_merged_into_what_is_pushed(engine):
 @pytest.mark.parametrize("tie", [True, False], ids=["tied head", "head of its own"])
 def test_log_probs_are_those_of_a_plain_forward(engine, temperature, tie):
     policy, rules = begin(engine, tie=tie)
-    responses, logps = engine.respond(rules.prompts.ids, rules, sampler(temperature=temperature), 8)
+    responses, logps = respond(engine, rules.prompts.ids, rules, sampler(temperature=temperature), 8)
     prompts = [ids for ids in rules.prompts.ids for _ in range(8)]
     assert gap(policy, prompts, responses, logps, temperature) < 2e-5
     assert gap(policy, prompts, responses, logps, 2.0) > 0.1  # the test sees the temperature
@@ -80,7 +85,7 @@ def test_log_probs_are_those_of_a_plain_forward(engine, temperature, tie):
 def test_tokens_are_drawn_with_their_probabilities_and_none_beyond_the_vocabulary(engine):
     policy, rules = begin(engine, seed=1, max_new_tokens=1)
     many = 4000
-    responses, _ = engine.respond(rules.prompts.ids[:1], rules, sampler(), many)
+    responses, _ = respond(engine, rules.prompts.ids[:1], rules, sampler(), many)
     counts = np.bincount([response[0] for response in responses], minlength=V)
     logits = policy.lm(torch.tensor([rules.prompts.ids[0]])).logits[0, -1]
     assert logits[V:].exp().sum() > 0.01 * logits.exp().sum()
@@ -93,7 +98,7 @@ def test_tokens_are_drawn_with_their_probabilities_and_none_beyond_the_vocabular
 def test_restricted_sampling(engine, settings):
     policy, rules = begin(engine)
     draw = sampler(**settings)
-    responses, logps = engine.respond(rules.prompts.ids, rules, draw, 4)
+    responses, logps = respond(engine, rules.prompts.ids, rules, draw, 4)
     prompts = [ids for ids in rules.prompts.ids for _ in range(4)]
     assert gap(policy, prompts, responses, logps, 0.7) < 2e-5  # of the whole distribution
     for prompt, response in zip(prompts, responses, strict=True):
@@ -108,7 +113,7 @@ def test_restricted_sampling(engine, settings):
 @pytest.mark.parametrize("stop", ["bc", ["ca.", "aa"], "abc", " "], ids=str)
 def test_responses_end_where_the_rules_say(engine, stop):
     _, rules = begin(engine, stop=stop, max_new_tokens=24)
-    responses, logps = engine.respond(rules.prompts.ids, rules, sampler(temperature=1.5), 16)
+    responses, logps = respond(engine, rules.prompts.ids, rules, sampler(temperature=1.5), 16)
     ended = []
     for response, logp in zip(responses, logps, strict=True):
         ends = [t == rules.eos_id or rules.completes_stop(response[: i + 1]) for i, t in enumerate(response)]
@@ -119,7 +124,7 @@ def test_responses_end_where_the_rules_say(engine, stop):
 
 def test_allowed_tokens_and_a_least_length(engine):
     policy, rules = begin(engine, allowed_tokens=[0, 2, 3, 6], min_new_tokens=5)
-    responses, logps = engine.respond(rules.prompts.ids, rules, sampler(temperature=1.5), 16)
+    responses, logps = respond(engine, rules.prompts.ids, rules, sampler(temperature=1.5), 16)
     assert {token for response in responses for token in response} == {0, 2, 3, 6} and min(map(len, responses)) > 5
     prompts = [ids for ids in rules.prompts.ids for _ in range(16)]
     assert gap(policy, prompts, responses, logps, 1.5) < 2e-5
@@ -127,9 +132,9 @@ def test_allowed_tokens_and_a_least_length(engine):
 
 def test_the_generator_decides(engine):
     _, rules = begin(engine)
-    first, again, other = (engine.respond(rules.prompts.ids, rules, sampler(seed), 4)[0] for seed in (3, 3, 4))
+    first, again, other = (respond(engine, rules.prompts.ids, rules, sampler(seed), 4)[0] for seed in (3, 3, 4))
     assert first == again != other
-    assert len({tuple(r) for r in engine.respond([rules.prompts.ids[0]] * 8, rules, sampler(5), 1)[0]}) > 1
+    assert len({tuple(r) for r in respond(engine, [rules.prompts.ids[0]] * 8, rules, sampler(5), 1)[0]}) > 1
 
 
 def test_every_push_arrives(engine):
@@ -138,7 +143,7 @@ def test_every_push_arrives(engine):
         assert logprob_gap(engine, policy, rules) < 2e-5
         move(policy)
         assert logprob_gap(engine, policy, rules) > 0.05
-        engine.push(policy)
+        engine.update_weights(policy)
 
 
 def test_what_was_computed_with_older_weights_is_forgotten(engine, monkeypatch):
@@ -147,17 +152,17 @@ def test_what_was_computed_with_older_weights_is_forgotten(engine, monkeypatch):
     assert long
 
     def off():
-        responses, logps = engine.respond(long, rules, sampler(), 4)
+        responses, logps = respond(engine, long, rules, sampler(), 4)
         return gap(policy, long * 4, responses, logps, 0.7)
 
     assert off() < 2e-5
     move(policy)
     with monkeypatch.context() as patch:
         patch.setattr(engine.vllm, "forget_prefixes", lambda: None)
-        engine.push(policy)
+        engine.update_weights(policy)
         assert off() > 0.01  # new weights, old keys and values
         assert logprob_gap(engine, policy, rules) > engine.tolerance
-    engine.push(policy)
+    engine.update_weights(policy)
     assert off() < 2e-5
 
 

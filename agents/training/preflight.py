@@ -10,9 +10,11 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from agents.optimizers import states_to_come
 from agents.patching import patched
 from agents.rollout import Rollout
 from agents.training.batching import group_unit
+from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
 from agents.validation import check_budget
 from llm_env.constraints import TokenConstraint
@@ -57,7 +59,7 @@ def preflight(trainer: Trainer, rules: Rules, n_envs: int, is_on: bool = True) -
 
 def _try(trainer: Trainer, rules: Rules, n_envs: int) -> None:
     budget, device = trainer.max_tokens_per_batch, trainer.policy.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with preserve_state(trainer.policy, trainer.rng):
         step = WorstCaseStep(trainer, rules, n_envs)
         try:
             fits = step.fits(budget)
@@ -142,10 +144,10 @@ class WorstCaseStep:
         # Costs what the env's own constraint does, and allows these tokens.
         anything = TokenConstraint(None, 0, self.rules.vocab_size, self.rules.eos_id)
         try:
-            states = torch.empty(state_bytes(self.trainer.optimizer), dtype=torch.uint8, device=self.device)
+            states = torch.empty(states_to_come(self.trainer.optimizer), dtype=torch.uint8, device=self.device)
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            with torch.enable_grad(), patched(policy, constraint=policy.constraint and anything):
+            with patched(policy, constraint=policy.constraint and anything):
                 self.trainer.backward_micro_batch(batch, batch.mask / batch.mask.sum())
             del states
         finally:
@@ -189,14 +191,3 @@ class WorstCaseStep:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(middle) else (low, middle)
         return self.padded_tokens(self.rows_at_once(low), self.new)  # what was tried, where more could be filled in
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return about how many bytes the optimizer will take from its first step on, besides what it has.
-
-    Two numbers a weight with Adam and its kin, else one; a byte each with bitsandbytes' 8-bit optimizers.
-    """
-    numbers = 2 if "betas" in optimizer.defaults else 1
-    is_8bit = getattr(getattr(optimizer, "args", None), "optim_bits", 32) == 8
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
-    return sum(numbers * (p.numel() if is_8bit else p.nbytes) for p in parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +45,7 @@ class Trainer:
         aggregation: see `agents.losses.token_weights`.
         mask_truncated: leave responses that the length limit ended out of the loss.
         importance_cap: cap of the importance weights; None for none. See `agents.losses.truncated_importance`.
+        on_step: called after every optimizer step.
     """
 
     policy: LanguagePolicy
@@ -61,6 +63,7 @@ class Trainer:
     aggregation: str = "token"
     mask_truncated: bool = False
     importance_cap: float | None = None
+    on_step: Callable[[], None] | None = None
 
     def train(self, rollout: Rollout) -> dict[str, float]:
         """Update the policy on a rollout.
@@ -124,12 +127,7 @@ class Trainer:
             ValueError: If the gradient is not finite. The weights are unchanged.
             torch.OutOfMemoryError: If a pass does not fit; the message names a smaller `max_tokens_per_batch`.
         """
-        index, tokens = torch.as_tensor(rows, device=rollout.mask.device), float(rollout.lengths[rows].sum())
-        mask = rollout.mask[index]
-        if self.mask_truncated:
-            mask = mask * ~rollout.truncated[index][:, None]
-        weights = torch.zeros_like(rollout.mask)  # of all episodes: a row finds its own in whichever micro-batch it is
-        weights[index] = token_weights(mask, self.aggregation, self.rules.max_new_tokens)
+        weights, tokens = self._token_weights(rollout, rows), float(rollout.lengths[rows].sum())
         old_logp = torch.zeros_like(rollout.rewards) if is_first_pass else None
         micro_batches = self.local_micro_batches(rollout, rows)
         idle = self._num_idle_passes(len(micro_batches))
@@ -160,6 +158,8 @@ class Trainer:
         if not self.objective.should_stop(sums):
             self.optimizer.step()
             self.policy.num_steps += 1
+            if self.on_step is not None:
+                self.on_step()
         return {**sums, "grad_norm": norm.item()}
 
     def backward_micro_batch(
@@ -207,6 +207,16 @@ class Trainer:
         most = min(self.micro_batch_size or len(rows), max_rows or len(rows))
         parts = passes(self.policy.lm, prompts, lengths, most, self.max_tokens_per_batch, self.policy.prefix_sharing)
         return [[int(rows[i]) for i in part] for part in parts]
+
+    def _token_weights(self, rollout: Rollout, rows: np.ndarray) -> Tensor:
+        """Compute the tokens' weights in the loss of one step; (B, T) for all episodes, 0 for those outside of the step."""
+        index = torch.as_tensor(rows, device=rollout.mask.device)
+        mask = rollout.mask[index]
+        if self.mask_truncated:
+            mask = mask * ~rollout.truncated[index][:, None]
+        weights = torch.zeros_like(rollout.mask)
+        weights[index] = token_weights(mask, self.aggregation, self.rules.max_new_tokens)
+        return weights
 
     def _num_idle_passes(self, num_passes: int) -> int:
         """Return how many passes other processes make after this one's last: sharded weights are gathered in every pass."""
