@@ -10,9 +10,10 @@ from torch import Tensor
 
 from agents.diagnostics.compare import LOGP_TOLERANCE, largest_gap, likely_cause
 from agents.diagnostics.conditions import dropout_row, groups_row, kl_row, values_row
-from agents.diagnostics.dry_run import Agent, DryStep, collect_episodes, dry_run_copy, preserve_state, take_dry_step
+from agents.diagnostics.dry_run import Agent, DryStep, collect_episodes, dry_run_copy, take_dry_step, unrecorded
 from agents.diagnostics.naive_forward import naive_log_probs
 from agents.rollout import Rollout
+from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
 from llm_env.arguments import whole
 from llm_env.report import FAILED, NOT_APPLICABLE, NOT_RUN, NOTE, PASSED, CheckRow, Report
@@ -65,7 +66,7 @@ def check_agent(agent: Agent, *, n: int = 64, seed: int = 0, quiet: bool = False
     rules, rng = agent.rules, np.random.default_rng(seed)
     assert agent.env is not None
     generator = torch.Generator(device=agent.policy.device).manual_seed(seed)
-    with preserve_state(agent.policy, agent.env):
+    with preserve_state(agent.policy, rng), unrecorded(agent.env):
         copied = dry_run_copy(agent, rng)
         trainer: Trainer = copied.make_trainer()
         rollout, obstacle = collect_episodes(copied, n, replace(agent.sampler(), generator=generator), rng)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from agents.policy import Evaluation, LanguagePolicy
 from agents.rollout import Rollout
 from agents.sampling.sampler import Sampler
 from agents.training.objective import Objective
+from agents.training.preserve import NoOpOptimizer
 from agents.training.trainer import Trainer
 from agents.vec_env import rules_of_vec_env, unique_rules, vector_env_of
 from llm_env import TextGenerationVectorEnv
@@ -52,40 +51,19 @@ class Agent(Protocol):
     def sampler(self) -> Sampler: ...  # noqa: D102
 
 
-class NoOpOptimizer(torch.optim.SGD):
-    """An optimizer whose step changes nothing."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Leave the weights unchanged."""
-
-
 @contextmanager
-def preserve_state(policy: LanguagePolicy, env: VecEnv) -> Iterator[None]:
-    """Restore gradients, module modes, global random states and reward timings after the block, and record no episodes.
-
-    Weights, the optimizer's state and the order of the prompts are not restored: the block must not write to them.
-    """
-    rules = rules_of_vec_env(env)
-    modes = [(module, module.training) for module in policy.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in policy.parameters()]
-    states, seconds = (random.getstate(), np.random.get_state()), rules.rewards.take_seconds()
-    recorders = [(each, each.recorder) for each in unique_rules(env)]
-    devices = [policy.device] if policy.device.type == "cuda" else []
+def unrecorded(env: VecEnv) -> Iterator[None]:
+    """Write no episodes to the env's records within the block, and do not count the time of its reward functions."""
+    rewards, recorders = rules_of_vec_env(env).rewards, [(rules, rules.recorder) for rules in unique_rules(env)]
+    seconds = rewards.take_seconds()
     try:
-        for each, _ in recorders:
-            each.recorder = None
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            yield
+        for rules, _ in recorders:
+            rules.recorder = None
+        yield
     finally:
-        for each, recorder in recorders:
-            each.recorder = recorder
-        for module, mode in modes:
-            module.training = mode
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        rules.rewards._seconds = seconds
+        for rules, recorder in recorders:
+            rules.recorder = recorder
+        rewards._seconds = seconds
 
 
 def dry_run_copy(agent: Any, rng: np.random.Generator) -> Any:
@@ -98,9 +76,8 @@ def dry_run_copy(agent: Any, rng: np.random.Generator) -> Any:
         rng: draws the copy's minibatches.
     """
     copied, policy = copy.copy(agent), copy.copy(agent.policy)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     policy._modules = dict(policy._modules)
-    policy.optimizer = NoOpOptimizer(trained, lr=0.0)
+    policy.optimizer = NoOpOptimizer(policy)
     vars(copied).update(policy=policy, np_random=rng, communicator=SINGLE_PROCESS, max_grad_norm=float("inf"))
     return copied
 
