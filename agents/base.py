@@ -59,7 +59,7 @@ from agents.metrics import episode_infos, record_rollout, record_time, record_up
 from agents.optimizers import class_of, make_optimizer
 from agents.policy import Evaluation, LanguagePolicy
 from agents.prompt_encoding import encode_prompts
-from agents.recomputing import check_recomputing
+from agents.recomputing import check_gradient_checkpointing
 from agents.rollout import Rollout, concat
 from agents.sampler import Sampler
 from agents.training.objective import LossTerms, Statistics
@@ -677,7 +677,7 @@ class LanguageAgent(BaseAlgorithm):
         check_trainable(self.policy)
         if self.needs_values:
             self.policy.add_value_head(self.separate_critic)
-        check_recomputing(self.policy.lm, self.gradient_checkpointing)
+        check_gradient_checkpointing(self.policy.lm, self.gradient_checkpointing)
         self.policy = self.policy.to(self.device)
         if self.policy.adapter is not None:
             self.policy.adapter.base.to(self.device)  # buffers that it does not share with the policy

@@ -14,11 +14,11 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.adapters import with_frozen_in_common
+from agents.adapters import copy_sharing_frozen
 from agents.distributed.fsdp import full_params, is_sharded_now
 from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
 from agents.pretrained import PretrainedFiles, load, processor_of, record_of
-from agents.recomputing import recomputing
+from agents.recomputing import checkpoint_layers
 from agents.sampler import Sampler
 from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
@@ -188,7 +188,7 @@ class LanguagePolicy(Weights):
     def add_value_head(self, separate_critic: bool = False) -> None:
         """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""
         if separate_critic and self.critic is None:
-            self.critic = with_frozen_in_common(self.lm.base_model)
+            self.critic = copy_sharing_frozen(self.lm.base_model)
         if self.value_head is None:
             self.value_head = nn.Linear(self._state_width(), 1, device=self.lm.device)
             nn.init.zeros_(self.value_head.weight)
@@ -245,7 +245,7 @@ class LanguagePolicy(Weights):
         states = self.value_head is not None and self.critic is None
         models = [model for model in (self.lm, self.critic) if model is not None]
         again = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
-        with autocast(self.device, self.bf16), recomputing(again):
+        with autocast(self.device, self.bf16), checkpoint_layers(again):
             scored = score(
                 self.lm,
                 prompts,
@@ -346,11 +346,11 @@ class LanguagePolicy(Weights):
         sampler: Sampler,
         episode_start: Sequence[bool] | None = None,
         action_masks: np.ndarray | None = None,
-        numbers: Tensor | None = None,
+        uniforms: Tensor | None = None,
     ) -> tuple[np.ndarray, np.ndarray, StepState]:
         """One more token for each of B rows: the tokens (B,), their log-probs (B,) in nats, and the state to go on with.
 
-        `action_masks`, (B, V) bool, takes the place of the policy's constraint; `numbers` as in `Sampler.__call__`.
+        `action_masks`, (B, V) bool, takes the place of the policy's constraint; `uniforms` as in `Sampler.__call__`.
         """
         if state is not None and is_sharded_now(self):
             state = replace(state, version=-1)  # whole weights are made anew, and do not say whether they are others
@@ -359,7 +359,7 @@ class LanguagePolicy(Weights):
         if action_masks is None and self.constraint is not None:
             states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]
             action_masks = self.constraint.masks(states)
-        tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks), numbers)
+        tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks), uniforms)
         return tokens.cpu().numpy(), logp.cpu().numpy(), state
 
     def predict(  # type: ignore[override]

@@ -245,7 +245,7 @@ def test_a_cache_whose_positions_stand_still(monkeypatch):
     original = agents.decoding.SharedDecoding.__call__
 
     def standing(self, tokens):
-        self.lengths = self.lengths - int(self.oldest > 0)
+        self.lengths = self.lengths - int(self.max_generated > 0)
         return original(self, tokens)
 
     monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", standing)
