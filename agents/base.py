@@ -53,16 +53,16 @@ from agents.distributed.fsdp import full_params_context, full_state_dict, is_sha
 from agents.engines.base import PolicyEngine
 from agents.engines.registry import check_engine, check_engine_env, make_engine
 from agents.engines.weight_sync import ExternalEngine, SyncedEngine
-from agents.generation import StepState
 from agents.losses import AGGREGATIONS
 from agents.metrics import episode_infos, record_rollout, record_time, record_update
-from agents.optimizers import class_of, make_optimizer
 from agents.policy import Evaluation, LanguagePolicy
-from agents.prompt_encoding import encode_prompts
-from agents.recomputing import check_gradient_checkpointing
+from agents.policy.gradient_checkpointing import check_gradient_checkpointing
+from agents.policy.prompt_encoding import encode_prompts
 from agents.rollout import Rollout, concat
-from agents.sampler import Sampler
+from agents.sampling.generate import StepState
+from agents.sampling.sampler import Sampler
 from agents.training.objective import LossTerms, Statistics
+from agents.training.optimizers import check_sharding, class_of, make_optimizer
 from agents.training.preflight import preflight
 from agents.training.reference_sync import ReferenceSync, check_reference_sync
 from agents.training.replication import replicate_policy, replicate_reference
@@ -74,7 +74,6 @@ from agents.validation import (
     check_max_num_seqs,
     check_numbers,
     check_processes,
-    check_sharding,
     check_switches,
     check_tokens,
     episodes_per_rollout,

@@ -8,8 +8,8 @@ import warnings
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.policy import LanguagePolicy
-from agents.quantization import weight_count
-from agents.sampler import Sampler
+from agents.policy.quantization import weight_count
+from agents.sampling.sampler import Sampler
 from agents.validation import check_budget, check_groups, check_vocabulary
 from agents.vec_env import unique_rules
 from llm_env.end_tokens import missing_end_tokens

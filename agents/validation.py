@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from agents.optimizers import BITSANDBYTES
 from llm_env.arguments import as_whole, whole
 from llm_env.capabilities import vocabulary_of
 from llm_env.positions import check_length
@@ -140,24 +139,6 @@ def check_processes(n_envs: int, group_size: int, processes: int) -> None:
         raise ValueError(
             f"n_envs={n_envs} with group_size={group_size} is {n_envs // group_size} prompts a rollout, fewer than the "
             f"{processes} processes; raise n_envs to {processes * group_size} at least, or launch fewer"
-        )
-
-
-def check_sharding(sharded: bool, optimizer: str, quantized: bool = False) -> None:
-    """Raise if the weights cannot be sharded, or the optimizer cannot update sharded weights.
-
-    Raises:
-        ValueError: If the weights are sharded and quantized, or sharded and the optimizer is bitsandbytes'.
-    """
-    if sharded and quantized:
-        raise ValueError(
-            "the model is quantized, and quantized weights are not sharded (FSDP2); launch without sharding, which keeps the "
-            "whole quantized model in every process, or load the model without quantization"
-        )
-    if sharded and optimizer in BITSANDBYTES:
-        raise ValueError(
-            f"optimizer={optimizer!r}, but the weights are sharded, which bitsandbytes cannot update; leave it out: each "
-            "process keeps its share of the optimizer's state alone"
         )
 
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import Logger
 
 from agents import GRPO, PPO, REINFORCE
 from agents.losses import token_weights
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from agents.training.trainer import Trainer
 from llm_env import TextGenerationVectorEnv
 from tests.conftest import FAMILIES, make_model, make_tokenizer

@@ -6,9 +6,9 @@ import torch
 
 import llm_env
 from agents import GRPO, PPO, LanguagePolicy
-from agents.caching import decodes_with_cache, skips_hidden_slots
-from agents.decoding import decodes_shared
-from agents.generation import next_logits
+from agents.sampling.caching import decodes_with_cache, skips_hidden_slots
+from agents.sampling.generate import next_logits
+from agents.sampling.shared_prefix import decodes_shared
 from llm_env.capabilities import describable, padding_side, takes_left_padding
 from llm_env.inputs import without_cache
 from llm_env.models import check_causal

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from agents.decoding import SharedDecoding
+from agents.sampling.shared_prefix import SharedDecoding
 
 ROOT = Path(__file__).parents[1]
 

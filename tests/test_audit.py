@@ -9,9 +9,9 @@ import torch
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 
-import agents.decoding
-import agents.generation
 import agents.policy
+import agents.sampling.generate
+import agents.sampling.shared_prefix
 import agents.training.trainer
 import llm_env.scoring
 import llm_env.sharing
@@ -109,9 +109,9 @@ def test_positions_that_padding_shifts_in_training(monkeypatch):
 
 def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatch):
     monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
-    monkeypatch.setattr(agents.generation, "model_inputs", without_positions)
+    monkeypatch.setattr(agents.sampling.generate, "model_inputs", without_positions)
     monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
-    monkeypatch.setattr(agents.generation, "shares_prompts", lambda base, length: False)
+    monkeypatch.setattr(agents.sampling.generate, "shares_prompts", lambda base, length: False)
     found = failures(make_agent(family="gpt2"))
     assert {SAMPLED, TRAINED} <= found.keys() and TRAINER not in found  # the two agree, both wrong
     assert "position_ids" in found[SAMPLED] and "position_ids" in found[TRAINED]
@@ -242,14 +242,14 @@ def test_old_log_probs_of_other_weights(monkeypatch):
 
 def test_a_cache_whose_positions_stand_still(monkeypatch):
     """Every token after the first is sampled as if it stood where the first does."""
-    original = agents.decoding.SharedDecoding.__call__
+    original = agents.sampling.shared_prefix.SharedDecoding.__call__
 
     def standing(self, tokens):
         self.lengths = self.lengths - int(self.max_generated > 0)
         return original(self, tokens)
 
-    monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", standing)
-    monkeypatch.setattr(agents.generation, "decodes_shared", lambda model: True)  # whose trial would find it
+    monkeypatch.setattr(agents.sampling.shared_prefix.SharedDecoding, "__call__", standing)
+    monkeypatch.setattr(agents.sampling.generate, "decodes_shared", lambda model: True)  # whose trial would find it
     found = failures(make_agent())
     assert found.keys() == {TRAINER, SAMPLED} and "cache of keys and values" in found[SAMPLED]
 

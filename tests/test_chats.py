@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import configure
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from agents import GRPO
-from agents.prompt_encoding import encode_prompts
+from agents.policy.prompt_encoding import encode_prompts
 from llm_env import PooledReward, RewardModel, TextGenerationEnv, TextGenerationVectorEnv, check_reward, rescore
 from llm_env.rewards import exact_match, numeric_answer
 from llm_env.tokenization import encode_texts

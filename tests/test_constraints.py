@@ -6,7 +6,7 @@ import torch
 from gymnasium.wrappers import TransformReward
 
 from agents import GRPO, PPO, LanguagePolicy
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from llm_env import TextGenerationVectorEnv
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.probes import make_env

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import agents.decoding
-import agents.generation
-from agents.generation import sample_responses
-from agents.sampler import Sampler
+import agents.sampling.generate
+import agents.sampling.shared_prefix
+from agents.sampling.generate import sample_responses
+from agents.sampling.sampler import Sampler
 from tests.conftest import FAMILIES, make_model
 from tests.decoders import OTHERS, PROMPTS, UNABLE, WINDOWS, V, build, plain
 
@@ -38,15 +38,15 @@ def test_sampled_log_probs_are_those_of_a_plain_forward(name):
 def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
     """A step computes no prompt whose responses have all ended, and the longest outgrow the first block of room."""
     sizes, model = [], build("llama")
-    assert agents.decoding.decodes_shared(model)  # the trial decodes, too
-    original = agents.decoding.SharedDecoding.__call__
+    assert agents.sampling.shared_prefix.decodes_shared(model)  # the trial decodes, too
+    original = agents.sampling.shared_prefix.SharedDecoding.__call__
 
     def spy(self, tokens):
         sizes.append(self.slot_ids.numel())
         return original(self, tokens)
 
-    monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", spy)
-    monkeypatch.setattr(agents.decoding, "BLOCK", 16)
+    monkeypatch.setattr(agents.sampling.shared_prefix.SharedDecoding, "__call__", spy)
+    monkeypatch.setattr(agents.sampling.shared_prefix, "BLOCK", 16)
     sampler = Sampler(generator=torch.Generator().manual_seed(0))
     responses, _ = sample_responses(
         model,
@@ -58,7 +58,7 @@ def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
         group_size=4,
         completes_stop=lambda ids: ids[-1] % 30 == 0,
     )
-    assert len(sizes) + 1 == max(map(len, responses)) > agents.decoding.BLOCK
+    assert len(sizes) + 1 == max(map(len, responses)) > agents.sampling.shared_prefix.BLOCK
     for drawn, size in enumerate(sizes, start=1):
         left = [sum(len(row) > drawn for row in responses[i : i + 4]) for i in range(0, 24, 4)]
         assert sum(left) <= size <= 4 * sum(map(bool, left))
@@ -88,7 +88,7 @@ def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(size):
 def test_waiting_prompts_take_the_places_of_responses_that_have_ended(name, monkeypatch):
     """At most six responses are under way; those that begin later have the log-probs of plain forwards all the same."""
     batches = []
-    kind = agents.generation.PlainDecoding if name in WINDOWS else agents.decoding.SharedDecoding
+    kind = agents.sampling.generate.PlainDecoding if name in WINDOWS else agents.sampling.shared_prefix.SharedDecoding
     original = kind.__call__
 
     def spy(self, tokens):
@@ -125,7 +125,9 @@ def test_static_shapes_give_the_same_tokens(name, monkeypatch):
     model = build(name)
 
     def draw(static):
-        monkeypatch.setattr(agents.generation, "SharedDecoding", partial(agents.decoding.SharedDecoding, static=static))
+        monkeypatch.setattr(
+            agents.sampling.generate, "SharedDecoding", partial(agents.sampling.shared_prefix.SharedDecoding, static=static)
+        )
         sampler = Sampler(generator=torch.Generator().manual_seed(0))
         return sample_responses(model, PROMPTS, sampler, vocab_size=V, eos_id=3, max_new_tokens=70, group_size=4)
 
@@ -137,13 +139,13 @@ def test_static_shapes_give_the_same_tokens(name, monkeypatch):
 
 def test_a_place_is_free_when_all_responses_to_its_prompt_have_ended(monkeypatch):
     """One of eight responses to each prompt goes on and on: there is room for three prompts all the same, not for more."""
-    slots, original = [], agents.decoding.SharedDecoding.__call__
+    slots, original = [], agents.sampling.shared_prefix.SharedDecoding.__call__
 
     def spy(self, tokens):
         slots.append(self.slot_ids.numel())
         return original(self, tokens)
 
-    monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", spy)
+    monkeypatch.setattr(agents.sampling.shared_prefix.SharedDecoding, "__call__", spy)
     ends = iter([*[False, *[True] * 7] * 3, *[False] * 10_000])
     arguments = dict(vocab_size=V, eos_id=-1, max_new_tokens=20, group_size=8, completes_stop=lambda ids: next(ends))
     responses, _ = sample_responses(build("llama"), PROMPTS * 3, Sampler(), max_num_seqs=24, **arguments)

@@ -8,10 +8,10 @@ import torch
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.callbacks import EvalCallback
 
-import agents.generation as generation
+import agents.sampling.generate as generation
 import llm_env.scoring as scoring
 from agents import GRPO, PPO, LanguagePolicy, TextVecEnv
-from agents.decoding import SharedDecoding
+from agents.sampling.shared_prefix import SharedDecoding
 from llm_env.reference import Reference
 from tests.conftest import FAMILIES, make_model, refused
 from tests.probes import make_env

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 import llm_env.reference
 from agents import GRPO, PPO
-from agents.optimizers import missing_state_bytes
-from agents.recomputing import layers_of
+from agents.policy.gradient_checkpointing import layers_of
+from agents.training.optimizers import missing_state_bytes
 from examples.benchmarks.peak import peak_bytes
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env

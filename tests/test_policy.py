@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents import LanguagePolicy
-from agents.generation import next_logits, weights_version
-from agents.sampler import Sampler
+from agents.sampling.generate import next_logits, weights_version
+from agents.sampling.sampler import Sampler
 from tests.conftest import make_model, make_tokenizer
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]

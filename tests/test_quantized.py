@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from agents import GRPO, PPO, LanguagePolicy
 from agents.compatibility import default_learning_rate
-from agents.quantization import is_quantized
-from agents.validation import check_sharding
+from agents.policy.quantization import is_quantized
+from agents.training.optimizers import check_sharding
 from llm_env.reference import Reference
 from tests.conftest import make_model, refused
 from tests.probes import make_env

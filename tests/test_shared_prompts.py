@@ -12,8 +12,8 @@ from transformers import (
 import llm_env.scoring
 import llm_env.shared_prompt
 import llm_env.sharing
-from agents.generation import sample_responses
-from agents.sampler import Sampler
+from agents.sampling.generate import sample_responses
+from agents.sampling.sampler import Sampler
 from examples.benchmarks.peak import peak_bytes
 from llm_env.scoring import head_of, response_states, score
 from llm_env.shared_prompt import group_states

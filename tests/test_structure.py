@@ -1,12 +1,16 @@
 """The packages' structure: no import circles between modules or folders, and few files lie flat."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import agents
 import llm_env
+from agents import GRPO, PPO, REINFORCE
+from agents.training.trainer import Trainer
 
 
 def modules_of(root):
@@ -81,13 +85,78 @@ def test_circles_are_found(tmp_path):
     assert import_circles(root) == ([["pack.a", "pack.b"]], [["pack.a", "pack.b"], ["pack.one", "pack.two"]])
 
 
-@pytest.mark.parametrize(
-    "package", [llm_env, pytest.param(agents, marks=pytest.mark.xfail(strict=False, reason="agents is being cut anew"))]
-)
+@pytest.mark.parametrize("package", [llm_env, agents])
 def test_nothing_is_imported_in_a_circle(package):
     assert import_circles(root_of(package)) == ([], [])
 
 
-@pytest.mark.xfail(strict=False, reason="agents is being cut anew")
 def test_few_files_lie_flat_in_agents():
     assert len(list(root_of(agents).glob("*.py"))) <= 20
+
+
+ALGORITHMS = {"agents", "agents.base", "agents.grpo", "agents.ppo", "agents.reinforce"}  # the agents, and who exports them
+
+
+def names_in(annotation):
+    """The identifiers of an annotation, also of one that is written as a string."""
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from names_in(ast.parse(node.value, mode="eval"))
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_no_component_knows_the_agent():
+    """Outside of the agents and the diagnostics nothing imports `LanguageAgent`, annotates it, or takes an `agent`."""
+    for module, path in modules_of(root_of(agents)).items():
+        if module in ALGORITHMS or module.startswith("agents.diagnostics"):
+            continue
+        assert "agents.base" not in imported_by(path, module, modules_of(root_of(agents))), module
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.arg):
+                assert node.arg != "agent", f"{module}, line {node.lineno}"
+                assert node.annotation is None or "LanguageAgent" not in set(names_in(node.annotation)), module
+
+
+# --- the way from `learn` to the arithmetic ------------------------------------------------------------------------------
+
+
+def frames_between(innermost, outermost):
+    """The functions on the stack from the innermost frame to the one that runs `outermost`, both included."""
+    names, frame = [], innermost
+    while frame is not None:
+        names.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
+        if frame.f_code is outermost.__code__:
+            return names
+        frame = frame.f_back
+    raise AssertionError(f"{outermost} is not on the stack: {names}")
+
+
+def spy_on(monkeypatch, function, outermost):
+    """Note the frames from who calls a function of torch to `outermost`, each time the way is another one."""
+    ways, original = set(), getattr(torch, function)
+
+    def spy(*args, **kwargs):
+        ways.add(tuple(frames_between(sys._getframe(1), outermost)))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, function, spy)
+    return ways
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_five_frames_from_train_to_the_minimum(kind, monkeypatch):
+    agent = kind(llm_env.PUPIL, "llm_env/Addition-v0", n_envs=16, batch_size=8, seed=0)
+    ways = spy_on(monkeypatch, "minimum", Trainer.train)
+    agent.learn(1)
+    assert ways and max(map(len, ways)) <= 5, ways
+    assert all(way[0] == "clipped_terms" for way in ways)
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO, REINFORCE])
+def test_eight_frames_from_learn_to_a_sampled_token(kind, monkeypatch):
+    """The last of them looks a uniform random number up in the running sums of the probabilities."""
+    agent = kind(llm_env.PUPIL, "llm_env/Addition-v0", n_envs=16, seed=0)
+    ways = spy_on(monkeypatch, "searchsorted", kind.learn.__wrapped__)
+    agent.learn(1)
+    assert ways and max(map(len, ways)) <= 8, ways

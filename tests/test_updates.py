@@ -9,7 +9,7 @@ import torch
 from stable_baselines3.common.logger import Logger
 from transformers import BloomConfig, BloomForCausalLM
 
-import agents.decoding
+import agents.sampling.shared_prefix
 import llm_env
 from agents import GRPO, PPO, REINFORCE
 from agents.distributed.communicator import SINGLE_PROCESS
@@ -320,13 +320,13 @@ def test_sharing_prompts_changes_no_training(kind):
 
 
 def test_a_bound_on_responses_under_way_is_kept_while_learning(monkeypatch):
-    largest, original = [], agents.decoding.SharedDecoding.__call__
+    largest, original = [], agents.sampling.shared_prefix.SharedDecoding.__call__
 
     def spy(self, tokens):
         largest.append(len(tokens))
         return original(self, tokens)
 
-    monkeypatch.setattr(agents.decoding.SharedDecoding, "__call__", spy)
+    monkeypatch.setattr(agents.sampling.shared_prefix.SharedDecoding, "__call__", spy)
     agent = make_agent(max_num_seqs=2 * GROUP)
     agent.learn(3 * EPISODES)
     assert 0 < max(largest) <= 2 * GROUP and agent._n_updates >= 1

@@ -10,7 +10,7 @@ from agents import GRPO, LanguagePolicy
 from agents.engines.base import DecodingSpec
 from agents.engines.registry import make_engine
 from agents.engines.weight_sync import logprob_gap
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from tests.conftest import refused
 from tests.vllm_models import PADDING, PIECES, make_llama, make_text_env
 

@@ -16,7 +16,7 @@ from agents.distributed.fsdp import full_params
 from agents.engines.base import Completions, DecodingSpec, Engine
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, concat, from_episodes
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from agents.vec_env import rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.observations import pick

@@ -9,7 +9,7 @@ from agents.collection.collector import ResponseCollector, TokenCollector
 from agents.distributed.communicator import Communicator
 from agents.engines.base import PolicyEngine
 from agents.policy import LanguagePolicy
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from agents.vec_env import rules_of_vec_env, vector_env_of
 from llm_env import TextGenerationVectorEnv
 

@@ -19,7 +19,7 @@ from agents.engines.base import PolicyEngine
 from agents.patching import patched
 from agents.policy import Evaluation, LanguagePolicy
 from agents.rollout import Rollout
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from agents.training.objective import Objective
 from agents.training.preserve import NoOpOptimizer
 from agents.training.trainer import Trainer

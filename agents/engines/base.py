@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.adapters import copy_sharing_frozen
-from agents.generation import sample_responses
 from agents.policy import LanguagePolicy
-from agents.sampler import Sampler
+from agents.policy.lora import copy_sharing_frozen
+from agents.sampling.generate import sample_responses
+from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
 
 OnTurns = Callable[[Sequence[int], list[list[int]], list[np.ndarray]], "list[list[int] | None]"]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from agents.engines.base import Completions, DecodingSpec, Engine, OnTurns, StaleWeightsError, end_episodes
-from agents.generation import weights_version
 from agents.policy import LanguagePolicy
-from agents.sampler import Sampler
+from agents.sampling.generate import weights_version
+from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
 
 PROBES, PROBE_TOKENS = 4, 16  # prompts, and tokens of a response, by which an update of the weights is verified

@@ -10,10 +10,10 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from agents.optimizers import missing_state_bytes
 from agents.patching import patched
 from agents.rollout import Rollout
 from agents.training.batching import group_unit
+from agents.training.optimizers import missing_state_bytes
 from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
 from agents.validation import check_budget

@@ -15,7 +15,7 @@ from agents import GRPO, PPO, REINFORCE
 from agents.base import LanguageAgent
 from agents.losses import ratio_statistics
 from agents.rollout import Rollout
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from ladder_parts.gradients import halves
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
 from llm_env.rules import Rules

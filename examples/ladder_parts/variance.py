@@ -14,7 +14,7 @@ from agents import GRPO, PPO, REINFORCE, LanguagePolicy
 from agents.advantages import discounted_returns
 from agents.base import LanguageAgent
 from agents.rollout import Rollout
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from ladder_parts.gradients import Moments, evaluate, policy_gradient, with_advantages
 from ladder_parts.runs import EPISODES, GROUP, STEPS, Exam, make_env
 from llm_env import TextGenerationVectorEnv

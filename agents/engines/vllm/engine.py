@@ -15,7 +15,7 @@ from agents.engines.base import Completions, DecodingSpec, OnTurns, StaleWeights
 from agents.engines.vllm.local import LocalVLLM
 from agents.engines.vllm.server import VLLMServer
 from agents.policy import LanguagePolicy
-from agents.sampler import Sampler
+from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
 
 CHUNK = 1 << 25  # bytes of weights that travel at a time

@@ -88,3 +88,21 @@ def _bytes_of_moment(optimizer: Optimizer, parameter: Tensor) -> int:
     if getattr(settings, "optim_bits", 32) == 8 and parameter.numel() >= settings.min_8bit_size:
         return parameter.numel() + 4 * -(-parameter.numel() // BLOCK)
     return parameter.nbytes
+
+
+def check_sharding(sharded: bool, optimizer: str, quantized: bool = False) -> None:
+    """Raise if the weights cannot be sharded, or the optimizer cannot update sharded weights.
+
+    Raises:
+        ValueError: If the weights are sharded and quantized, or sharded and the optimizer is bitsandbytes'.
+    """
+    if sharded and quantized:
+        raise ValueError(
+            "the model is quantized, and quantized weights are not sharded (FSDP2); launch without sharding, which keeps the "
+            "whole quantized model in every process, or load the model without quantization"
+        )
+    if sharded and optimizer in BITSANDBYTES:
+        raise ValueError(
+            f"optimizer={optimizer!r}, but the weights are sharded, which bitsandbytes cannot update; leave it out: each "
+            "process keeps its share of the optimizer's state alone"
+        )

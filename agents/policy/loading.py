@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
-from agents.adapters import BASE_HASH, Adapter, apply_lora, check_bare, check_base, is_adapter, is_peft_model, load_config
-from agents.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
-from agents.quantization import HALF, check_not_quantized, is_quantized, prepare
+from agents.policy.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
+from agents.policy.lora import BASE_HASH, Adapter, apply_lora, check_bare, check_base, is_adapter, is_peft_model, load_config
+from agents.policy.quantization import HALF, check_not_quantized, is_quantized, prepare
 from llm_env.models import check_causal, load_causal_lm
 
 PretrainedFiles = dict[str, bytes]
@@ -99,7 +99,7 @@ def _has_parts(model: PreTrainedModel) -> bool:
 def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) -> tuple[PreTrainedModel, Any, Adapter | None]:
     """Load a causal language model in float32, its tokenizer and the adapter in it, where there are such.
 
-    The weights of a quantized model stay as they are, but for those that are not quantized: see `agents.quantization`.
+    The weights of a quantized model stay as they are, but for those that are not quantized: see `agents.policy.quantization`.
 
     Args:
         model: a path, a hub id, a `PreTrainedModel`, or what `files_of` gave (weights to be loaded). With an adapter: the path,

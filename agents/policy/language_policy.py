@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.adapters import copy_sharing_frozen
-from agents.distributed.fsdp import full_params, is_sharded_now
-from agents.generation import StepState, StopRule, next_logits, response_limits, sample_responses
-from agents.pretrained import PretrainedFiles, load, processor_of, record_of
-from agents.recomputing import checkpoint_layers
-from agents.sampler import Sampler
+from agents.distributed.communicator import collective, get_communicator
+from agents.distributed.fsdp import full_params, full_state_dict, is_sharded, is_sharded_now
+from agents.policy.gradient_checkpointing import checkpoint_layers
+from agents.policy.identity import is_rebuilt, qualified_name
+from agents.policy.loading import RECORD, PretrainedFiles, files_of, load, processor_of, record_of, write
+from agents.policy.lora import Adapter, copy_sharing_frozen
+from agents.policy.quantization import is_quantized
+from agents.sampling.generate import StepState, StopRule, next_logits, response_limits, sample_responses
+from agents.sampling.sampler import Sampler
 from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
-from agents.weights import Weights
-from llm_env.capabilities import trial, vocabulary_of
+from llm_env.capabilities import plain_outputs, trial, trial_rows, vocabulary_of
 from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
@@ -33,6 +39,8 @@ from llm_env.rules import Rules
 from llm_env.scoring import autocast, response_states, restrict, score
 from llm_env.sharing import PrefixSharing
 from llm_env.tokenization import vocabulary_size
+
+SAME = 1e-3  # nats; devices and versions differ by 1e-5
 
 
 @dataclass
@@ -52,7 +60,7 @@ class Evaluation:
     values: Tensor | None
 
 
-class LanguagePolicy(Weights):
+class LanguagePolicy(BasePolicy):
     """pi(token | tokens so far), by any causal language model that transformers loads.
 
     Weights are held and trained in float32. Dropout is off, while sampling and in training alike. Of a model object, parameters
@@ -69,7 +77,7 @@ class LanguagePolicy(Weights):
         separate_critic: read V from the hidden states of a network of its own, begun as a copy of the model's; with an adapter
             a copy of that, on the same base.
         peft_config: a `peft.LoraConfig`, or the path or hub id of a saved adapter: the model's weights stay as they are, and an
-            adapter is trained. A model object gets it in its place. See `agents.adapters`.
+            adapter is trained. A model object gets it in its place. See `agents.policy.lora`.
         base: of a `model` that is an adapter, its base if it is not where it was: a path, a hub id or a `PreTrainedModel`. Of a
             whole model's files, a model of its class to take over the weights.
 
@@ -88,9 +96,10 @@ class LanguagePolicy(Weights):
             once there is one.
         chat_template_kwargs: arguments of the chat template; the env's once there is one, saved with the agent.
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
-        gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
+        gradient_checkpointing: whether layers are computed again in the backward pass; see
+            `agents.policy.gradient_checkpointing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
-        max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
+        max_num_seqs: responses that are drawn at a time; see `agents.sampling.generate.sample_responses`.
         num_steps: optimizer steps since the policy was made: not all optimizers tell torch that weights have moved.
 
     Raises:
@@ -98,6 +107,8 @@ class LanguagePolicy(Weights):
         ValueError: If the model's vocabulary is smaller than the tokenizer's, it is quantized and has no adapter, its config
             asks for an auxiliary loss of routers, or it is not causal.
     """
+
+    _told_of_class = False
 
     def __init__(
         self,
@@ -125,7 +136,7 @@ class LanguagePolicy(Weights):
         check_auxiliary_loss(lm)
         self.lm = lm
         self.max_positions = limit
-        self.adapter = adapter
+        self.adapter: Adapter | None = adapter
         self.tokenizer = tokenizer
         self.vocab_size = size
         self.constraint: TokenConstraint | None = None
@@ -241,7 +252,7 @@ class LanguagePolicy(Weights):
         allowed: Sequence[np.ndarray] | None,
         temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Compute the fields of an `Evaluation`; the entry at which FSDP gathers the weights, see `agents.distributed.fsdp`."""
+        """Return the fields of an `Evaluation`; here sharded weights are gathered, see `agents.distributed.fsdp`."""
         states = self.value_head is not None and self.critic is None
         models = [model for model in (self.lm, self.critic) if model is not None]
         again = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
@@ -298,7 +309,7 @@ class LanguagePolicy(Weights):
             temperature: divides the logits.
             eos_id: the end token, or several; `eos_ids` by default.
             completes_stop: whether the last token of a response completes a stop string.
-            sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.sampler.Sampler`.
+            sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.sampling.sampler.Sampler`.
 
         Returns:
             N * G responses, those to prompt i at i*G..i*G+G-1, each up to and including its end token, and the log-probs of
@@ -414,6 +425,166 @@ class LanguagePolicy(Weights):
         if not self.eos_ids:
             raise ValueError("no end token is known: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}")
         return self.eos_ids
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    @collective
+    def save_pretrained(self, path: str | Path, merge: bool = False) -> None:
+        """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind.
+
+        With them go the generation config, the chat templates that training used, the files of a processor, and the code of a
+        model that was loaded with `trust_remote_code=True`.
+
+        Of a model with an adapter that is the adapter, in peft's format, for `peft.PeftModel.from_pretrained(base, path)`.
+
+        Args:
+            path: a folder.
+            merge: write a model without an adapter that computes the same. The policy stays as it is; meanwhile there is room
+                needed for another model.
+
+        Raises:
+            ValueError: If there is no adapter to merge, or it cannot be merged, as into a quantized base.
+
+        Of several processes, all of which call it, the main one writes.
+        """
+        if merge and self.adapter is None:
+            raise ValueError("merge=True, but the policy has no adapter: save_pretrained(path) writes the whole model")
+        if merge and self.adapter is not None:
+            self.adapter.check_mergeable()
+        if merge and is_sharded(self):
+            raise ValueError("merge=True, but the weights are sharded: save the agent, and merge it in a single process")
+        if is_sharded(self):
+            get_communicator().all_gather_object(None, "weights")
+        weights = (
+            None if merge else full_state_dict(self.lm.state_dict() if self.adapter is None else self.adapter.state_dict())
+        )
+        if not get_communicator().is_main_process:
+            return
+        if self.adapter is None:
+            self.lm.save_pretrained(path, state_dict=weights)
+        elif weights is None:
+            merged = self.adapter.merged()
+            merged.generation_config = getattr(self.lm, "generation_config", None)
+            merged.save_pretrained(path)
+        else:
+            self.adapter.save(path, weights)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(path)
+        if self.adapter is None or merge:
+            write({name: content for name, content in self.processor.items() if not (Path(path) / name).exists()}, path)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The language model without the adapter; without one itself."""
+        return self.lm if self.adapter is None else self.adapter.base
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The language model's weights by name, one at a time; with an adapter, those that it would have with it merged in."""
+        yield from self.lm.state_dict().items() if self.adapter is None else self.adapter.merged_weights()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of a policy with an adapter the weights that are trained; the base's are where they came from."""
+        state = super().state_dict(*args, **kwargs)
+        if self.adapter is None:
+            return state
+        trained = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return {name: value for name, value in state.items() if name in trained}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take over weights as `state_dict` gives them.
+
+        Raises:
+            ValueError: If the weights are those of another model, or an adapter trains others.
+        """
+        if self.adapter is None:
+            try:
+                return super().load_state_dict(state_dict, strict, assign)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the weights do not fit the policy, a {type(self.lm).__name__} ({str(error).splitlines()[-1].strip()}); "
+                    "load the file with the algorithm that saved it, and give a model of the same class and config: load(path, "
+                    "policy=<model>)"
+                ) from error
+        if strict and (differing := sorted(self.state_dict().keys() ^ state_dict.keys())):
+            raise ValueError(
+                f"{len(differing)} weights are trained here and not there, or there and not here, such as {differing[0]}; load "
+                "them into a policy with the same kind of adapter"
+            )
+        return super().load_state_dict(state_dict, False, assign)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        """What makes the policy again, weights aside: its files, and in them what is trained.
+
+        Warns where `load` will need a model, because its class does not come back from its config.
+        """
+        critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
+        files = files_of(self.lm, self.tokenizer, self.base, self.processor)
+        record = record_of(files)
+        if self.chat_template_kwargs:
+            record["chat_template_kwargs"] = self.chat_template_kwargs
+        if (said := self._fingerprint()) is not None:
+            record["fingerprint"] = said
+        files[RECORD] = json.dumps(record, default=str).encode()
+        if not self._told_of_class and not is_rebuilt(self.base):
+            self._told_of_class = True
+            warnings.warn(
+                f"transformers does not rebuild this {qualified_name(self.base)} from its config: keep the code that makes it, "
+                "and give one when the file is loaded: load(path, policy=<model>)",
+                stacklevel=3,
+            )
+        if self.adapter is not None:
+            return {"model": files | self.adapter.files(), **critic}
+        record = json.loads(files[RECORD]) | self._trained()
+        return {"model": {**files, RECORD: json.dumps(record).encode()}, **critic}
+
+    @torch.no_grad()
+    def _fingerprint(self) -> list[float] | None:
+        """Log-probs of a few tokens; None where they say nothing: of quantized, sharded or broken weights."""
+        if is_quantized(self.base) or is_sharded(self):
+            return None
+        row = trial_rows(self.lm)[0]
+        with trial(self.lm):
+            logp = plain_outputs(self.lm, [row])[0].float().log_softmax(-1)
+        said = logp[torch.arange(len(row) - 1), torch.tensor(row[1:], device=logp.device)]
+        return said.tolist() if bool(said.isfinite().all()) else None
+
+    def check_fingerprint(self, saved: dict[str, Any]) -> None:
+        """Warn if the model computes other log-probs than the one that was saved, whose weights it has.
+
+        Args:
+            saved: what `_get_constructor_parameters` gave for the file.
+        """
+        before, now = record_of(saved.get("model")).get("fingerprint"), self._fingerprint()
+        if before is None or now is None:
+            return
+        gap = max(abs(a - b) for a, b in zip(before, now, strict=True)) if len(before) == len(now) else float("inf")
+        if not gap <= SAME:
+            warnings.warn(
+                f"the loaded {qualified_name(self.base)} computes other log-probs than the saved one, by up to {gap:.2g} nats, "
+                "with the same weights: something of that model is in no file (a hook, an attribute, a config that was changed "
+                "later); make the model as it was and give it: load(path, policy=<model>)",
+                stacklevel=3,
+            )
+
+    def _trained(self) -> dict[str, list[str]]:
+        """The names of the parameters that are frozen, and of those of the critic that it has in common with the model."""
+        own = {id(parameter) for parameter in self.lm.parameters()}
+        critic = {} if self.critic is None else dict(self.critic.named_parameters(remove_duplicate=False))
+        return {
+            "frozen": [name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad],
+            "shared": [name for name, p in critic.items() if id(p) in own],
+        }
+
+    def _train_only(self, record: dict[str, Any]) -> None:
+        """Freeze, and have in common, what `_trained` named; nothing for files of version 0.1, of which all is trained."""
+        if self.critic is not None and (shared := record.get("shared")):
+            of_model = dict(self.lm.base_model.named_parameters(remove_duplicate=False))
+            for name in shared:
+                path, _, leaf = name.rpartition(".")
+                self.critic.get_submodule(path)._parameters[leaf] = of_model[name]
+        frozen = set(record.get("frozen", ()))
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name not in frozen)
 
 
 def check_auxiliary_loss(lm: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from agents.quantization import is_quantized
+from agents.policy.quantization import is_quantized
 
 LIBRARIES = ("torch", "transformers")  # their modules are rebuilt from a config
 NEUTRAL = {  # entries of a config that do not change what a model computes

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from agents.caching import cached_logits, decodes_with_cache, new_cache, plain_logits, skips_hidden_slots
-from agents.decoding import SharedDecoding, decodes_shared
-from agents.sampler import Sampler
+from agents.sampling.caching import cached_logits, decodes_with_cache, new_cache, plain_logits, skips_hidden_slots
+from agents.sampling.sampler import Sampler
+from agents.sampling.shared_prefix import SharedDecoding, decodes_shared
 from llm_env.arguments import whole
 from llm_env.capabilities import takes_left_padding
 from llm_env.constraints import TokenConstraint

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from agents.quantization import is_quantized, quantized_modules
+from agents.policy.quantization import is_quantized, quantized_modules
 
 CONFIG, BASE_HASH = "adapter_config.json", "base.sha256"
 NAME = "default"  # peft's name of the adapter

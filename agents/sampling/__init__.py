@@ -1,0 +1,1 @@
+"""Sampling responses and single tokens from a causal language model."""
