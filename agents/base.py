@@ -56,7 +56,7 @@ from agents.engines.weight_sync import ExternalEngine, SyncedEngine
 from agents.losses import AGGREGATIONS
 from agents.metrics import episode_infos, record_rollout, record_time, record_update
 from agents.policy import Evaluation, LanguagePolicy
-from agents.policy.gradient_checkpointing import check_recomputing
+from agents.policy.gradient_checkpointing import check_gradient_checkpointing
 from agents.policy.prompt_encoding import encode_prompts
 from agents.rollout import Rollout, concat
 from agents.sampling.generate import StepState
@@ -676,7 +676,7 @@ class LanguageAgent(BaseAlgorithm):
         check_trainable(self.policy)
         if self.needs_values:
             self.policy.add_value_head(self.separate_critic)
-        check_recomputing(self.policy.lm, self.gradient_checkpointing)
+        check_gradient_checkpointing(self.policy.lm, self.gradient_checkpointing)
         self.policy = self.policy.to(self.device)
         if self.policy.adapter is not None:
             self.policy.adapter.base.to(self.device)  # buffers that it does not share with the policy

@@ -86,10 +86,10 @@ def test_the_cache_while_sampling_is_what_the_page_counts(new, bf16, number, ari
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=40, head_dim=16, **SIZES)).eval()
     decoding = SharedDecoding(lm, 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        decoding.add([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+        decoding.prefill([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
         for _ in range(new):
             decoding(torch.ones(6, dtype=torch.int64))
-    tables = [*(table for pair in decoding.prompts.values() for table in pair), *decoding.own.values()]
+    tables = [*(table for pair in decoding.prompts.values() for table in pair), *decoding.response_kv.values()]
     assert {table.element_size() for table in tables} == {number}
     assert arithmetic.cache_bytes(described(arithmetic), 2, 5, 6, new, number) == sum(table.nbytes for table in tables)
 

@@ -9,7 +9,7 @@ import torch
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 
-import agents.policy
+import agents.policy.language_policy
 import agents.sampling.generate
 import agents.sampling.shared_prefix
 import agents.training.trainer
@@ -188,7 +188,7 @@ def test_dropout_that_is_on(kind, monkeypatch):
 
 def test_a_mask_that_begins_one_token_early(monkeypatch):
     """Log-probs of the last prompt token up to the last but one of the response."""
-    original = agents.policy.score
+    original = agents.policy.language_policy.score
 
     def early(model, prompts, responses, *args, **kwargs):
         cut = [([*p[:-1]], [p[-1], *r[:-1]]) if len(p) > 1 else (p, r) for p, r in zip(prompts, responses, strict=True)]
@@ -196,7 +196,7 @@ def test_a_mask_that_begins_one_token_early(monkeypatch):
 
     env = env_of(prompts=("ab", "abcd", "bcd"))
     assert not failures(make_agent(env=env))
-    monkeypatch.setattr(agents.policy, "score", early)
+    monkeypatch.setattr(agents.policy.language_policy, "score", early)
     found = failures(make_agent(env=env))
     assert found.keys() == {TRAINER, TRAINED}
     assert "off-by-one" in found[TRAINED]
@@ -245,7 +245,7 @@ def test_a_cache_whose_positions_stand_still(monkeypatch):
     original = agents.sampling.shared_prefix.SharedDecoding.__call__
 
     def standing(self, tokens):
-        self.lengths = self.lengths - int(self.oldest > 0)
+        self.lengths = self.lengths - int(self.max_generated > 0)
         return original(self, tokens)
 
     monkeypatch.setattr(agents.sampling.shared_prefix.SharedDecoding, "__call__", standing)

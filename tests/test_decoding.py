@@ -42,7 +42,7 @@ def test_rows_that_have_ended_leave_and_room_grows(monkeypatch):
     original = agents.sampling.shared_prefix.SharedDecoding.__call__
 
     def spy(self, tokens):
-        sizes.append(self.rows.numel())
+        sizes.append(self.slot_ids.numel())
         return original(self, tokens)
 
     monkeypatch.setattr(agents.sampling.shared_prefix.SharedDecoding, "__call__", spy)
@@ -76,9 +76,9 @@ def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(size):
 
     together = draw()
     assert draw(max_num_seqs=4) == together
-    numbers = Sampler(generator=torch.Generator().manual_seed(0)).numbers(12, 12, size, torch.device("cpu"))
+    numbers = Sampler(generator=torch.Generator().manual_seed(0)).uniforms(12, 12, size, torch.device("cpu"))
     alone = [
-        sample_responses(model, [PROMPTS[row // 4]], Sampler(), numbers=numbers[row : row + 1], **arguments)[0][0]
+        sample_responses(model, [PROMPTS[row // 4]], Sampler(), uniforms=numbers[row : row + 1], **arguments)[0][0]
         for row in range(12)
     ]
     assert alone == together and len(set(map(tuple, together))) > 6
@@ -92,7 +92,7 @@ def test_waiting_prompts_take_the_places_of_responses_that_have_ended(name, monk
     original = kind.__call__
 
     def spy(self, tokens):
-        ages = self.ages[self.rows >= 0] if name not in WINDOWS else torch.zeros(1)
+        ages = self.num_generated[self.slot_ids >= 0] if name not in WINDOWS else torch.zeros(1)
         batches.append((len(tokens), len(ages.unique())))
         return original(self, tokens)
 
@@ -142,7 +142,7 @@ def test_a_place_is_free_when_all_responses_to_its_prompt_have_ended(monkeypatch
     slots, original = [], agents.sampling.shared_prefix.SharedDecoding.__call__
 
     def spy(self, tokens):
-        slots.append(self.rows.numel())
+        slots.append(self.slot_ids.numel())
         return original(self, tokens)
 
     monkeypatch.setattr(agents.sampling.shared_prefix.SharedDecoding, "__call__", spy)
@@ -173,7 +173,7 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn():
 
 def test_limits_that_cannot_be_kept_are_refused():
     arguments = dict(vocab_size=V, eos_id=3, group_size=4)
-    with pytest.raises(ValueError, match="max_num_seqs=3 has no room for a group of 4"):
+    with pytest.raises(ValueError, match="max_num_seqs=3 must hold a group of 4"):
         sample_responses(build("llama"), PROMPTS, Sampler(), max_new_tokens=2, max_num_seqs=3, **arguments)
     for wrong in (0, [1, 2], 1.5, [1, 2, 0]):
         with pytest.raises(ValueError, match=r"max_new_tokens=.* one for each of the 3 prompts"):

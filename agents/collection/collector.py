@@ -84,7 +84,7 @@ class ResponseCollector:
         prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
         rows, sampler, uniforms = self.communicator.split_rows(venv.num_envs, self.group_size), self.sampler, None
         if self.engine.takes_uniforms:
-            uniforms = sampler.numbers(venv.num_envs, rules.max_new_tokens, rules.vocab_size, self.policy.device)
+            uniforms = sampler.uniforms(venv.num_envs, rules.max_new_tokens, rules.vocab_size, self.policy.device)
             uniforms = uniforms[rows.start : rows.stop]
         elif self.communicator.size > 1:
             sampler = sampler.spawn(self.communicator.rank)
@@ -155,7 +155,7 @@ class TokenCollector:
             indexes = self.next_indexes()
         rules = rules_of_vec_env(self.vec_env)
         rows = self.communicator.split_rows(len(indexes), self.group_size)
-        uniforms = self.sampler.numbers(len(indexes), rules.max_new_tokens, rules.vocab_size, self.policy.device)
+        uniforms = self.sampler.uniforms(len(indexes), rules.max_new_tokens, rules.vocab_size, self.policy.device)
         local, error = None, None
         with full_params(self.policy), full_params(reference_model(rules)):
             try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
-from agents.policy.lora import with_frozen_in_common
+from agents.policy.lora import copy_sharing_frozen
 from agents.sampling.generate import sample_responses
 from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
@@ -41,8 +41,8 @@ class DecodingSpec:
         rules: end tokens, stop strings, allowed tokens and vocabulary.
         sampler: temperature, truncation and, for an engine without `takes_uniforms`, the generator of all randomness.
         max_new_tokens: limit of a response, in tokens.
-        uniforms: (N * G, max_new_tokens, 1 or 2) uniform random numbers to sample by; see `Sampler.numbers`. None for an engine
-            that does not take them.
+        uniforms: (N * G, max_new_tokens, 1 or 2) uniform random numbers to sample by, see `Sampler.uniforms`; None for an
+            engine that does not take them.
     """
 
     rules: Rules
@@ -137,7 +137,7 @@ class PolicyEngine:
                 constraint=rules.constraint,
                 max_num_seqs=policy.max_num_seqs,
                 prefix_sharing=policy.prefix_sharing,
-                numbers=decoding.uniforms,
+                uniforms=decoding.uniforms,
             )
         on_turns(range(len(token_ids)), token_ids, logprobs)
         return Completions(token_ids, logprobs)
@@ -156,7 +156,7 @@ class PolicyEngine:
         Frozen weights are shared. The memory of the copied ones is kept for the next snapshot.
         """
         if self._frozen_lm is None:
-            self._frozen_lm = with_frozen_in_common(self.policy.lm).requires_grad_(False)
+            self._frozen_lm = copy_sharing_frozen(self.policy.lm).requires_grad_(False)
         frozen = copy.copy(self.policy)
         frozen._modules = {"lm": self._frozen_lm, "value_head": None, "critic": None}
         for copied, current in zip(self._frozen_lm.parameters(), self.policy.lm.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what a layer makes is made again in the backward pass, in the place of being kept for it."""
+"""Gradient checkpointing: recompute the activations of a layer in the backward pass."""
 
 from __future__ import annotations
 
@@ -18,42 +18,49 @@ from llm_env.shared_prompt import attention_as_now
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers marks as ones that can be computed again.
+    """Return the layers that transformers can checkpoint.
 
     Raises:
-        ValueError: there are none.
+        ValueError: If there are none.
     """
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
-            f"gradient_checkpointing=True, but transformers knows no layers of {type(model).__name__} that can be computed "
-            "again; set gradient_checkpointing=False, and max_tokens_per_batch to bound the memory"
+            f"gradient_checkpointing=True, but transformers cannot checkpoint the layers of {type(model).__name__}. Set "
+            "gradient_checkpointing=False, and max_tokens_per_batch to bound the memory"
         )
     return layers
 
 
-def check_recomputing(model: PreTrainedModel, wanted: bool) -> None:
-    """Refuse a model that cannot be computed again; say so where its own switch is on, which does nothing here.
+def check_gradient_checkpointing(model: PreTrainedModel, is_on: bool) -> None:
+    """Raise if a model's layers cannot be checkpointed; warn if transformers' own switch is on, which has no effect here.
+
+    Args:
+        model: the policy's language model.
+        is_on: whether the agent checkpoints its layers.
 
     Raises:
-        ValueError: `wanted`, and transformers marks no layers of the model.
+        ValueError: If `is_on` and transformers cannot checkpoint the layers.
     """
-    if wanted:
+    if is_on:
         layers_of(model)
     elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         warnings.warn(
-            "the model's own gradient checkpointing is on, which does nothing in evaluation mode, and dropout is off here; set "
-            "the agent's gradient_checkpointing=True",
+            "the model's own gradient checkpointing is on, which has no effect in evaluation mode, and dropout is off here. "
+            "Set the agent's gradient_checkpointing=True instead",
             stacklevel=4,
         )
 
 
 @contextmanager
-def recomputing(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Of the layers that are computed within, the inputs alone are kept for the backward pass, which may come after.
+def checkpoint_layers(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Store only the inputs of the layers that are computed within the block; the backward pass may come after it.
 
-    transformers' own switch does so for layers in training mode only, in which some of them (OPT's) drop out; and it takes
-    their cache away. Here the mode stays evaluation, and nothing is switched but what is computed within.
+    transformers' own switch works in training mode only, in which some layers (OPT's) apply dropout, and it turns the KV cache
+    off. Here the layers stay in evaluation mode, and layers outside the block are not affected.
+
+    Args:
+        models: their layers are checkpointed.
     """
     with ExitStack() as stack:
         for model in models:
@@ -63,10 +70,10 @@ def recomputing(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    attention = attention_as_now()  # the backward pass runs when it is over, on CUDA in a thread of its own
+    attention = attention_as_now()  # the backward pass runs after its context has ended, on CUDA in another thread
 
-    def again(*args: Any) -> Any:
+    def recompute(*args: Any) -> Any:
         with attention():
             return forward(*args, **kwargs)
 
-    return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(recompute, *args, use_reentrant=False, preserve_rng_state=False)

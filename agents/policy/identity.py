@@ -1,4 +1,4 @@
-"""Which model a file's weights belong to: its class, the modules that are not transformers' own, and its config."""
+"""Check that a model is the one that a checkpoint's weights belong to: class, custom modules, config."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from agents.policy.quantization import is_quantized
 
-LIBRARIES = ("torch", "transformers")  # whose modules a config alone rebuilds
-NEUTRAL = {  # what of a config does not say what a model computes
+LIBRARIES = ("torch", "transformers")  # their modules are rebuilt from a config
+NEUTRAL = {  # entries of a config that do not change what a model computes
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -32,7 +32,7 @@ NEUTRAL = {  # what of a config does not say what a model computes
     "eos_token_id",
     "pad_token_id",
 }
-REMEDY = "give a model of that class, whose weights are replaced by the file's: load(path, policy=<model>)"
+REMEDY = "give a model of that class, into which the file's weights are loaded: load(path, policy=<model>)"
 
 
 def qualified_name(thing: Any) -> str | None:
@@ -46,15 +46,15 @@ def qualified_name(thing: Any) -> str | None:
 
 
 def is_of_a_library(name: str) -> bool:
-    """Return whether a class is torch's or transformers' own, by its qualified name."""
+    """Return whether a class, by its qualified name, is part of torch or transformers."""
     return name.partition(".")[0] in LIBRARIES
 
 
 def same_class(a: str | None, b: str | None) -> bool:
     """Return whether two qualified names are of one class.
 
-    The modules may differ: a script is `__main__` where it is run, and the code of a hub's model lies where it was downloaded.
-    But a class of transformers is none of somebody else's.
+    The modules may differ: a script that runs is `__main__`, and the code of a hub's model is in a download folder. A class
+    of transformers is never the same as a custom class.
     """
     if a is None or b is None:
         return a is b
@@ -62,12 +62,15 @@ def same_class(a: str | None, b: str | None) -> bool:
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the classes of a model and its config, and its modules that no config rebuilds: foreign, or with a new forward."""
+    """Return the classes of a model and its config, and the modules that a config does not rebuild.
+
+    Those are modules of custom classes, or with a replaced forward.
+    """
     modules = {}
     for name, module in model.named_modules():
         kind = str(qualified_name(module))
         forward = vars(module).get("forward")
-        # Neither accelerate's hooks, which place weights, nor a compiled forward compute anything else.
+        # accelerate's hooks (which place weights) and a compiled forward compute the same.
         if forward is not None and not hasattr(module, "_hf_hook") and not hasattr(forward, "_torchdynamo_orig_callable"):
             kind += " with another forward"
         elif name == "" or is_of_a_library(kind):
@@ -77,7 +80,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def is_rebuilt(model: PreTrainedModel) -> bool:
-    """Return whether `AutoModelForCausalLM.from_config` makes such a model of its config."""
+    """Return whether `AutoModelForCausalLM.from_config` rebuilds the model from its config."""
     known: Any = AutoModelForCausalLM._model_mapping
     config = type(model.config)
     if model.config.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model.config.model_type] is not config:
@@ -89,14 +92,14 @@ def is_rebuilt(model: PreTrainedModel) -> bool:
 
 
 def check_same_model(record: dict[str, Any], model: PreTrainedModel) -> None:
-    """Raise if a model is not of the class, or has not the modules, of the model that was saved.
+    """Raise if a model does not have the class and modules of the saved model.
 
     Args:
-        record: what `describe` said of that one; empty for files of version 0.1, which do not say.
-        model: the one to take over its weights.
+        record: `describe` of the saved model; empty for files of version 0.1.
+        model: the model to load its weights into.
 
     Raises:
-        ValueError: If it is another one.
+        ValueError: If classes or modules differ.
     """
     if "class" not in record:
         return
@@ -120,11 +123,11 @@ def _same_module(a: str, b: str) -> bool:
 
 
 def check_same_config(folder: str, model: PreTrainedModel) -> None:
-    """Raise if a model's config is not that of the model that was saved.
+    """Raise if a model does not have the config of the saved model.
 
     Args:
-        folder: where that one is, as config.json.
-        model: the one to take over its weights.
+        folder: has the saved config.json.
+        model: the model to load the weights into.
 
     Raises:
         ValueError: If they differ in more than names and token ids.
@@ -133,7 +136,7 @@ def check_same_config(folder: str, model: PreTrainedModel) -> None:
     if kind != config.model_type:
         differing = [("model_type", kind, config.model_type)]
     else:
-        differing = _differences(_whole(type(config).from_pretrained(folder)), _whole(config))
+        differing = _differences(_full_config(type(config).from_pretrained(folder)), _full_config(config))
     if differing:
         name, before, now = min(differing, key=lambda row: row[0])
         raise ValueError(
@@ -142,18 +145,18 @@ def check_same_config(folder: str, model: PreTrainedModel) -> None:
         )
 
 
-def _whole(config: Any) -> dict[str, Any]:
-    """All of a config, as JSON has it, and not what differs from the defaults alone."""
+def _full_config(config: Any) -> dict[str, Any]:
+    """Return all entries of a config as JSON has them, defaults included."""
     return json.loads(config.to_json_string(use_diff=False))
 
 
 def _differences(saved: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Name and both values of the settings in which two configs differ, of those that both have."""
-    found = []
+    """Return name and both values of the entries in which two configs differ, of those that both have."""
+    differing = []
     for name in (saved.keys() & other.keys()) - NEUTRAL:
         a, b = saved[name], other[name]
         if isinstance(a, dict) and isinstance(b, dict):
-            found += [(f"{name}.{inner}", *values) for inner, *values in _differences(a, b)]
+            differing += [(f"{name}.{inner}", *values) for inner, *values in _differences(a, b)]
         elif a != b:
-            found.append((name, a, b))
-    return found
+            differing.append((name, a, b))
+    return differing

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from agents.distributed.communicator import collective, get_communicator
 from agents.distributed.fsdp import full_params, full_state_dict, is_sharded, is_sharded_now
-from agents.policy.gradient_checkpointing import recomputing
+from agents.policy.gradient_checkpointing import checkpoint_layers
 from agents.policy.identity import is_rebuilt, qualified_name
 from agents.policy.loading import RECORD, PretrainedFiles, files_of, load, processor_of, record_of, write
-from agents.policy.lora import Adapter, with_frozen_in_common
+from agents.policy.lora import Adapter, copy_sharing_frozen
 from agents.policy.quantization import is_quantized
 from agents.sampling.generate import StepState, StopRule, next_logits, response_limits, sample_responses
 from agents.sampling.sampler import Sampler
@@ -199,7 +199,7 @@ class LanguagePolicy(BasePolicy):
     def add_value_head(self, separate_critic: bool = False) -> None:
         """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""
         if separate_critic and self.critic is None:
-            self.critic = with_frozen_in_common(self.lm.base_model)
+            self.critic = copy_sharing_frozen(self.lm.base_model)
         if self.value_head is None:
             self.value_head = nn.Linear(self._state_width(), 1, device=self.lm.device)
             nn.init.zeros_(self.value_head.weight)
@@ -256,7 +256,7 @@ class LanguagePolicy(BasePolicy):
         states = self.value_head is not None and self.critic is None
         models = [model for model in (self.lm, self.critic) if model is not None]
         again = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
-        with autocast(self.device, self.bf16), recomputing(again):
+        with autocast(self.device, self.bf16), checkpoint_layers(again):
             scored = score(
                 self.lm,
                 prompts,
@@ -357,11 +357,11 @@ class LanguagePolicy(BasePolicy):
         sampler: Sampler,
         episode_start: Sequence[bool] | None = None,
         action_masks: np.ndarray | None = None,
-        numbers: Tensor | None = None,
+        uniforms: Tensor | None = None,
     ) -> tuple[np.ndarray, np.ndarray, StepState]:
         """One more token for each of B rows: the tokens (B,), their log-probs (B,) in nats, and the state to go on with.
 
-        `action_masks`, (B, V) bool, takes the place of the policy's constraint; `numbers` as in `Sampler.__call__`.
+        `action_masks`, (B, V) bool, takes the place of the policy's constraint; `uniforms` as in `Sampler.__call__`.
         """
         if state is not None and is_sharded_now(self):
             state = replace(state, version=-1)  # whole weights are made anew, and do not say whether they are others
@@ -370,7 +370,7 @@ class LanguagePolicy(BasePolicy):
         if action_masks is None and self.constraint is not None:
             states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]
             action_masks = self.constraint.masks(states)
-        tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks), numbers)
+        tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks), uniforms)
         return tokens.cpu().numpy(), logp.cpu().numpy(), state
 
     def predict(  # type: ignore[override]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import cached_file
 
 from agents.policy.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
-from agents.policy.lora import BASE_HASH, Adapter, check_bare, check_base, is_adapter, is_peft_model, load_config, put_on
+from agents.policy.lora import BASE_HASH, Adapter, apply_lora, check_bare, check_base, is_adapter, is_peft_model, load_config
 from agents.policy.quantization import HALF, check_not_quantized, is_quantized, prepare
 from llm_env.models import check_causal, load_causal_lm
 
@@ -129,7 +129,7 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
         if peft_config is None:
             check_not_quantized(lm)
             return _in_float32(lm), tokenizer, None
-        adapter = put_on(_in_float32(lm), peft_config)
+        adapter = apply_lora(_in_float32(lm), peft_config)
         return adapter.model, tokenizer, adapter
     if peft_config is not None:
         raise ValueError("the policy has an adapter already; leave peft_config out to train it on, or give the base as policy")
@@ -143,12 +143,12 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
             lm, tokenizer = _load_base(load_config(folder), base, tokenizer, **_as_loaded(model))
             check_same_model(record_of(model), lm)
             with torch.random.fork_rng():  # the weights drawn here are about to be replaced
-                adapter = put_on(_in_float32(lm), load_config(folder))
+                adapter = apply_lora(_in_float32(lm), load_config(folder))
             _restore_generation_config(adapter.model, folder)
         check_base(adapter, model[BASE_HASH].decode())
     else:
         lm, tokenizer = _load_base(load_config(model), base, tokenizer or _tokenizer_beside(model))
-        adapter = put_on(_in_float32(lm), model)
+        adapter = apply_lora(_in_float32(lm), model)
     return adapter.model, tokenizer, adapter
 
 

@@ -1,4 +1,4 @@
-"""LoRA through peft: low-rank matrices are trained beside a language model's weights, which stay as they are."""
+"""LoRA through peft: train low-rank matrices beside the frozen weights of a language model."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from transformers.utils import find_adapter_config_file
 from agents.policy.quantization import is_quantized, quantized_modules
 
 CONFIG, BASE_HASH = "adapter_config.json", "base.sha256"
-NAME = "default"  # of the adapter, for peft
-INITS = (True, False, "gaussian")  # of `init_lora_weights`, that leave the base's weights alone
+NAME = "default"  # peft's name of the adapter
+INITS = (True, False, "gaussian")  # values of `init_lora_weights` that do not change the base's weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def peft() -> ModuleType:
-    """The package.
+    """Import peft.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: If it is not installed.
     """
     try:
         import peft
@@ -41,64 +41,62 @@ def peft() -> ModuleType:
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether it is what `peft.get_peft_model` gives."""
+    """Return whether an object is a `peft.PeftModel`."""
     return sys.modules.get("peft") is not None and isinstance(model, peft().PeftModel)
 
 
 def is_adapter(model: Any) -> bool:
-    """Whether it is an adapter without its base: the folder or hub id of one, or the files of one, by name."""
+    """Return whether something is an adapter without its base: a folder, a hub id, or the contents of files by name."""
     if isinstance(model, dict):
         return CONFIG in model
     return isinstance(model, (str, Path)) and find_adapter_config_file(str(model)) is not None
 
 
 class Adapter:
-    """A LoRA adapter in a language model, and that model without it.
+    """A LoRA adapter in a language model, and the same model without it.
 
     Args:
-        wrapper: peft's own object around the model that has the adapter.
+        wrapper: a `peft.PeftModel`.
 
     Attributes:
-        wrapper: likewise.
-        base: the model without the adapter. Its parameters are the very ones of the model with it: a reference that is no
-            second model in memory, and whose passes do not have to turn anything off.
-        quantized: whether the base's weights are, which the adapter can then not be merged into.
+        wrapper: the `peft.PeftModel`.
+        base: the model without the adapter. It shares its parameters with the model that has the adapter: as a reference it
+            takes no memory, and the adapter need not be turned off.
+        quantized: whether the base's weights are quantized; the adapter cannot be merged into such a base.
 
     Raises:
-        ValueError: the adapter is of a kind beside which the base does not stay as it is.
+        ValueError: If the model has several adapters, a merged one, or one that changes the base.
     """
 
     def __init__(self, wrapper: Any) -> None:
         if list(wrapper.peft_config) != [NAME]:
-            raise ValueError(f"the model has the adapters {list(wrapper.peft_config)}; it must have one, named {NAME!r}")
+            raise ValueError(f"the model has the adapters {list(wrapper.peft_config)}; it must have one adapter, {NAME!r}")
         check_config(wrapper.peft_config[NAME])
         if any(getattr(layer, "merged", False) for layer in wrapper.modules()):
-            raise ValueError("the adapter is merged into the base, which can then not be had without it; unmerge it first")
+            raise ValueError("the adapter is merged into the base, which is needed without it; call unmerge_adapter() first")
         if dropout := wrapper.peft_config[NAME].lora_dropout:
-            warnings.warn(
-                f"lora_dropout={dropout} has no effect: dropout is off, while sampling and in training alike", stacklevel=6
-            )
+            warnings.warn(f"lora_dropout={dropout} has no effect: dropout is off in sampling and in training", stacklevel=6)
         self.wrapper = wrapper
         of_base = {name: p for name, p in wrapper.named_parameters() if not _of_adapter(name)}
         if trained := [name for name, p in of_base.items() if p.requires_grad]:
             raise ValueError(f"{len(trained)} of the base's parameters would be trained, such as {trained[0]}; freeze them")
         for name, parameter in wrapper.named_parameters():
             parameter.requires_grad_(_of_adapter(name))
-        twin = with_frozen_in_common(wrapper)
-        for part in twin.modules():
+        copied = copy_sharing_frozen(wrapper)
+        for part in copied.modules():
             if isinstance(part, peft().utils.ModulesToSaveWrapper):
-                part.modules_to_save[NAME] = part.original_module  # for peft unloads the trained one
+                part.modules_to_save[NAME] = part.original_module  # unload() takes this one
         self.quantized = is_quantized(self.model)
-        self.base: PreTrainedModel = twin.unload().requires_grad_(False).eval()
+        self.base: PreTrainedModel = copied.unload().requires_grad_(False).eval()
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model with the adapter, of transformers' own class."""
+        """The model with the adapter, an object of transformers' class."""
         return self.wrapper.get_base_model()
 
     @cached_property
     def base_hash(self) -> str:
-        """SHA-256 of the base's weights; they never change."""
+        """SHA-256 of the base's weights, which never change."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.base.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -106,21 +104,21 @@ class Adapter:
         return digest.hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """What is needed, besides the weights that are trained, to put the adapter on its base again."""
+        """Return the contents of the files that rebuild the adapter on its base, without the trained weights."""
         with tempfile.TemporaryDirectory() as folder:
             self.wrapper.peft_config[NAME].save_pretrained(folder)
             return {CONFIG: (Path(folder) / CONFIG).read_bytes(), BASE_HASH: self.base_hash.encode()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights that are trained, by peft's names."""
+        """Return the trained weights by peft's names."""
         return {name: value for name, value in self.wrapper.state_dict().items() if _of_adapter(name)}
 
     def save(self, path: str | Path, weights: dict[str, Tensor]) -> None:
-        """Write the adapter with these weights as peft does, for `peft.PeftModel.from_pretrained(base, path)`."""
+        """Write the adapter with these weights in peft's format, for `peft.PeftModel.from_pretrained(base, path)`."""
         self.wrapper.save_pretrained(str(path), state_dict=weights, save_embedding_layers=False)
 
     def changes(self) -> int:
-        """Return how many modules compute something else with the adapter than without."""
+        """Return how many modules the adapter changes."""
         lora, copied = peft().tuners.lora.LoraLayer, peft().utils.ModulesToSaveWrapper
         count = 0
         for module in self.wrapper.modules():
@@ -132,20 +130,20 @@ class Adapter:
         return count
 
     def check_mergeable(self) -> None:
-        """Raise if the adapter cannot be merged into the base without rounding what was trained.
+        """Raise if merging the adapter into the base would round the trained weights.
 
         Raises:
             ValueError: If the base is quantized.
         """
         if self.quantized:
             raise ValueError(
-                "the adapter cannot be merged: its base is quantized, and what was trained would be rounded away. Save the "
+                "the adapter cannot be merged: its base is quantized, and the trained weights would be rounded. Save the "
                 "adapter, save_pretrained(path), load the base without quantization, and give both: LanguagePolicy(base, "
                 "peft_config=path).save_pretrained(merged, merge=True)"
             )
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of the model without an adapter that computes the same, by their names in `base`, one at a time.
+        """Yield the merged weights, one at a time, by their names in `base`.
 
         Raises:
             ValueError: If the base is quantized.
@@ -165,10 +163,10 @@ class Adapter:
             yield name, (getattr(module, leaf) if weight is None else weight).detach()
 
     def merged(self) -> PreTrainedModel:
-        """A model of its own, without an adapter, that computes the same; the live one stays as it is.
+        """Return a new model with the adapter merged into the base; this one is unchanged.
 
         Raises:
-            ValueError: If there is none: the base is quantized, or has one weight in two places and the adapter changes one.
+            ValueError: If the base is quantized, or the adapter changes one of two tied weights only.
         """
         self.check_mergeable()
         model = copy.deepcopy(self.base)
@@ -178,8 +176,8 @@ class Adapter:
         for name, weight in self.merged_weights():
             if not torch.equal(weights[name], weight):
                 raise ValueError(
-                    f"the adapter cannot be merged: it changes {name} and not what is tied to it, or both differently; train "
-                    "an adapter without target_modules or modules_to_save that are tied embeddings, or save it unmerged"
+                    f"the adapter cannot be merged: it changes {name} and not the weight that is tied to it, or both "
+                    "differently. Leave tied embeddings out of target_modules and modules_to_save, or save it unmerged"
                 )
         return model
 
@@ -188,18 +186,18 @@ def _of_adapter(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
-def with_frozen_in_common(module: Module) -> Module:
-    """A deep copy that has those parameters that are not trained in common with the original, and its quantized modules."""
+def copy_sharing_frozen(module: Module) -> Module:
+    """Return a deep copy that shares frozen parameters and quantized modules with the original."""
     parameters = [p for p in module.parameters() if not p.requires_grad]
     return copy.deepcopy(module, {id(part): part for part in [*parameters, *quantized_modules(module)]})
 
 
 def check_config(config: Any) -> None:
-    """Refuse what is no LoRA beside which the base's weights stay, and are all of the model where it is off.
+    """Raise if a peft config is no LoRA, or would change what the base computes.
 
     Raises:
-        TypeError: it is no `LoraConfig`.
-        ValueError: a setting changes the base.
+        TypeError: If it is no `LoraConfig`.
+        ValueError: If a setting changes the base.
     """
     if not isinstance(config, peft().PeftConfig) or config.peft_type != peft().PeftType.LORA:
         kind = getattr(getattr(config, "peft_type", None), "value", None)
@@ -207,8 +205,8 @@ def check_config(config: Any) -> None:
         raise TypeError(f"peft_config is a {detail}; give a peft.LoraConfig, or the path of a saved LoRA adapter")
     if config.init_lora_weights not in INITS:
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, or needs data to begin; it must be "
-            f"one of {INITS}"
+            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, or needs data; it must be one of "
+            f"{INITS}"
         )
     changes = {"bias": "none", "layer_replication": None, "trainable_token_indices": None, "alora_invocation_tokens": None}
     for name, neutral in changes.items():
@@ -217,40 +215,40 @@ def check_config(config: Any) -> None:
 
 
 def check_bare(model: PreTrainedModel) -> None:
-    """Refuse a model that has an adapter in it, which cannot be told from the base any more.
+    """Raise if a model has an adapter in it.
 
     Raises:
-        ValueError: it has.
+        ValueError: If it has one.
     """
     if getattr(model, "peft_config", None):
         raise ValueError(
-            f"the {type(model).__name__} has an adapter in it already; give the base without one, or, to train that adapter "
-            "on, its folder or the peft.PeftModel as the policy"
+            f"the {type(model).__name__} has an adapter already. Give the base without an adapter; to train that adapter on, "
+            "give its folder or the peft.PeftModel as the policy"
         )
 
 
 def load_config(path: str | Path) -> Any:
-    """The config of an adapter's folder or hub id.
+    """Load the config of an adapter's folder or hub id.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If there is none.
     """
     try:
         return peft().PeftConfig.from_pretrained(str(path))
     except (ValueError, OSError) as error:
-        raise ValueError(f"no adapter can be read from {str(path)!r} ({_in_short(error)})") from error
+        raise ValueError(f"no adapter can be read from {str(path)!r} ({short_error(error)})") from error
 
 
-def put_on(model: PreTrainedModel, peft_config: Any, weights_from: str | Path | None = None) -> Adapter:
-    """Put an adapter into a model, whose linear layers are wrapped by it; the weights stay, and are frozen.
+def apply_lora(model: PreTrainedModel, peft_config: Any, weights_from: str | Path | None = None) -> Adapter:
+    """Put a LoRA adapter into a model and freeze the model's weights.
 
     Args:
         model: a causal language model.
-        peft_config: a `peft.LoraConfig`; or an adapter's folder or hub id, whose weights are taken over.
-        weights_from: the folder or hub id to take weights from, for a config.
+        peft_config: a `peft.LoraConfig`; or an adapter's folder or hub id, whose weights are loaded.
+        weights_from: the folder or hub id to load weights from, if `peft_config` is a config.
 
     Raises:
-        ValueError: the adapter does not fit the model.
+        ValueError: If the adapter does not fit the model.
     """
     if isinstance(peft_config, (str, Path)):
         peft_config, weights_from = load_config(peft_config), peft_config
@@ -260,11 +258,11 @@ def put_on(model: PreTrainedModel, peft_config: Any, weights_from: str | Path | 
     config.task_type = config.task_type or "CAUSAL_LM"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # of GPT-2; peft sets it right
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft corrects it for GPT-2
             wrapper = peft().get_peft_model(model, config)
         missing = [] if weights_from is None else _load_weights(wrapper, weights_from)
     except (ValueError, RuntimeError, OSError, AttributeError) as error:
-        raise ValueError(f"the adapter does not fit the model, a {type(model).__name__}: {_in_short(error)}") from error
+        raise ValueError(f"the adapter does not fit the model, a {type(model).__name__}: {short_error(error)}") from error
     if missing:
         raise ValueError(
             f"the adapter in {str(weights_from)!r} does not fit the model, a {type(model).__name__}: it has no weights for "
@@ -274,7 +272,7 @@ def put_on(model: PreTrainedModel, peft_config: Any, weights_from: str | Path | 
 
 
 def _load_weights(wrapper: Any, path: str | Path) -> list[str]:
-    """Take over an adapter's weights; the names of those that are not there."""
+    """Load an adapter's weights; return the names of missing ones."""
     loaded = wrapper.load_adapter(str(path), NAME, is_trainable=True)
     if loaded.unexpected_keys:
         raise ValueError(f"it has no place for {loaded.unexpected_keys[0]}")
@@ -282,10 +280,10 @@ def _load_weights(wrapper: Any, path: str | Path) -> list[str]:
 
 
 def check_base(adapter: Adapter, expected: str) -> None:
-    """Refuse to put a saved adapter on another base.
+    """Raise if an adapter's base is not the one that it was trained on.
 
     Raises:
-        ValueError: the base has other weights than that which the adapter was trained on.
+        ValueError: If the hashes of the weights differ.
     """
     if adapter.base_hash != expected:
         raise ValueError(
@@ -294,5 +292,6 @@ def check_base(adapter: Adapter, expected: str) -> None:
         )
 
 
-def _in_short(error: BaseException) -> str:
+def short_error(error: BaseException) -> str:
+    """Return the message of an error on one line, of up to 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

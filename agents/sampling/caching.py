@@ -1,4 +1,4 @@
-"""Whether a model's logits over transformers' cache are those of plain forward passes: found out by a trial, once a model."""
+"""Decode with transformers' KV cache, and find out by a trial whether a model's logits over it are right."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, withou
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache of the kinds of layers that the model's config names."""
+    """Return an empty cache with the kinds of layers that the model's config names."""
     return DynamicCache(config=model.config)
 
 
 def cached_logits(model: PreTrainedModel, inputs: dict[str, Tensor], cache: DynamicCache) -> Tensor:
-    """Logits (B, V) after the last of the new tokens `inputs["input_ids"]` (B, n), whose keys and values join the cache.
+    """Compute the logits after new tokens, and append the tokens' keys and values to the cache.
 
-    The mask, if there is one, covers the cache's slots as well; so may the positions, of which the last n are taken.
+    Args:
+        model: a causal language model.
+        inputs: `input_ids` (B, n); perhaps `attention_mask`, which covers the cache's slots as well, and `position_ids`, of
+            which the last n are used.
+        cache: keys and values of the tokens before.
+
+    Returns:
+        (B, V), after the last new token.
     """
     if "position_ids" in inputs:
         inputs = {**inputs, "position_ids": inputs["position_ids"][:, -inputs["input_ids"].shape[1] :]}
@@ -30,7 +37,7 @@ def cached_logits(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Dyna
 
 @torch.no_grad()
 def plain_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Logits (B, V) after each of B rows, which are computed as a whole, padded on the right."""
+    """Compute the logits (B, V) after B rows of token ids without a cache, padded on the right."""
     ids, lengths = pad_with_tokens(rows, model.device), torch.tensor([len(row) for row in rows], device=model.device)
     last = only_last(model, ids.shape[1] - min(map(len, rows)) + 1)
     outputs = model(input_ids=ids, **last, **without_cache(model)).logits
@@ -41,10 +48,10 @@ _decodes: Verdicts = WeakKeyDictionary()
 
 
 def decodes_with_cache(model: PreTrainedModel) -> bool:
-    """Whether rows can be decoded over a `DynamicCache`, and repeated and selected in it; found out by a trial.
+    """Return whether a model can decode over a `DynamicCache` whose rows are repeated and selected; by a trial, once a model.
 
-    They are padded on the left where the model takes that, and of one length, without a mask, where it does not. Models with
-    states or caches of their own (MiniMax) cannot, nor can those without any (GPT-1).
+    The trial's rows are padded on the left if the model takes that, else they have one length and no mask. Models with
+    recurrent states or other caches (MiniMax) cannot, nor can those without a cache (GPT-1).
 
     Raises:
         NotCausal: If the model is refused; see `takes_left_padding`.
@@ -69,18 +76,18 @@ def _passes_trial(model: PreTrainedModel) -> bool:
 
 
 class _Decoded:
-    """Rows under way, and what the cache and plain forward passes say of each next token."""
+    """A trial: decodes rows over a cache, and collects the logits of the cache and of plain forward passes."""
 
     def __init__(self, model: PreTrainedModel, rows: list[list[int]], padded: bool) -> None:
         self.model, self.rows, self.padded, self.cache = model, rows, padded, new_cache(model)
         ids, self.mask = pad(rows, "left", model.device)
-        self.found: list[Tensor] = []
+        self.cached: list[Tensor] = []
         self.expected: list[Tensor] = []
         self._forward(ids.masked_fill(self.mask == 0, rows[0][0]))
 
     def _forward(self, ids: Tensor) -> None:
         inputs = model_inputs(self.model, ids, self.mask) if self.padded else {"input_ids": ids}
-        self.found.append(cached_logits(self.model, inputs, self.cache))
+        self.cached.append(cached_logits(self.model, inputs, self.cache))
         self.expected += [plain_outputs(self.model, [row])[0, -1:] for row in self.rows]
 
     def repeat(self, times: int) -> None:
@@ -88,20 +95,20 @@ class _Decoded:
         self.mask = self.mask.repeat_interleave(times, 0)
         self.rows = [row for row in self.rows for _ in range(times)]
 
-    def select(self, left: list[int]) -> None:
-        at = torch.tensor(left, device=self.mask.device)
+    def select(self, kept: list[int]) -> None:
+        at = torch.tensor(kept, device=self.mask.device)
         self.cache.batch_select_indices(at)
-        self.mask, self.rows = self.mask[at], [self.rows[i] for i in left]
+        self.mask, self.rows = self.mask[at], [self.rows[i] for i in kept]
 
     def step(self) -> None:
-        """One more token in every row, another one in each."""
-        tokens = [token(self.model, 11 * i + 5 * len(self.found)) for i in range(len(self.rows))]
+        """Append a different token to every row."""
+        tokens = [token(self.model, 11 * i + 5 * len(self.cached)) for i in range(len(self.rows))]
         self.rows = [[*row, new] for row, new in zip(self.rows, tokens, strict=True)]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self._forward(torch.tensor(tokens, device=self.mask.device)[:, None])
 
-    def begin_anew(self) -> None:
-        """In the first row two tokens of another one, whose old slots are hidden, and in the others one more each."""
+    def restart_first(self) -> None:
+        """Start another row of two tokens in place of the first one, its old slots masked; append a token to the others."""
         fresh = [[token(self.model, 7 * i + j) for j in range(2 if i == 0 else 1)] for i in range(len(self.rows))]
         ids, mask = pad(fresh, "left", self.mask.device)
         self.mask[0] = 0
@@ -110,17 +117,16 @@ class _Decoded:
         self._forward(ids.masked_fill(mask == 0, self.rows[0][0]))
 
     def agrees(self) -> bool:
-        return agree(list(torch.cat(self.found)[:, None]), self.expected)
+        return agree(list(torch.cat(self.cached)[:, None]), self.expected)
 
 
 _skips: Verdicts = WeakKeyDictionary()
 
 
 def skips_hidden_slots(model: PreTrainedModel) -> bool:
-    """Whether a cache may hold slots in the middle of a row that the mask hides, where an episode was over.
+    """Return whether a cache may hold masked slots in the middle of a row (those of an episode that has ended).
 
-    Positions that are counted by the slot do not allow for it, nor do windows, of which those that the model hides would not
-    show in a trial.
+    Models that count positions by slots cannot, nor can those with sliding windows, which a short trial would not show.
     """
     able = takes_left_padding(model) and decodes_with_cache(model) and describable(model.base_model)
     return able and passes_once(model, _skips, _passes_trial_with_gaps)
@@ -129,6 +135,6 @@ def skips_hidden_slots(model: PreTrainedModel) -> bool:
 def _passes_trial_with_gaps(model: PreTrainedModel) -> bool:
     decoded = _Decoded(model, trial_rows(model), padded=True)
     decoded.step()
-    decoded.begin_anew()
+    decoded.restart_first()
     decoded.step()
     return decoded.agrees()

@@ -1,4 +1,4 @@
-"""Sampling from a causal language model over transformers' own cache: whole responses, or the next token of a batch."""
+"""Generate responses with a causal language model, or the next token of a batch."""
 
 from __future__ import annotations
 
@@ -37,64 +37,65 @@ def sample_responses(
     constraint: TokenConstraint | None = None,
     max_num_seqs: int | None = None,
     prefix_sharing: PrefixSharing = "auto",
-    numbers: Tensor | None = None,
+    uniforms: Tensor | None = None,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Sample `group_size` responses to every prompt.
+    """Sample `group_size` responses to each prompt.
 
-    Each prompt is computed once for its group, and rows that have ended leave the batch.
+    A prompt is computed once for its group, and rows that have ended leave the batch.
 
     Args:
         model: any causal language model of transformers.
         prompts: N lists of token ids.
-        sampler: draws a token.
-        vocab_size: ids from here on are never drawn.
-        eos_id: the end token, or several; the one that ends a response is part of it.
-        max_new_tokens: the longest response, or that to each of the N prompts.
+        sampler: samples a token.
+        vocab_size: token ids from here on are never sampled.
+        eos_id: the end token, or several; a response includes the one that ends it.
+        max_new_tokens: tokens of the longest response, one limit or one a prompt.
         group_size: G.
-        completes_stop: whether the last token of a response completes a stop string.
-        constraint: which tokens may come next.
-        max_num_seqs: responses for which there is room at a time, at least G; a prompt that waits takes the place of one whose
+        completes_stop: returns whether the last token of a response completes a stop string.
+        constraint: the tokens that are allowed next.
+        max_num_seqs: responses that are generated at a time, at least G; a waiting prompt takes the place of one whose
             responses have all ended. All by default.
-        prefix_sharing: whether a prompt's keys and values are held once for its responses: "auto" where the model can, True, or
-            False.
-        numbers: (N * G, the longest response, 1 or 2), by which tokens are drawn; see `Sampler.numbers`. New ones by default.
+        prefix_sharing: store a prompt's keys and values once for its responses: "auto" where the model can, True, or False.
+        uniforms: (N * G, the longest response, 1 or 2), random numbers to sample by; see `Sampler.uniforms`. Drawn here by
+            default.
 
     Returns:
-        N * G responses (lists of ids; those to prompt i at i*G..i*G+G-1) and the log-probs of their tokens in nats (float32).
+        N * G responses, lists of token ids, those to prompt i at i*G..i*G+G-1; and the log-probs of their tokens, one float32
+        array a response, in nats.
 
     Raises:
-        ValueError: `max_num_seqs`, `max_new_tokens` or `prefix_sharing` is unusable.
+        ValueError: If `max_num_seqs`, `max_new_tokens` or `prefix_sharing` is unusable, or the logits are not finite.
     """
     limits = response_limits(max_new_tokens, len(prompts)).repeat(whole("group_size", group_size, 1))
     places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
     if len(prompts) and places < 1:
         raise ValueError(
-            f"max_num_seqs={max_num_seqs} has no room for a group of {group_size} responses; raise it to that at least"
+            f"max_num_seqs={max_num_seqs} must hold a group of {group_size} responses; set max_num_seqs={group_size} at least"
         )
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     responses: list[list[int]] = [[] for _ in limits]
     logps: list[list[float]] = [[] for _ in limits]
-    rows: list[int] = []  # under way
+    rows: list[int] = []  # that have not ended
     logits = torch.empty(0, device=model.device)
     longest = max(map(len, prompts), default=0) + int(limits.max(initial=0))
     decoding = _decoding(model, group_size, longest, prefix_sharing)
-    if numbers is None:
-        numbers = sampler.numbers(len(limits), int(limits.max(initial=0)), vocab_size, model.device)
-    begun = 0
+    if uniforms is None:
+        uniforms = sampler.uniforms(len(limits), int(limits.max(initial=0)), vocab_size, model.device)
+    num_started = 0  # prompts
     with torch.no_grad():  # not a decorator: one frame less between `learn` and a sampled token
-        while begun < len(prompts) or rows:
-            if waiting := len(prompts) - begun:
+        while num_started < len(prompts) or rows:
+            if waiting := len(prompts) - num_started:
                 free = min(places - len({row // group_size for row in rows}), waiting)
-                # A few at a time: what is there is copied.
+                # Several at a time: each prefill copies the caches.
                 if not rows or (decoding.refills and free >= max(1, min(places // 4, waiting))):
-                    first = decoding.add(prompts[begun : begun + free])
+                    first = decoding.prefill(prompts[num_started : num_started + free])
                     logits = torch.cat([logits.reshape(-1, first.shape[-1]), first])
-                    rows = [*rows, *range(begun * group_size, (begun + free) * group_size)]
-                    begun += free
+                    rows = [*rows, *range(num_started * group_size, (num_started + free) * group_size)]
+                    num_started += free
             allowed = None
             if constraint is not None:
                 allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
-            at = numbers[rows, [len(responses[row]) for row in rows]]
+            at = uniforms[rows, [len(responses[row]) for row in rows]]
             tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
             if not logp.isfinite().all():
                 raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
@@ -110,7 +111,7 @@ def sample_responses(
             if not all(goes_on):
                 rows = [row for row, more in zip(rows, goes_on, strict=True) if more]
                 tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
-                decoding.keep(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
+                decoding.retain(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
             logits = decoding(tokens) if rows else logits[:0]
     return responses, [np.array(row, dtype=np.float32) for row in logps]
 
@@ -118,7 +119,7 @@ def sample_responses(
 def _decoding(
     model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing
 ) -> SharedDecoding | PlainDecoding:
-    """For prompts and responses of up to `longest` tokens together."""
+    """Choose how to decode prompts and responses of up to `longest` tokens together."""
     shares = prefix_sharing is not False and shares_prompts(model.base_model, longest) and decodes_shared(model)
     if prefix_sharing is True and not shares:
         raise ValueError(
@@ -129,7 +130,7 @@ def _decoding(
 
 
 def response_limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarray:
-    """The longest response to each of `count` prompts, (count,) int64."""
+    """Return the length limit of the responses to each of `count` prompts, (count,) int64."""
     limits = np.asarray(max_new_tokens)
     if limits.dtype.kind not in "iu" or limits.shape not in ((), (count,)) or (limits < 1).any():
         raise ValueError(
@@ -139,65 +140,81 @@ def response_limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarr
 
 
 class PlainDecoding:
-    """What `SharedDecoding` does, for any model: a row a response, over transformers' own cache, or over none.
+    """Decodes one row a response, over transformers' cache or without one; for any model, with `SharedDecoding`'s interface.
 
-    Prompts of different lengths have caches of their own where the model takes no padding on the left.
+    Prompts of different lengths have separate caches if the model takes no left padding.
+
+    Args:
+        model: a causal language model.
+        group_size: G.
+
+    Attributes:
+        num_started: responses so far; the next ones are numbered from here.
+        slot_ids: numbers of the responses, one int64 tensor a part.
+        parts: rows with one cache each.
     """
 
     refills = False
 
     def __init__(self, model: PreTrainedModel, group_size: int) -> None:
-        self.model, self.group_size, self.begun = model, group_size, 0
-        self.numbers: list[Tensor] = []  # of the responses, one tensor a part
+        self.model, self.group_size, self.num_started = model, group_size, 0
+        self.slot_ids: list[Tensor] = []
         self.parts: list[CachedRows | RecomputedRows] = []
 
-    def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Begin responses to n prompts, numbered from the last on, once all others have ended: logits (n * G, V)."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start the responses to n prompts once all others have ended; return the logits (n * G, V) of their first tokens."""
         kind = CachedRows if decodes_with_cache(self.model) else RecomputedRows
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         apart = kind is CachedRows and not takes_left_padding(self.model)
         keys = lengths if apart else torch.zeros_like(lengths)
         group = torch.arange(self.group_size)
-        self.numbers, self.parts, logits = [], [], []
+        self.slot_ids, self.parts, logits = [], [], []
         for key in keys.unique():
             chosen = (keys == key).nonzero()[:, 0]
             self.parts.append(kind(self.model))
-            self.numbers.append((self.begun + chosen[:, None] * self.group_size + group).flatten().to(self.model.device))
-            logits.append(self.parts[-1].begin([prompts[i] for i in chosen], self.group_size))
-        self.begun += len(prompts) * self.group_size
+            self.slot_ids.append((self.num_started + chosen[:, None] * self.group_size + group).flatten().to(self.model.device))
+            logits.append(self.parts[-1].prefill([prompts[i] for i in chosen], self.group_size))
+        self.num_started += len(prompts) * self.group_size
         return self._in_order(logits)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (R, V) after the next token of each response that is left, `tokens` (R,), in the order of their numbers."""
+        """Append a token to each remaining response.
+
+        Args:
+            tokens: (R,), in the order of the responses' numbers.
+
+        Returns:
+            The logits (R, V) of the next tokens, in the same order.
+        """
         if len(self.parts) == 1:
             return self.parts[0](tokens)
-        order = torch.cat(self.numbers).argsort()
+        order = torch.cat(self.slot_ids).argsort()
         given = torch.empty_like(tokens)
         given[order] = tokens
-        split = given.split([len(numbers) for numbers in self.numbers])
+        split = given.split([len(slot_ids) for slot_ids in self.slot_ids])
         return self._in_order([part(new) for part, new in zip(self.parts, split, strict=True)])
 
     def _in_order(self, logits: list[Tensor]) -> Tensor:
-        return logits[0] if len(logits) == 1 else torch.cat(logits)[torch.cat(self.numbers).argsort()]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)[torch.cat(self.slot_ids).argsort()]
 
-    def keep(self, numbers: Tensor) -> None:
-        """Go on with these responses only, (R,) int64 in ascending order."""
-        left = [torch.isin(own, numbers) for own in self.numbers]
-        self.numbers = [own[kept] for own, kept in zip(self.numbers, left, strict=True) if kept.any()]
-        for part, kept in zip(self.parts, left, strict=True):
-            if kept.any():
-                part.keep(kept.nonzero()[:, 0])
-        self.parts = [part for part, kept in zip(self.parts, left, strict=True) if kept.any()]
+    def retain(self, slot_ids: Tensor) -> None:
+        """Drop all responses except these, (R,) int64 in ascending order."""
+        kept = [torch.isin(ids, slot_ids) for ids in self.slot_ids]
+        self.slot_ids = [ids[rows] for ids, rows in zip(self.slot_ids, kept, strict=True) if rows.any()]
+        for part, rows in zip(self.parts, kept, strict=True):
+            if rows.any():
+                part.retain(rows.nonzero()[:, 0])
+        self.parts = [part for part, rows in zip(self.parts, kept, strict=True) if rows.any()]
 
 
 class CachedRows:
-    """Rows over one cache: padded on the left, or, for a model that does not take that, of one length."""
+    """Rows in one cache, padded on the left, or of one length if the model takes no left padding."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def begin(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
-        """Logits (n * G, V) after n prompts, each of which becomes G rows."""
+    def prefill(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
+        """Start G rows for each of n prompts; return the logits (n * G, V) after them."""
         self.cache = new_cache(self.model)
         ids, mask = pad(prompts, "left", self.model.device)
         logits = _forward(self.model, ids, mask, self.cache).repeat_interleave(group_size, 0)
@@ -207,54 +224,54 @@ class CachedRows:
         return logits
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (R, V) after one more token of each row, `tokens` (R,)."""
+        """Append a token to each row, `tokens` (R,); return the logits (R, V) after it."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         return _forward(self.model, tokens[:, None], self.mask, self.cache)
 
-    def keep(self, left: Tensor) -> None:
-        """Go on with these rows only, (R,) int64."""
-        self.mask = self.mask[left]
-        self.cache.batch_select_indices(left)
+    def retain(self, rows: Tensor) -> None:
+        """Drop all rows except these, (R,) int64."""
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(rows)
 
 
 class RecomputedRows:
-    """Rows that are computed from the beginning for each token: for state spaces and models with caches of their own."""
+    """Rows that are recomputed in full for each token: for state-space models and models with other caches."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def begin(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
-        """Logits (n * G, V) after n prompts, each of which becomes G rows."""
+    def prefill(self, prompts: Sequence[Sequence[int]], group_size: int) -> Tensor:
+        """Start G rows for each of n prompts; return the logits (n * G, V) after them."""
         self.rows = [list(prompt) for prompt in prompts for _ in range(group_size)]
         return plain_logits(self.model, prompts).repeat_interleave(group_size, 0)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (R, V) after one more token of each row, `tokens` (R,)."""
+        """Append a token to each row, `tokens` (R,); return the logits (R, V) after it."""
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.append(token)
         return plain_logits(self.model, self.rows)
 
-    def keep(self, left: Tensor) -> None:
-        """Go on with these rows only, (R,) int64."""
-        self.rows = [self.rows[i] for i in left.tolist()]
+    def retain(self, rows: Tensor) -> None:
+        """Drop all rows except these, (R,) int64."""
+        self.rows = [self.rows[i] for i in rows.tolist()]
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits (B, V) after the last of the new tokens `ids` (B, n); `mask` (B, S + n) covers the cache's S slots as well."""
+    """Compute the logits (B, V) after new tokens `ids` (B, n); `mask` (B, S + n) covers the cache's S slots as well."""
     padded = takes_left_padding(model)
     return cached_logits(model, model_inputs(model, ids, mask) if padded else {"input_ids": ids}, cache)
 
 
 @dataclass
 class StepState:
-    """What `next_logits` remembers of a batch between two tokens: the recurrent state of `predict`.
+    """The KV cache of a batch between two tokens: the recurrent state of `predict`.
 
     Attributes:
         cache: keys and values, S slots a row; None for a model whose cache cannot be used here.
-        slots: (B, S) 0/1; slots of an episode that is over, and padding, are 0 and never attended to again.
+        slots: (B, S) 0/1; padding and slots of an ended episode are 0, and masked from then on.
         rows: the token ids whose keys and values are in the cache, one list a row.
-        version: of the weights that made it; with other weights the cache is worthless.
-        prompt_lengths: how many tokens of each row were there when its episode was first seen.
+        version: of the weights that computed the cache; see `weights_version`.
+        prompt_lengths: tokens of each row when its episode was first seen.
     """
 
     cache: DynamicCache | None
@@ -264,13 +281,13 @@ class StepState:
     prompt_lengths: list[int]
 
     def serves(self, batch_size: int, version: int) -> bool:
-        """Whether this state is of the same batch and weights, and its cache has not gone on with a later state."""
+        """Return whether the cache can be continued: same batch size and weights, and no later state has appended to it."""
         current = self.cache is not None and self.cache.get_seq_length() == self.slots.shape[1]
         return len(self.rows) == batch_size and self.version == version and current
 
 
 def weights_version(model: torch.nn.Module) -> int:
-    """A number that changes whenever a weight is written to."""
+    """Return a number that changes whenever a weight is written to."""
     return sum(parameter._version for parameter in model.parameters())
 
 
@@ -278,17 +295,25 @@ def weights_version(model: torch.nn.Module) -> int:
 def next_logits(
     model: PreTrainedModel, rows: list[list[int]], state: StepState | None, episode_start: Sequence[bool] | None = None
 ) -> tuple[Tensor, StepState]:
-    """Logits (B, V) of the token after each of the B rows, computing only what `state` does not hold already.
+    """Compute the logits of the next token of each row, reusing the keys and values in the state.
 
-    A row that does not go on from what the state holds of it (a new episode), or of which `episode_start` says so, begins
-    anew: its old slots are masked out.
+    A row that does not continue its tokens in the state, or whose `episode_start` is True, starts anew: its slots are masked.
+
+    Args:
+        model: a causal language model.
+        rows: B lists of token ids.
+        state: the result of the last call; None for the first.
+        episode_start: B bools, all False by default.
+
+    Returns:
+        The logits (B, V), and the state for the next call.
     """
     version = weights_version(model)
     starts = [False] * len(rows) if episode_start is None else list(episode_start)
-    told = [[]] * len(rows) if state is None or len(state.rows) != len(rows) else state.rows
+    cached = [[]] * len(rows) if state is None or len(state.rows) != len(rows) else state.rows
     goes_on = [
         not start and 0 < len(old) < len(row) and row[: len(old)] == old
-        for row, old, start in zip(rows, told, starts, strict=True)
+        for row, old, start in zip(rows, cached, starts, strict=True)
     ]
     lengths = [state.prompt_lengths[i] if state is not None and goes_on[i] else len(row) for i, row in enumerate(rows)]
     if state is not None and not state.serves(len(rows), version):
@@ -296,7 +321,7 @@ def next_logits(
     known = [state.rows[i] if state is not None and goes_on[i] else [] for i in range(len(rows))]
     fresh, fresh_mask = pad([row[len(old) :] for row, old in zip(rows, known, strict=True)], "left", model.device)
     full = 2 * max(map(len, rows))
-    has_gaps = not (all(known) and fresh_mask.all())  # slots in the middle of a row that are hidden
+    has_gaps = not (all(known) and fresh_mask.all())  # masked slots in the middle of a row
     too_wide = state is not None and state.slots.shape[1] + fresh.shape[1] > full
     if state is None or not any(known) or too_wide or (has_gaps and not skips_hidden_slots(model)):
         ids, mask = pad(rows, "left", model.device)
@@ -304,10 +329,10 @@ def next_logits(
             return plain_logits(model, rows), StepState(None, mask, rows, version, lengths)
         cache = new_cache(model)
         logits = _forward(model, ids, mask, cache)
-        # A sliding window counts slots, not positions, so that masked slots within it would shorten it.
+        # A sliding window counts slots, not positions: masked slots within it would shorten it.
         plain = all(type(layer) is DynamicLayer for layer in cache.layers)
         return logits, StepState(cache if plain else None, mask, rows, version, lengths)
-    begun = torch.tensor([bool(old) for old in known], device=model.device)
-    slots = torch.cat([state.slots * begun[:, None], fresh_mask], 1)
+    continued = torch.tensor([bool(old) for old in known], device=model.device)
+    slots = torch.cat([state.slots * continued[:, None], fresh_mask], 1)
     logits = _forward(model, fresh, slots, state.cache)
     return logits, StepState(state.cache, slots, rows, version, lengths)

@@ -1,4 +1,4 @@
-"""How one token is drawn from logits."""
+"""Sample a token from logits."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from llm_env.arguments import as_whole
 
-LARGE, BLOCK = 1024, 64  # from how many tokens on the probabilities of blocks are summed first when one is drawn; and of which
+LARGE = 1024  # tokens of a vocabulary that is sampled in two steps: first a block, then a token in it
+BLOCK = 64  # tokens in a block
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How one token is drawn from logits.
+    """Samples a token from logits.
 
     Attributes:
         temperature: divides the logits, here and in training.
-        top_k, top_p, min_p: draw among the k likeliest tokens; among the likeliest of total probability p; among those that
-            are at least `min_p` times as likely as the likeliest (arXiv 2407.01082). In this order, and off by default: the
-            log-probs stay those of the whole distribution, so that training with these on is off-policy.
+        top_k: sample among the k likeliest tokens; 0 is off.
+        top_p: sample among the likeliest tokens of total probability p; 1 is off.
+        min_p: sample among tokens at least `min_p` times as likely as the likeliest (arXiv 2407.01082); 0 is off. The three
+            apply in this order. Log-probs stay those of the whole distribution, so that training with them is off-policy.
         deterministic: take the likeliest token.
-        generator: source of the randomness.
+        generator: source of randomness; torch's global generator by default.
     """
 
     temperature: float = 1.0
@@ -46,53 +48,65 @@ class Sampler:
 
     @property
     def restricted(self) -> bool:
-        """Whether some tokens that are possible are never drawn."""
+        """Whether top_k, top_p or min_p is on."""
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
     def spawn(self, number: int) -> Sampler:
-        """A sampler with random numbers of its own, set by the next of this one's and `number`."""
+        """Return a sampler with a new generator, seeded by this one's next random number plus `number`."""
         if self.generator is None:
             return self
         drawn = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
         return replace(self, generator=torch.Generator(self.generator.device).manual_seed(int(drawn) + number))
 
-    def numbers(self, rows: int, steps: int, vocab_size: int, device: torch.device) -> Tensor:
-        """Random numbers, uniform in [0, 1), by which `steps` tokens in each of `rows` rows are drawn: (rows, steps, 1 or 2).
+    def uniforms(self, rows: int, steps: int, vocab_size: int, device: torch.device) -> Tensor:
+        """Draw the uniform random numbers for a whole batch of responses.
 
-        Drawn at once, so that a row's tokens do not depend on which other rows are drawn beside it, when, and by which process.
+        A row's tokens then depend neither on the other rows in the batch, nor on the order, nor on the process.
+
+        Args:
+            rows: number of responses.
+            steps: tokens of the longest response.
+            vocab_size: a large vocabulary needs two numbers a token.
+            device: of the result.
+
+        Returns:
+            (rows, steps, 1 or 2), in [0, 1); (rows, steps, 0) if deterministic.
         """
         if self.deterministic:
             return torch.empty(rows, steps, 0, device=device)
         return torch.rand(rows, steps, 1 + (vocab_size > LARGE), generator=self.generator, device=device)
 
-    def __call__(self, logits: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draw from logits (B, V): tokens (B,) and their log-probs (B,) under the tempered distribution, in nats.
+    def __call__(self, logits: Tensor, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sample a token for each row, by inverting the cumulative distribution.
 
-        One uniform random number a row, where `torch.multinomial` takes V, is looked up in the running sums of the
-        probabilities. In a large vocabulary it is looked up in the sums of blocks of tokens, and a second one within the block.
+        One uniform random number a row is enough, where `torch.multinomial` draws V. In a large vocabulary it selects a block
+        of tokens, and a second one the token in the block.
 
         Args:
             logits: (B, V).
-            numbers: (B, 1 or 2), the uniform random numbers; new ones by default.
+            uniforms: (B, 1 or 2), uniform random numbers; drawn here by default.
+
+        Returns:
+            The tokens (B,), and their log-probs (B,) under the tempered distribution, in nats.
         """
         scaled = logits.float() / self.temperature if self.temperature != 1 else logits.float()
         probabilities = scaled.softmax(-1)
         if self.deterministic:
             tokens = scaled.argmax(-1, keepdim=True)
         else:
-            if numbers is None:
-                numbers = self.numbers(len(scaled), 1, scaled.shape[-1], scaled.device)[:, 0]
+            if uniforms is None:
+                uniforms = self.uniforms(len(scaled), 1, scaled.shape[-1], scaled.device)[:, 0]
             weights = self._restrict(scaled).softmax(-1) if self.restricted else probabilities
-            uniform = numbers[:, :1]
+            uniform = uniforms[:, :1]
             if weights.shape[-1] <= LARGE:
                 tokens = _look_up(weights, uniform * weights.sum(-1, keepdim=True))
             else:
-                # The second number is looked up within the block: tokens rarer than the steps of a float32 are sampled, too.
+                # With one number, tokens rarer than the resolution of a float32 would never be sampled.
                 blocks = nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
                 sums = blocks.sum(-1)
                 block = _look_up(sums, uniform * sums.sum(-1, keepdim=True))
                 weights = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
-                tokens = block * BLOCK + _look_up(weights, numbers[:, 1:] * weights.sum(-1, keepdim=True))
+                tokens = block * BLOCK + _look_up(weights, uniforms[:, 1:] * weights.sum(-1, keepdim=True))
         return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
     def _restrict(self, scaled: Tensor) -> Tensor:
@@ -110,9 +124,16 @@ class Sampler:
 
 
 def _look_up(weights: Tensor, at: Tensor) -> Tensor:
-    """The first entry, (B, 1), at which the running sum of `weights` (B, W) is over `at` (B, 1), at least 0.
+    """Return the first entry at which the cumulative sum of the weights exceeds a number.
 
-    An entry of weight 0 is never taken: where rounding has put `at` beyond the sum of all, the largest is.
+    An entry of weight 0 is never returned; if rounding puts the number beyond the total, the largest entry is.
+
+    Args:
+        weights: (B, W), at least 0.
+        at: (B, 1), at least 0.
+
+    Returns:
+        (B, 1) int64.
     """
     entry = torch.searchsorted(weights.cumsum(-1), at, right=True)
     return torch.where(entry < weights.shape[-1], entry, weights.argmax(-1, keepdim=True))

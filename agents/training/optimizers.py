@@ -16,16 +16,16 @@ BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit state
 
 
 def class_of(name: str) -> type[Optimizer]:
-    """The class of an optimizer that has a name.
+    """Return the optimizer class of a name.
 
     Raises:
-        ValueError: the name is unknown.
-        ImportError: it needs a package that is not there.
+        ValueError: If the name is unknown.
+        ImportError: If it needs bitsandbytes, which is not installed.
     """
     if name not in NAMES:
         raise ValueError(
-            f"optimizer={name!r} must be one of {', '.join(map(repr, NAMES))}; another class is given with "
-            "policy_kwargs={'optimizer_class': ..., 'optimizer_kwargs': {...}}"
+            f"optimizer={name!r} must be one of {', '.join(map(repr, NAMES))}. Set policy_kwargs={{'optimizer_class': ..., "
+            "'optimizer_kwargs': {...}} for another class"
         )
     if name == "adamw_torch":
         return torch.optim.AdamW
@@ -36,50 +36,52 @@ def class_of(name: str) -> type[Optimizer]:
     return PagedAdamW8bit if name.startswith("paged") else AdamW8bit
 
 
-def make_optimizer(name: str, given: dict[str, Any], parameters: Sequence[Tensor], *, lr: float, eps: float) -> Optimizer:
-    """An optimizer of the trained parameters.
+def make_optimizer(
+    name: str, policy_kwargs: dict[str, Any], parameters: Sequence[Tensor], *, lr: float, eps: float
+) -> Optimizer:
+    """Make the optimizer of the trained parameters.
 
     Args:
         name: one of `NAMES`.
-        given: `policy_kwargs`, of which `optimizer_class` and `optimizer_kwargs` are read.
-        parameters: what is trained.
-        lr: learning rate at the beginning.
-        eps: Adam's, where `optimizer_kwargs` does not say; likewise weights do not decay.
+        policy_kwargs: may have `optimizer_class` and `optimizer_kwargs`.
+        parameters: the trained parameters.
+        lr: the initial learning rate.
+        eps: Adam's epsilon. It and a weight decay of 0 are AdamW's defaults here; `optimizer_kwargs` override them.
 
     Raises:
-        TypeError: the class is no optimizer, or needs a closure.
-        ValueError: a class was given besides a name, or a learning rate here.
+        TypeError: If the class is no optimizer, or needs a closure.
+        ValueError: If both a class and a name are given, or `optimizer_kwargs` has a learning rate.
     """
-    if "optimizer_class" in given and name != NAMES[0]:
+    if "optimizer_class" in policy_kwargs and name != NAMES[0]:
         raise ValueError(
-            f"optimizer={name!r} and policy_kwargs['optimizer_class']={given['optimizer_class']!r} were both given; drop one "
-            "of them"
+            f"optimizer={name!r} and policy_kwargs['optimizer_class']={policy_kwargs['optimizer_class']!r} were both given. "
+            "Drop one of them"
         )
-    kind: Any = given.get("optimizer_class", class_of(name))
-    kwargs = given.get("optimizer_kwargs") or {}
+    kind: Any = policy_kwargs.get("optimizer_class", class_of(name))
+    kwargs = policy_kwargs.get("optimizer_kwargs") or {}
     if not isinstance(kind, type) or not issubclass(kind, Optimizer) or issubclass(kind, torch.optim.LBFGS):
         raise TypeError(
             f"policy_kwargs['optimizer_class'] is {kind!r}; give a torch.optim.Optimizer that steps without a closure"
         )
     if "lr" in kwargs:
-        raise ValueError(f"optimizer_kwargs has lr={kwargs['lr']!r}; give the agent learning_rate= in its place")
-    if "optimizer_class" not in given or kind is torch.optim.AdamW:
+        raise ValueError(f"optimizer_kwargs has lr={kwargs['lr']!r}; set learning_rate of the agent instead")
+    if "optimizer_class" not in policy_kwargs or kind is torch.optim.AdamW:
         kwargs = {"weight_decay": 0.0, "eps": eps, **kwargs}
     return kind(parameters, **{"lr": lr, **kwargs})
 
 
-def states_to_come(optimizer: Optimizer) -> int:
-    """Bytes that the optimizer will take on the parameters' device from its first step on, besides what it has.
+def missing_state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of the state that the optimizer's next step allocates on the parameters' device.
 
-    Two numbers a weight with Adam and its kin, else one, of float32 or (bitsandbytes) of 8 bits. Paged tables do not count: the
-    driver moves them to the CPU when the GPU is full.
+    Two moments a weight for Adam and its variants, else one; in float32, or (bitsandbytes) in 8 bits. Paged tensors do not
+    count: the driver moves them to the CPU when the GPU is full.
     """
     new = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
     return sum((2 if "betas" in optimizer.defaults else 1) * _bytes_of_moment(optimizer, p) for p in new)
 
 
 def _bytes_of_moment(optimizer: Optimizer, parameter: Tensor) -> int:
-    """Of one number a weight, as the optimizer holds it."""
+    """Return the bytes of one moment of a parameter."""
     settings: Any = getattr(optimizer, "args", None)  # bitsandbytes'
     if getattr(optimizer, "is_paged", False) and parameter.numel() >= PAGED_FROM:
         return 0

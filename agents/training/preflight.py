@@ -13,7 +13,7 @@ import torch
 from agents.patching import patched
 from agents.rollout import Rollout
 from agents.training.batching import group_unit
-from agents.training.optimizers import states_to_come
+from agents.training.optimizers import missing_state_bytes
 from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
 from agents.validation import check_budget
@@ -144,7 +144,7 @@ class WorstCaseStep:
         # Costs what the env's own constraint does, and allows these tokens.
         anything = TokenConstraint(None, 0, self.rules.vocab_size, self.rules.eos_id)
         try:
-            states = torch.empty(states_to_come(self.trainer.optimizer), dtype=torch.uint8, device=self.device)
+            states = torch.empty(missing_state_bytes(self.trainer.optimizer), dtype=torch.uint8, device=self.device)
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
             with patched(policy, constraint=policy.constraint and anything):
