@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ from agents.validation import (
 )
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env, unique_rules, vector_env_of
 from llm_env.arguments import whole
+from llm_env.keywords import check_keywords
 from llm_env.observations import Observation
 from llm_env.prompts import PromptCursor
 from llm_env.reference import BaseReference, KLController, coefficient
@@ -221,6 +223,15 @@ class LanguageAgent(BaseAlgorithm):
     _prefetched: PrefetchedRollout | None = None
     _preflighted: tuple[object, ...] | None = None
     _had_hook = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse unknown keyword arguments in the name of the class that the user called."""
+        if (known := _keywords_of(cls)) is not None:
+            others = {kind.__name__: _keywords_of(kind) or set() for kind in LanguageAgent.__subclasses__()}
+            env = {"the env": set(inspect.signature(Rules.__init__).parameters)}
+            learn = {"learn": set(inspect.signature(cls.learn).parameters)}
+            check_keywords(cls.__name__, kwargs, known, env | learn | others)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -1051,3 +1062,18 @@ class LanguageAgent(BaseAlgorithm):
         if env is not None:
             agent.set_env(env)
         return agent
+
+
+def _keywords_of(kind: type[LanguageAgent]) -> set[str] | None:
+    """Return the names of a class's keyword arguments; None if it takes any, and does with them what it likes."""
+    names = set(CommonArguments.__annotations__)
+    for parent in kind.__mro__:
+        if "__init__" in vars(parent):
+            parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
+            rest = [each for each in parameters if each.kind is each.VAR_KEYWORD]
+            names |= {each.name for each in parameters if each not in rest} - {"self"}
+            if not rest:
+                return names
+            if CommonArguments.__name__ not in str(rest[0].annotation):
+                return None
+    return names
