@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -83,6 +83,7 @@ from agents.validation import (
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env, unique_rules, vector_env_of
 from llm_env.arguments import whole
 from llm_env.keywords import check_keywords
+from llm_env.model_names import check_model_name
 from llm_env.observations import Observation
 from llm_env.prompts import PromptCursor
 from llm_env.reference import BaseReference, KLController, coefficient
@@ -90,12 +91,14 @@ from llm_env.report import Report
 from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
 from llm_env.sharing import PrefixSharing
+from llm_env.stops import StopStrings, special_tokens
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
 DEFAULT_IMPORTANCE_CAP = 2.0  # where another engine or older weights generate
 NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy has them
+NOT_SHOWN = ("env", "n_envs", "device", "policy_kwargs", "stats_window_size", "verbose", "_init_setup_model")
 LIVE = (  # attributes that are not in a checkpoint
     "_model",
     "_tokenizer",
@@ -269,6 +272,7 @@ class LanguageAgent(BaseAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        check_model_name(policy, "policy")
         if seed is not None:
             seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
         if not isinstance(policy_kwargs or {}, dict):
@@ -339,6 +343,26 @@ class LanguageAgent(BaseAlgorithm):
     def _name_algorithm(self) -> None:
         self._algorithm = type(self).__name__  # the class that writes a checkpoint
         self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
+
+    def __repr__(self) -> str:
+        """Describe the agent in five lines."""
+        parameters = list(self.policy.parameters())
+        trained, total = (sum(p.numel() for p in ps) for ps in ([p for p in parameters if p.requires_grad], parameters))
+        defaults = {p.name: p.default for kind in (LanguageAgent, type(self)) for p in _parameters_of(kind)}
+        shown = [name for name, default in defaults.items() if _differs(getattr(self, name, default), default)]
+        settings = ", ".join(f"{name}={_short(getattr(self, name))}" for name in shown if name not in NOT_SHOWN)
+        env = "none yet"
+        if self.env is not None:
+            env = f"{len(self.rules.prompts)} prompts, max_new_tokens={self.rules.max_new_tokens}, {type(self.env).__name__}"
+        return "\n".join(
+            [
+                f"{type(self).__name__}",
+                f"  model: {type(self.policy.base).__name__}, {trained:,} of {total:,} parameters trained, on {self.device}",
+                f"  env: {env}, n_envs={self.n_envs}",
+                f"  settings: {settings or 'the defaults'}",
+                f"  trained: {self.num_timesteps:,} timesteps, {self._n_updates:,} optimizer steps",
+            ]
+        )
 
     # --- what an algorithm fills in: see `agents.training.objective.Objective` -------------------------------------------
 
@@ -842,8 +866,17 @@ class LanguageAgent(BaseAlgorithm):
         )
 
     @collective
-    def generate(self, prompts: Sequence[Any], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
-        """Generate a response text for each prompt, given as text or as a chat.
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        deterministic: bool = False,
+        max_new_tokens: int | None = None,
+        *,
+        n: int = 1,
+        temperature: float | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Generate response texts for prompts, given as text or as chats.
 
         Prompts become token ids as in training: with the env's chat template and its arguments, or without an env the
         tokenizer's own.
@@ -851,14 +884,20 @@ class LanguageAgent(BaseAlgorithm):
         Args:
             prompts: a list of str, of chats (lists of messages), or of rows as an env takes them (dicts with `prompt`, and
                 perhaps `tools` and `chat_template_kwargs`).
-            deterministic: greedy decoding; otherwise sampled at the agent's temperature.
-            max_new_tokens: the env's limit by default, 64 without an env. The env's end tokens and stop strings apply.
+            deterministic: greedy decoding; otherwise sampled.
+            max_new_tokens: limit of a response, in tokens; the env's by default, 64 without an env.
+            n: responses to each prompt.
+            temperature: divides the logits; the agent's by default.
+            stop: stop strings; the env's by default. End tokens are the env's, or the model's without an env.
+
+        Returns:
+            A list of str, one for each prompt; with `n` above 1 a list of lists of str.
 
         Raises:
             TypeError: If the prompts are no such list.
             ValueError: If a prompt is no valid text, has no tokens, or is too long for the model; the message names it.
         """
-        check_counts(max_new_tokens=max_new_tokens)
+        check_counts(max_new_tokens=max_new_tokens, n=n)
         if isinstance(prompts, str):
             raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
         if not isinstance(prompts, (list, tuple, np.ndarray)):
@@ -872,18 +911,23 @@ class LanguageAgent(BaseAlgorithm):
         contexts = encode_prompts(prompts, self.policy.prompt_format() if rules is None else rules.prompts.format, rules)
         limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
         check_tokens(contexts, limit, self.policy.vocab_size, self.policy.max_positions)
+        stops = rules.stop_strings if rules is not None else None
+        if stop is not None:
+            stops = StopStrings(stop, tokenizer, special_tokens(tokenizer), self.policy.eos_ids)
         responses, _ = self.policy.sample(
             contexts,
-            1,
+            n,
             limit,
-            self.temperature,
+            self.temperature if temperature is None else temperature,
             deterministic=deterministic,
             generator=self._generator,
-            completes_stop=rules.completes_stop if rules is not None and rules.stop else None,
+            completes_stop=stops.completed_by if stops else None,
         )
         if rules is not None:
-            return rules.decode(responses)
-        return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts = rules.decode(responses)
+        else:
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
 
     @collective
     def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
@@ -1033,7 +1077,8 @@ class LanguageAgent(BaseAlgorithm):
                 config, where these do not come back from the file (see `save`), or the base of a saved adapter, where it was a
                 model object or is not where it was. The weights of a whole model come from the file; those of an adapter's base
                 are checked to be the right ones.
-            kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace.
+            kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace, such as `n_envs`, the episodes in a
+                rollout, of which `group_size` must be a divisor.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -1056,6 +1101,8 @@ class LanguageAgent(BaseAlgorithm):
         replaced: dict[str, Any] = {} if policy is None else {"_model": policy}
         if "engine" in kwargs:
             replaced["_engine_setting"] = kwargs.pop("engine")
+        if "n_envs" in kwargs:
+            replaced["_n_envs_setting"] = replaced["n_envs"] = whole("n_envs", kwargs.pop("n_envs"), 1)
         agent = super().load(path, None, device, **kwargs, **replaced)
         agent.policy.check_fingerprint(agent._policy_data)
         agent._policy_data = {}
@@ -1077,3 +1124,19 @@ def _keywords_of(kind: type[LanguageAgent]) -> set[str] | None:
             if CommonArguments.__name__ not in str(rest[0].annotation):
                 return None
     return names
+
+
+def _parameters_of(kind: type) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(kind.__init__).parameters.values() if p.default is not p.empty]  # type: ignore[misc]
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if isinstance(value, FloatSchedule):
+        value = getattr(value.value_schedule, "val", value)
+    return value is not default and not (type(value) in (bool, int, float, str) and value == default)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, FloatSchedule):
+        value = getattr(value.value_schedule, "val", value.value_schedule)
+    return f"{value:.3g}" if isinstance(value, float) else repr(value)[:60]

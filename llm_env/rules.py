@@ -16,6 +16,7 @@ from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
 from llm_env.end_tokens import resolve_end_tokens
 from llm_env.ends import Ends
+from llm_env.model_names import check_model_name
 from llm_env.observations import FORMS
 from llm_env.prompts import PromptTable
 from llm_env.recorder import Recorder
@@ -243,6 +244,7 @@ class Rules:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
+    check_model_name(tokenizer, "tokenizer")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     if not (callable(tokenizer) and hasattr(tokenizer, "decode")):

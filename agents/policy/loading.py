@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from agents.policy.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
 from agents.policy.lora import BASE_HASH, Adapter, apply_lora, check_bare, check_base, is_adapter, is_peft_model, load_config
 from agents.policy.quantization import HALF, check_not_quantized, is_quantized, prepare
+from llm_env.model_names import check_model_name
 from llm_env.models import check_causal, load_causal_lm
 
 PretrainedFiles = dict[str, bytes]
@@ -115,6 +116,8 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
             the files are of cannot be rebuilt.
         ImportError: If an adapter is wanted and peft is not installed.
     """
+    check_model_name(model, "policy")
+    check_model_name(tokenizer, "tokenizer")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     elif isinstance(tokenizer, ProcessorMixin):
