@@ -349,8 +349,9 @@ class LanguageAgent(BaseAlgorithm):
         parameters = list(self.policy.parameters())
         trained, total = (sum(p.numel() for p in ps) for ps in ([p for p in parameters if p.requires_grad], parameters))
         defaults = {p.name: p.default for kind in (LanguageAgent, type(self)) for p in _parameters_of(kind)}
-        shown = [name for name, default in defaults.items() if _differs(getattr(self, name, default), default)]
-        settings = ", ".join(f"{name}={_short(getattr(self, name))}" for name in shown if name not in NOT_SHOWN)
+        values = {name: getattr(self, name) for name in defaults if name not in NOT_SHOWN and hasattr(self, name)}
+        values["engine"] = self._engine_setting
+        settings = ", ".join(f"{name}={_short(value)}" for name, value in values.items() if _differs(value, defaults[name]))
         env = "none yet"
         if self.env is not None:
             env = f"{len(self.rules.prompts)} prompts, max_new_tokens={self.rules.max_new_tokens}, {type(self.env).__name__}"

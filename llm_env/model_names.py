@@ -42,9 +42,7 @@ def check_model_name(value: Any, argument: str) -> None:
             f"GRPO.load({text!r}, env=env)"
         )
     if path.is_file():
-        raise ValueError(
-            f"{argument}={text!r} is a single file; give the folder with config, weights and tokenizer"
-        )
+        raise ValueError(f"{argument}={text!r} is a single file; give the folder with config, weights and tokenizer")
     names_a_place = isinstance(value, Path) or text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1
     if names_a_place or not HUB_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
         raise FileNotFoundError(

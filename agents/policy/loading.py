@@ -212,6 +212,17 @@ def _load_whole(model: Any, tokenizer: Any, name: str = "policy", **settings: An
     return model, tokenizer
 
 
+def tokenizer_of_object(model: Any) -> Any:
+    """Load the tokenizer from the folder, or the cached files of the hub id, that a model object came from; None if unknown."""
+    path = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else ""
+    if not path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception:  # transformers raises what it stumbles over: no tokenizer there is no error
+        return None
+
+
 def _load_base(config: Any, base: Any, tokenizer: Any, **settings: Any) -> tuple[PreTrainedModel, Any]:
     """The model that an adapter belongs to, and its tokenizer where `tokenizer` is None.
 
