@@ -92,6 +92,7 @@ from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
 from llm_env.sharing import PrefixSharing
 from llm_env.stops import StopStrings, special_tokens
+from llm_env.warn import warn
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 DEFAULT_TIMESTEPS = 100_000
@@ -290,6 +291,8 @@ class LanguageAgent(BaseAlgorithm):
             support_multi_env=True,
             seed=self.communicator.broadcast_seed(seed),
         )
+        if self.device.type == "cpu" and torch.device("cpu" if device == "auto" else device).type == "cuda":
+            warn(f"device={str(device)!r}, but torch finds no GPU; computing on cpu")
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
         check_switches(preflight=preflight, overlap=overlap, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
@@ -436,13 +439,15 @@ class LanguageAgent(BaseAlgorithm):
         check_optimizer(self.policy)
         self._run_preflight()
         requested = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
-        total_timesteps, callback = self._setup_learn(
-            remaining_timesteps(requested, self.num_timesteps, self._total_timesteps, reset_num_timesteps),
-            callback,
-            reset_num_timesteps,
-            tb_log_name or type(self).__name__,
-            progress_bar and self.communicator.is_main_process,
-        )
+        with warnings.catch_warnings():  # EvalCallback compares the classes of VecEnvs: all of text envs serve
+            warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
+            total_timesteps, callback = self._setup_learn(
+                remaining_timesteps(requested, self.num_timesteps, self._total_timesteps, reset_num_timesteps),
+                callback,
+                reset_num_timesteps,
+                tb_log_name or type(self).__name__,
+                progress_bar and self.communicator.is_main_process,
+            )
         sync_callbacks(callback, self.policy, self.communicator, self.seed)
         callback.on_training_start(locals(), globals())
         iteration = 0
