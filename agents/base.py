@@ -26,9 +26,9 @@ from agents.setup import SetUp
 from agents.update import update
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env
 from llm_env.arguments import whole
+from llm_env.lm.sharing import PrefixSharing
 from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
-from llm_env.sharing import PrefixSharing
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 LossTerms = dict[str, tuple[float, Tensor]]
@@ -64,7 +64,7 @@ class LanguageAgent(SetUp):
         top_k, top_p, min_p: restrict the sampling (off by default); the training is then off-policy, and says so.
         max_num_seqs: responses under way at a time while sampling, at least a group: bounds the memory. All by default.
         prefix_sharing: compute a prompt once for all answers to it: "auto" where the model can and it is less work, True or
-            False; see `llm_env.sharing`.
+            False; see `llm_env.lm.sharing`.
         bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32.
         overlap: draw the next rollout while the last one is learned from; see `agents.overlap`.
         importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llm_env.passes import passes
+from llm_env.lm.micro_batches import passes
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent
@@ -33,7 +33,7 @@ def minibatches(agent: LanguageAgent, rollout: Rollout, size: int) -> list[np.nd
 
 
 def micro_batches(agent: LanguageAgent, rollout: Rollout, rows: np.ndarray, most: int | None = None) -> list[list[int]]:
-    """The episodes `rows` as forward passes, within `micro_batch_size` and `max_tokens_per_batch`; see `llm_env.passes.passes`.
+    """The episodes `rows` as forward passes, within `micro_batch_size` and `max_tokens_per_batch`; see `llm_env.lm`.
 
     Args:
         agent: has the bounds, and the model, which says whether prompts can be computed once.

@@ -13,9 +13,9 @@ import numpy as np
 from agents.quantization import weight_count
 from agents.vec_env import all_rules
 from llm_env.arguments import as_whole, whole
-from llm_env.capabilities import vocabulary_of
 from llm_env.end_tokens import missing_end_tokens
-from llm_env.positions import check_length
+from llm_env.lm.capabilities import vocabulary_of
+from llm_env.lm.positions import check_length
 from llm_env.reference import BaseReference, Reference, coefficient
 from llm_env.rules import Rules
 

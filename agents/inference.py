@@ -17,7 +17,7 @@ from agents.sampler import Sampler
 from agents.sharded import wholeness
 from agents.vec_env import as_vec_env, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.chat import PromptFormat
+from llm_env.dialogue.chat import PromptFormat
 from llm_env.observations import Observation
 from llm_env.reference import BaseReference
 from llm_env.report import Report

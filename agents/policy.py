@@ -22,15 +22,15 @@ from agents.sampler import Sampler
 from agents.sharded import is_spread, whole
 from agents.vec_env import ids_and_mask, rows_of
 from agents.weights import Weights
-from llm_env.capabilities import trial, vocabulary_of
-from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
+from llm_env.dialogue.chat import PromptFormat
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
+from llm_env.lm.capabilities import trial, vocabulary_of
+from llm_env.lm.positions import check_length, max_positions
+from llm_env.lm.scoring import autocast, response_states, restrict, score
+from llm_env.lm.sharing import PrefixSharing
 from llm_env.observations import Observation, pick
-from llm_env.positions import check_length, max_positions
 from llm_env.rules import Rules
-from llm_env.scoring import autocast, response_states, restrict, score
-from llm_env.sharing import PrefixSharing
 from llm_env.tokenization import vocabulary_size
 
 
@@ -88,7 +88,7 @@ class LanguagePolicy(Weights):
         chat_template_kwargs: arguments of the chat template; the env's once there is one, saved with the agent.
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
         gradient_checkpointing: whether layers are computed again in the backward pass; see `agents.recomputing.recomputing`.
-        prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
+        prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.lm.sharing.way_to_share`.
         max_num_seqs: responses that are drawn at a time; see `agents.generation.sample_responses`.
 
     Raises:

@@ -21,9 +21,9 @@ from agents.rollout import Rollout
 from agents.untouched import replaced, untouched
 from agents.update import accumulate
 from llm_env.constraints import TokenConstraint
-from llm_env.passes import positions_of
-from llm_env.scoring import CHUNK_BYTES
-from llm_env.sharing import Extent
+from llm_env.lm.micro_batches import positions_of
+from llm_env.lm.scoring import CHUNK_BYTES
+from llm_env.lm.sharing import Extent
 
 if TYPE_CHECKING:
     from agents.base import LanguageAgent

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from agents.adapters import BASE_HASH, Adapter, check_bare, check_base, is_adapter, is_peft_model, load_config, put_on
 from agents.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
 from agents.quantization import HALF, check_not_quantized, is_quantized, prepare
-from llm_env.models import check_causal, load_causal_lm
+from llm_env.lm.models import check_causal, load_causal_lm
 
 PretrainedFiles = dict[str, bytes]
 RECORD = "policy.json"  # what no file of transformers says: the model's class, and which of its weights are trained

@@ -28,11 +28,11 @@ from agents.recomputing import check_recomputing
 from agents.rollout import clock_of
 from agents.sharded import begin, is_sharded, wholeness
 from agents.vec_env import all_rules, as_vec_env, rules_of_vec_env
+from llm_env.lm.scoring import try_out
+from llm_env.lm.sharing import PrefixSharing
 from llm_env.prompts import PromptCursor
 from llm_env.reference import BaseReference
 from llm_env.rules import Rules
-from llm_env.scoring import try_out
-from llm_env.sharing import PrefixSharing
 
 
 class SetUp(Drawing):

@@ -19,7 +19,7 @@ from agents.identity import is_rebuilt, qualified_name
 from agents.pretrained import RECORD, PretrainedFiles, files_of, record_of, write
 from agents.quantization import is_quantized
 from agents.sharded import gathered, is_sharded
-from llm_env.capabilities import plain_outputs, trial, trial_rows
+from llm_env.lm.capabilities import plain_outputs, trial, trial_rows
 
 SAME = 1e-3  # nats; devices and versions differ by 1e-5
 

@@ -62,7 +62,7 @@ def refused(call, *args, error=(ValueError, TypeError), match=None, **kwargs):
     """The call is refused by this project's own words, not by whatever it stumbled over inside a library."""
     with pytest.raises(error, match=match) as caught:
         call(*args, **kwargs)
-    assert Path(caught.traceback[-1].path).parent in PACKAGES, caught.traceback[-1]
+    assert PACKAGES & set(Path(caught.traceback[-1].path).parents), caught.traceback[-1]
     assert str(caught.value).encode("utf-8")  # can be printed
 
 

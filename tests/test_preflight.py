@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import agents.preflight
-import llm_env.scoring
+import llm_env.lm.scoring
 from agents import GRPO, PPO, REINFORCE
 from agents.memory import peak_bytes
 from agents.policy import LanguagePolicy
@@ -74,7 +74,7 @@ def limit(monkeypatch):
 
     monkeypatch.setattr(agents.preflight, "UNTRIED", ())
     monkeypatch.setattr(LanguagePolicy, "evaluate", evaluate)
-    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
+    monkeypatch.setattr(llm_env.lm.sharing, "SAVES", 0.0)
 
     def set_limit(positions):
         most[0] = positions
@@ -162,7 +162,7 @@ def test_what_is_reckoned_is_what_is_taken(kind, batch_size):
 
 def test_logits_of_more_than_a_chunk_are_not_reckoned_for_every_row(monkeypatch):
     """A vocabulary so large that logits are most of it: they are made for 4 rows at a time, whatever the rows."""
-    for module in (llm_env.scoring, agents.preflight):
+    for module in (llm_env.lm.scoring, agents.preflight):
         monkeypatch.setattr(module, "CHUNK_BYTES", 4 * len(TOKENIZER) * NEW * 4)
     agent = make_agent(PPO, n_envs=48)
     with longest_pass(agent) as longest:

@@ -1,6 +1,6 @@
 """The slow way: one plain forward of the model for each response, alone and unpadded, against which the fast ways are held.
 
-Nothing here goes through `llm_env.scoring` or `agents.generation`, so that a fault that they share shows.
+Nothing here goes through `llm_env.lm.scoring` or `agents.generation`, so that a fault that they share shows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
-from llm_env.inputs import without_cache
+from llm_env.lm.inputs import without_cache
 from llm_env.rules import Rules
 
 

@@ -18,7 +18,7 @@ from agents.sampler import Sampler
 from ladder_parts.gradients import Moments, evaluate, policy_gradient, with_advantages
 from ladder_parts.runs import EPISODES, GROUP, STEPS, Exam, make_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.scoring import response_states
+from llm_env.lm.scoring import response_states
 
 SHIFTED, IN_GROUPS = "naive, rewards + 1", "naive, in groups"
 CRITIC_EPISODES = 100  # a round, from which the critic is fitted, and as many to say how good it is
