@@ -83,6 +83,7 @@ from agents.validation import (
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env, unique_rules, vector_env_of
 from llm_env.arguments import whole
 from llm_env.keywords import check_keywords
+from llm_env.lm.sharing import PrefixSharing
 from llm_env.model_names import check_model_name
 from llm_env.observations import Observation
 from llm_env.prompts import PromptCursor
@@ -90,7 +91,6 @@ from llm_env.reference import BaseReference, KLController, coefficient
 from llm_env.report import Report
 from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
-from llm_env.sharing import PrefixSharing
 from llm_env.stops import StopStrings, special_tokens
 from llm_env.warn import warn
 
@@ -180,7 +180,7 @@ class LanguageAgent(BaseAlgorithm):
         top_k, top_p, min_p: restrict the sampling (off by default); the training is then off-policy, and says so.
         max_num_seqs: responses that are sampled at a time, at least a group: bounds the memory. All by default.
         prefix_sharing: compute a prompt once for all responses to it: "auto" where the model can and it is less work, True or
-            False; see `llm_env.sharing`.
+            False; see `llm_env.lm.sharing`.
         bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32.
         overlap: generate the next rollout during the update; see `agents.collection.prefetch`.
         importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the

@@ -12,9 +12,9 @@ from agents.policy.quantization import weight_count
 from agents.sampling.sampler import Sampler
 from agents.validation import check_budget, check_groups, check_vocabulary
 from agents.vec_env import unique_rules
-from llm_env.capabilities import vocabulary_of
 from llm_env.end_tokens import missing_end_tokens
-from llm_env.positions import check_length
+from llm_env.lm.capabilities import vocabulary_of
+from llm_env.lm.positions import check_length
 from llm_env.reference import BaseReference
 from llm_env.rules import Rules
 from llm_env.warn import warn

@@ -10,8 +10,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from llm_env.arguments import as_whole, whole
-from llm_env.capabilities import vocabulary_of
-from llm_env.positions import check_length
+from llm_env.lm.capabilities import vocabulary_of
+from llm_env.lm.positions import check_length
 from llm_env.rules import Rules
 
 SCHEDULES = ("clip_range", "clip_range_high", "clip_range_vf")  # may be callables of the remaining progress

@@ -8,9 +8,9 @@ from llm_env.env import TextGenerationEnv
 from llm_env.prompts import PromptSource
 from llm_env.pupil import PUPIL
 from llm_env.recorder import rescore
-from llm_env.reward_check import check_reward
-from llm_env.reward_pool import PooledReward
 from llm_env.rewards import process_reward
+from llm_env.rewards.pool import PooledReward
+from llm_env.rewards.reward_check import check_reward
 from llm_env.tasks import register_tasks
 from llm_env.vector_env import TextGenerationVectorEnv
 
@@ -50,7 +50,7 @@ _warn_of_name_collision()
 def __getattr__(name: str) -> Any:
     """`llm_env.RewardModel`, imported when it is asked for: it needs torch, which nothing else here does."""
     if name == "RewardModel":
-        from llm_env.reward_models import RewardModel
+        from llm_env.rewards.reward_models import RewardModel
 
         return RewardModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

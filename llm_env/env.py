@@ -34,7 +34,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
 
     ## Rewards
     The weighted sum of the reward functions, paid with the last action (steps of a process reward with theirs; see
-    `llm_env.rewards`), less what the end costs (see `llm_env.ends`). With `kl_coef` every action earns
+    `llm_env.rewards`), less what the end costs (see `llm_env.penalties`). With `kl_coef` every action earns
     `kl_coef * log pi_ref(action)` besides: the part of the KL penalty that an env can know; the rest, an entropy bonus, is
     the agent's. Told log pi by `tell_logprob`, the env pays the whole.
 

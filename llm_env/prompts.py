@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.chat import Messages, PromptFormat
+from llm_env.dialogue.chat import Messages, PromptFormat
 
 logger = logging.getLogger("llm_env")
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import vocabulary_of
-from llm_env.models import check_causal, load_causal_lm
-from llm_env.passes import passes
-from llm_env.positions import check_length, max_positions
-from llm_env.scoring import autocast, score
-from llm_env.sharing import PrefixSharing
+from llm_env.lm.capabilities import vocabulary_of
+from llm_env.lm.micro_batches import passes
+from llm_env.lm.models import check_causal, load_causal_lm
+from llm_env.lm.positions import check_length, max_positions
+from llm_env.lm.scoring import autocast, score
+from llm_env.lm.sharing import PrefixSharing
 
 
 class Reference:
@@ -40,7 +40,7 @@ class Reference:
         max_positions: tokens that it can read, prompt and response together; None without a limit.
         temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
         bf16, prefix_sharing: how it is computed, set by the agent likewise; see `agents.policy.LanguagePolicy`.
-        max_tokens_per_batch: positions per forward pass, set by the agent likewise; see `llm_env.passes.passes`.
+        max_tokens_per_batch: positions per forward pass, set by the agent likewise; see `llm_env.lm.micro_batches`.
     """
 
     max_positions: int | None = None

@@ -12,12 +12,12 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from llm_env.arguments import as_whole, whole
-from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
+from llm_env.dialogue.chat import PromptFormat
 from llm_env.end_tokens import resolve_end_tokens
-from llm_env.ends import Ends
 from llm_env.model_names import check_model_name
 from llm_env.observations import FORMS
+from llm_env.penalties import Ends
 from llm_env.prompts import PromptTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
@@ -59,7 +59,7 @@ class Rules:
             `llm_env.constraints.TokenConstraint`. Action masks, sampling, training and the reference all keep to it.
         min_new_tokens: no end token is allowed before this many tokens.
         length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: what an episode's end does to its score; see
-            `llm_env.ends.Ends`.
+            `llm_env.penalties.Ends`.
         observation: `"dict"`, or `"flat"` for agents that want one Box; see `llm_env.observations`.
         success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
             `is_success` appear in the last info.

@@ -5,7 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from llm_env.answers import (
+from llm_env.rewards import exact_match, numeric_answer
+from llm_env.rewards.answers import (
     THINK_TAGS,
     answer_text,
     answer_texts,
@@ -15,7 +16,6 @@ from llm_env.answers import (
     strip_thoughts,
     tagged_answer,
 )
-from llm_env.rewards import exact_match, numeric_answer
 
 
 @pytest.mark.parametrize(

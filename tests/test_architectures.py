@@ -9,11 +9,11 @@ from agents import GRPO, PPO, LanguagePolicy
 from agents.sampling.caching import decodes_with_cache, skips_hidden_slots
 from agents.sampling.generate import next_logits
 from agents.sampling.shared_prefix import decodes_shared
-from llm_env.capabilities import describable, padding_side, takes_left_padding
-from llm_env.inputs import without_cache
-from llm_env.models import check_causal
-from llm_env.scoring import head_of, score
-from llm_env.sharing import shares_prompts
+from llm_env.lm.capabilities import describable, padding_side, takes_left_padding
+from llm_env.lm.inputs import without_cache
+from llm_env.lm.models import check_causal
+from llm_env.lm.scoring import head_of, score
+from llm_env.lm.sharing import shares_prompts
 from tests.architectures import NAMES, V, build
 from tests.conftest import make_tokenizer
 

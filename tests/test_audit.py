@@ -13,8 +13,8 @@ import agents.policy.language_policy
 import agents.sampling.generate
 import agents.sampling.shared_prefix
 import agents.training.trainer
-import llm_env.scoring
-import llm_env.sharing
+import llm_env.lm.scoring
+import llm_env.lm.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent
 from agents.policy import Evaluation
 from agents.training.trainer import Trainer
@@ -100,17 +100,17 @@ def without_positions(model, input_ids, attention_mask):
 
 
 def test_positions_that_padding_shifts_in_training(monkeypatch):
-    monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
-    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)  # plain rows, which are the ones that are padded
+    monkeypatch.setattr(llm_env.lm.scoring, "model_inputs", without_positions)
+    monkeypatch.setattr(llm_env.lm.sharing, "SAVES", 0.0)  # plain rows, which are the ones that are padded
     found = failures(make_agent(family="gpt2"))
     assert {TRAINER, TRAINED} <= found.keys() and SAMPLED not in found and RATIO not in found
     assert "Only rows whose prompt was padded on the left are wrong" in found[TRAINED]
 
 
 def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatch):
-    monkeypatch.setattr(llm_env.scoring, "model_inputs", without_positions)
+    monkeypatch.setattr(llm_env.lm.scoring, "model_inputs", without_positions)
     monkeypatch.setattr(agents.sampling.generate, "model_inputs", without_positions)
-    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
+    monkeypatch.setattr(llm_env.lm.sharing, "SAVES", 0.0)
     monkeypatch.setattr(agents.sampling.generate, "shares_prompts", lambda base, length: False)
     found = failures(make_agent(family="gpt2"))
     assert {SAMPLED, TRAINED} <= found.keys() and TRAINER not in found  # the two agree, both wrong
@@ -118,13 +118,13 @@ def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatc
 
 
 def test_padding_that_is_attended_to(monkeypatch):
-    original = llm_env.scoring.model_inputs
+    original = llm_env.lm.scoring.model_inputs
 
     def attending(model, input_ids, attention_mask):
         return {**original(model, input_ids, attention_mask), "attention_mask": torch.ones_like(attention_mask)}
 
-    monkeypatch.setattr(llm_env.scoring, "model_inputs", attending)
-    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
+    monkeypatch.setattr(llm_env.lm.scoring, "model_inputs", attending)
+    monkeypatch.setattr(llm_env.lm.sharing, "SAVES", 0.0)
     found = failures(make_agent())
     assert {TRAINER, TRAINED} <= found.keys() and SAMPLED not in found
     assert "padding is attended to" in found[TRAINED]
@@ -156,9 +156,9 @@ def test_no_response_that_ended_is_said():
 
 
 def test_a_temperature_that_training_leaves_out(monkeypatch):
-    original = llm_env.scoring.log_probs_and_entropies
+    original = llm_env.lm.scoring.log_probs_and_entropies
     monkeypatch.setattr(
-        llm_env.scoring,
+        llm_env.lm.scoring,
         "log_probs_and_entropies",
         lambda logits, tokens, temperature, *rest: original(logits, tokens, 1.0, *rest),
     )

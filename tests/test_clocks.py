@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
+from llm_env.lm.scoring import score
 from llm_env.reference import AdaptiveKLController, Reference
-from llm_env.scoring import score
 from tests.conftest import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer("abc")

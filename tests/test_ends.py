@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_env import TextGenerationEnv, process_reward
-from llm_env.ends import Ends
+from llm_env.penalties import Ends
 from tests.conftest import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer("abc")

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from agents import GRPO, PPO, LanguagePolicy
 from agents.engines.base import DecodingSpec, PolicyEngine
-from llm_env.positions import max_positions
+from llm_env.lm.positions import max_positions
 from llm_env.reference import Reference
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env

@@ -9,7 +9,7 @@ from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.callbacks import EvalCallback
 
 import agents.sampling.generate as generation
-import llm_env.scoring as scoring
+import llm_env.lm.scoring as scoring
 from agents import GRPO, PPO, LanguagePolicy, TextVecEnv
 from agents.sampling.shared_prefix import SharedDecoding
 from llm_env.reference import Reference

@@ -19,7 +19,7 @@ from agents.losses import (
     value_terms,
     weighted_sum,
 )
-from llm_env.scoring import log_probs_and_entropies
+from llm_env.lm.scoring import log_probs_and_entropies
 
 
 def logs(*rows):

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from llm_env import PUPIL, TextGenerationEnv
-from llm_env.math_verifier import math_gold, math_verifier
 from llm_env.rewards import math_answer
+from llm_env.rewards.math_verifier import math_gold, math_verifier
 
 CASES = [  # completion, reference, score
     (r"So $x = \boxed{\sqrt{12}}$.", r"2\sqrt{3}", 1.0),

@@ -75,7 +75,7 @@ def test_layers_are_computed_again_and_the_gradient_is_the_same(family, sharing,
     agent = make_agent(family=family, prefix_sharing=bool(sharing), bf16=bf16)
     rollout, layers = agent.sample_rollout(), agent.policy.lm.config.num_hidden_layers
     if sharing == "dense":
-        monkeypatch.setattr(llm_env.sharing, "WAYS", ("dense",))
+        monkeypatch.setattr(llm_env.lm.sharing, "WAYS", ("dense",))
     gradients(agent, rollout)  # trials of a few tokens are over after this
     with layer_calls(agent.policy.lm) as calls:
         plain = gradients(agent, rollout)

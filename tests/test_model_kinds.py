@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from agents import GRPO, LanguagePolicy
-from llm_env.models import check_causal
+from llm_env.lm.models import check_causal
 from llm_env.reference import Reference
 from tests.conftest import FAMILIES, make_model, make_tokenizer, refused
 from tests.probes import make_env

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import agents.training.preflight
-import llm_env.scoring
+import llm_env.lm.scoring
 from agents import GRPO, PPO, REINFORCE
 from agents.policy import LanguagePolicy
 from agents.training.preflight import WorstCaseStep
@@ -70,7 +70,7 @@ def limit(tried, monkeypatch):
         return original(self, prompts, responses, *args)
 
     monkeypatch.setattr(LanguagePolicy, "evaluate_actions", evaluate)
-    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
+    monkeypatch.setattr(llm_env.lm.sharing, "SAVES", 0.0)
 
     def set_limit(positions):
         most[0] = positions
@@ -263,7 +263,7 @@ def test_a_step_that_runs_out_of_memory_names_half_the_tokens(kind, error, where
 )
 def test_no_budget_below_the_longest_episode_is_named(limit_at, remedy, limit, monkeypatch):
     """Two episodes of 14 tokens are a pass, and then one."""
-    monkeypatch.setattr(llm_env.sharing, "SAVES", 0.0)
+    monkeypatch.setattr(llm_env.lm.sharing, "SAVES", 0.0)
     env = make_env(TOKENIZER, letters, PROMPTS[:1], max_prompt_tokens=LONGEST, max_new_tokens=NEW, min_new_tokens=NEW)
     rows = 2 if limit_at else 1
     agent = make_agent(REINFORCE, env, n_envs=2, preflight=False, micro_batch_size=rows)

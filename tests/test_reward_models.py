@@ -278,7 +278,7 @@ def test_unusable_models_are_refused(adder, tmp_path):
 
 
 def test_it_is_imported_when_asked_for(tmp_path):
-    code = "import sys, llm_env; assert 'llm_env.reward_models' not in sys.modules; print(llm_env.RewardModel.__name__)"
+    code = "import sys, llm_env; assert 'llm_env.rewards.reward_models' not in sys.modules; print(llm_env.RewardModel.__name__)"
     assert run(["-c", code], tmp_path) == "RewardModel\n"
     with pytest.raises(AttributeError, match="has no attribute 'RewardModels'"):
         llm_env.RewardModels  # noqa: B018

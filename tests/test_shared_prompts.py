@@ -9,15 +9,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import llm_env.scoring
-import llm_env.shared_prompt
-import llm_env.sharing
+import llm_env.lm.scoring
+import llm_env.lm.shared_prompt
+import llm_env.lm.sharing
 from agents.sampling.generate import sample_responses
 from agents.sampling.sampler import Sampler
 from examples.benchmarks.peak import peak_bytes
-from llm_env.scoring import head_of, response_states, score
-from llm_env.shared_prompt import group_states
-from llm_env.sharing import Extent, groups_of, shares_prompts, way_to_share
+from llm_env.lm.scoring import head_of, response_states, score
+from llm_env.lm.shared_prompt import group_states
+from llm_env.lm.sharing import Extent, groups_of, shares_prompts, way_to_share
 from tests.conftest import FAMILIES
 from tests.decoders import OTHERS, PROMPTS, SIZES, UNABLE, WINDOWS, V, batch, build, plain
 
@@ -31,10 +31,10 @@ WAYS = [
 @pytest.fixture
 def only(monkeypatch):
     """Leaves one way of sharing prompts."""
-    original = llm_env.sharing.shares_prompts
+    original = llm_env.lm.sharing.shares_prompts
 
     def leave(chosen):
-        monkeypatch.setattr(llm_env.sharing, "shares_prompts", lambda base, n, way: way == chosen and original(base, n, way))
+        monkeypatch.setattr(llm_env.lm.sharing, "shares_prompts", lambda base, n, way: way == chosen and original(base, n, way))
 
     return leave
 
@@ -82,8 +82,8 @@ def test_gradients_are_those_of_plain_forwards(name, way, chunk, monkeypatch, on
         loss = loss + (factors[i, :n] * logp).sum() + 0.3 * entropy.sum() + (factors[i, : n + 1, None] * states).sum()
     expected = torch.autograd.grad(loss, list(model.parameters()))
     if chunk is not None:
-        monkeypatch.setattr(llm_env.scoring, "CHUNK_BYTES", chunk * 4 * V)
-        monkeypatch.setattr(llm_env.shared_prompt, "SCORES_BYTES", 4 * 3 * 4 * 2 * 6 * 15)  # of two of the four responses
+        monkeypatch.setattr(llm_env.lm.scoring, "CHUNK_BYTES", chunk * 4 * V)
+        monkeypatch.setattr(llm_env.lm.shared_prompt, "SCORES_BYTES", 4 * 3 * 4 * 2 * 6 * 15)  # of two of the four responses
     scored = score(model, prompts, responses, V, entropy=True, states=True, prefix_sharing=True)
     width = scored.logp.shape[1]
     inside = torch.cat([scored.mask.new_ones(len(prompts), 1), scored.mask], 1)[..., None]
@@ -145,7 +145,7 @@ def test_a_head_that_does_more_than_multiply_is_noticed(name):
 
 
 def test_memory_does_not_grow_with_the_vocabulary_beyond_a_chunk(monkeypatch):
-    monkeypatch.setattr(llm_env.scoring, "CHUNK_BYTES", 2**24)
+    monkeypatch.setattr(llm_env.lm.scoring, "CHUNK_BYTES", 2**24)
     prompts, responses = [[1] * 4] * 16, [[2] * 64] * 16  # 1024 tokens
 
     def peak(vocabulary):
@@ -164,7 +164,7 @@ def test_memory_does_not_grow_with_the_vocabulary_beyond_a_chunk(monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
 def test_flex_attention_sees_what_plain_rows_see(name, monkeypatch):
     """Forward and not compiled, which is what a CPU can show of it."""
-    monkeypatch.setattr(llm_env.shared_prompt, "flex", lambda: flex_attention)
+    monkeypatch.setattr(llm_env.lm.shared_prompt, "flex", lambda: flex_attention)
     model, (prompts, responses) = build(name), batch()
     with torch.no_grad():
         got = group_states(model.base_model, *groups_of(prompts, responses), "flex")

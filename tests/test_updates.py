@@ -14,9 +14,9 @@ import llm_env
 from agents import GRPO, PPO, REINFORCE
 from agents.distributed.communicator import SINGLE_PROCESS
 from agents.training.trainer import Trainer
-from llm_env.passes import DEFAULT_TOKENS_CPU
-from llm_env.scoring import head_of
-from llm_env.sharing import shares_prompts
+from llm_env.lm.micro_batches import DEFAULT_TOKENS_CPU
+from llm_env.lm.scoring import head_of
+from llm_env.lm.sharing import shares_prompts
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
 from tests.rollouts import collect
@@ -211,7 +211,7 @@ def test_equal_prompts_stand_together_wherever_they_come():
 def test_on_a_cpu_there_is_a_budget_by_default(monkeypatch):
     agent = make_agent(preflight=False)
     shapes = inputs_of(agent)
-    monkeypatch.setattr("llm_env.passes.DEFAULT_TOKENS_CPU", 40)
+    monkeypatch.setattr("llm_env.lm.micro_batches.DEFAULT_TOKENS_CPU", 40)
     agent.train(prepared(agent))
     assert DEFAULT_TOKENS_CPU > 1000 and len(shapes) > 2 and max(n * width for n, width in shapes[-4:]) <= 40
 

@@ -1,6 +1,6 @@
 """Compute log-probs and values by one plain forward pass a response, alone and unpadded.
 
-Nothing here uses `llm_env.scoring` or the sampling code, so that an error that both share is found.
+Nothing here uses `llm_env.lm.scoring` or the sampling code, so that an error that both share is found.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
-from llm_env.inputs import without_cache
+from llm_env.lm.inputs import without_cache
 from llm_env.rules import Rules
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.patching import patched
-from llm_env.shared_prompt import attention_as_now
+from llm_env.lm.shared_prompt import attention_as_now
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

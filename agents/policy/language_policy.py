@@ -29,15 +29,15 @@ from agents.sampling.generate import StepState, StopRule, next_logits, response_
 from agents.sampling.sampler import Sampler
 from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
-from llm_env.capabilities import plain_outputs, trial, trial_rows, vocabulary_of
-from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
+from llm_env.dialogue.chat import PromptFormat
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
+from llm_env.lm.capabilities import plain_outputs, trial, trial_rows, vocabulary_of
+from llm_env.lm.positions import check_length, max_positions
+from llm_env.lm.scoring import autocast, response_states, restrict, score
+from llm_env.lm.sharing import PrefixSharing
 from llm_env.observations import Observation, pick
-from llm_env.positions import check_length, max_positions
 from llm_env.rules import Rules
-from llm_env.scoring import autocast, response_states, restrict, score
-from llm_env.sharing import PrefixSharing
 from llm_env.tokenization import vocabulary_size
 
 SAME = 1e-3  # nats; devices and versions differ by 1e-5
@@ -99,7 +99,7 @@ class LanguagePolicy(BasePolicy):
         bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
         gradient_checkpointing: whether layers are computed again in the backward pass; see
             `agents.policy.gradient_checkpointing`.
-        prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.sharing.way_to_share`.
+        prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.lm.sharing.way_to_share`.
         max_num_seqs: responses that are drawn at a time; see `agents.sampling.generate.sample_responses`.
         num_steps: optimizer steps since the policy was made: not all optimizers tell torch that weights have moved.
 

@@ -18,8 +18,8 @@ from transformers.utils import cached_file
 from agents.policy.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
 from agents.policy.lora import BASE_HASH, Adapter, apply_lora, check_bare, check_base, is_adapter, is_peft_model, load_config
 from agents.policy.quantization import HALF, check_not_quantized, is_quantized, prepare
+from llm_env.lm.models import check_causal, load_causal_lm
 from llm_env.model_names import check_model_name
-from llm_env.models import check_causal, load_causal_lm
 
 PretrainedFiles = dict[str, bytes]
 RECORD = "policy.json"  # what no file of transformers says: the model's class, and which of its weights are trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llm_env.chat import PromptFormat
+from llm_env.dialogue.chat import PromptFormat
 from llm_env.rules import Rules
 
 

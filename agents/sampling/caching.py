@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from llm_env.capabilities import Verdicts, agree, describable, passes_once, plain_outputs, takes_left_padding, token, trial_rows
-from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
+from llm_env.lm.capabilities import (
+    Verdicts,
+    agree,
+    describable,
+    passes_once,
+    plain_outputs,
+    takes_left_padding,
+    token,
+    trial_rows,
+)
+from llm_env.lm.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:

@@ -15,11 +15,11 @@ from agents.sampling.caching import cached_logits, decodes_with_cache, new_cache
 from agents.sampling.sampler import Sampler
 from agents.sampling.shared_prefix import SharedDecoding, decodes_shared
 from llm_env.arguments import whole
-from llm_env.capabilities import takes_left_padding
 from llm_env.constraints import TokenConstraint
-from llm_env.inputs import model_inputs, pad
-from llm_env.scoring import restrict
-from llm_env.sharing import PrefixSharing, shares_prompts
+from llm_env.lm.capabilities import takes_left_padding
+from llm_env.lm.inputs import model_inputs, pad
+from llm_env.lm.scoring import restrict
+from llm_env.lm.sharing import PrefixSharing, shares_prompts
 
 StopRule = Callable[[Sequence[int]], bool]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import Verdicts, agree, passes_once, plain_outputs, token, trial_rows
-from llm_env.inputs import model_inputs, only_last, pad
-from llm_env.shared_prompt import PackedRows, attention_by, scores_of, weights_of, window_of
+from llm_env.lm.capabilities import Verdicts, agree, passes_once, plain_outputs, token, trial_rows
+from llm_env.lm.inputs import model_inputs, only_last, pad
+from llm_env.lm.shared_prompt import PackedRows, attention_by, scores_of, weights_of, window_of
 
 BLOCK = 64  # tokens for which the responses' cache is first allocated; it doubles when full
 COMPACT = 0.8  # slots are compacted if at most this share of them remains

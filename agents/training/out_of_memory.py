@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 
 from agents.policy import LanguagePolicy
-from llm_env.passes import positions_of
+from llm_env.lm.micro_batches import positions_of
+from llm_env.lm.shared_prompt import Rows
+from llm_env.lm.sharing import Extent, groups_of
 from llm_env.rules import Rules
-from llm_env.shared_prompt import Rows
-from llm_env.sharing import Extent, groups_of
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # raises a RuntimeError with this name in its message
 

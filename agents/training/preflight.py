@@ -18,9 +18,9 @@ from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
 from agents.validation import check_budget
 from llm_env.constraints import TokenConstraint
-from llm_env.passes import positions_of
+from llm_env.lm.micro_batches import positions_of
+from llm_env.lm.sharing import Extent
 from llm_env.rules import Rules
-from llm_env.sharing import Extent
 
 DEVICES = ("cuda",)  # on which a pass that is too large raises an error; on a CPU the system would kill the process
 

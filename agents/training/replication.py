@@ -9,8 +9,8 @@ import torch
 from agents.distributed.communicator import Communicator
 from agents.distributed.fsdp import is_sharded, shard_and_warm_up
 from agents.policy import LanguagePolicy
+from llm_env.lm.scoring import try_out
 from llm_env.reference import BaseReference, Reference
-from llm_env.scoring import try_out
 
 
 def replicate_policy(policy: LanguagePolicy, communicator: Communicator) -> None:

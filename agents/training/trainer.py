@@ -18,7 +18,7 @@ from agents.rollout import Rollout
 from agents.training.batching import group_unit, minibatches
 from agents.training.objective import Objective
 from agents.training.out_of_memory import suggest_token_budget
-from llm_env.passes import passes
+from llm_env.lm.micro_batches import passes
 from llm_env.rules import Rules
 
 
@@ -39,7 +39,7 @@ class Trainer:
         n_epochs: passes over a rollout.
         batch_size: episodes in an optimizer step; the whole rollout by default.
         micro_batch_size: episodes in a forward pass; `batch_size` by default.
-        max_tokens_per_batch: tokens in a forward pass, padding included; see `llm_env.passes.passes`.
+        max_tokens_per_batch: tokens in a forward pass, padding included; see `llm_env.lm.micro_batches`.
         max_grad_norm: the gradient is scaled down to this norm.
         temperature: divides the logits.
         aggregation: see `agents.losses.token_weights`.

@@ -40,7 +40,7 @@ parameters of the adapters, M = N less an input embedding that is not the output
 | reference (float32) | 4 N; FSDP2: 4 N / S; LoRA: 0 |
 | weights in bfloat16, update | 2 N, which autocast keeps; FSDP2: two layers, the embeddings; LoRA: the largest matrix |
 | activations, checkpointed | (P + G T) (4 h L + 16 h + 2 (2 h + 2 n d + 2 k d + 4 f)) |
-| logits | 5 x 2^28, float32 tables of a chunk (`llm_env.scoring.CHUNK_BYTES`) at the peak; 4.8 were counted |
+| logits | 5 x 2^28, float32 tables of a chunk (`llm_env.lm.scoring.CHUNK_BYTES`) at the peak; 4.8 were counted |
 | `gathered`: weights in bfloat16, sampling | 2 N; FSDP2: 2 N and the reference's 2 N; LoRA: the largest matrix; both: 2 N |
 | cache of keys and values (bfloat16), sampling | 4 L k d (P R / G + R W), W the least 64 x 2^i that holds T tokens |
 

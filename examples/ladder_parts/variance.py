@@ -18,7 +18,7 @@ from agents.sampling.sampler import Sampler
 from ladder_parts.gradients import Moments, evaluate, policy_gradient, with_advantages
 from ladder_parts.runs import EPISODES, GROUP, STEPS, Exam, make_env
 from llm_env import TextGenerationVectorEnv
-from llm_env.scoring import response_states
+from llm_env.lm.scoring import response_states
 from tests.rollouts import collect
 
 SHIFTED, IN_GROUPS = "naive, rewards + 1", "naive, in groups"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_env.answers import Texts, completion_text
 from llm_env.pupil import PUPIL
+from llm_env.rewards.answers import Texts, completion_text
 
 
 def word_count(completions: Texts, **_: Any) -> list[float]:

@@ -11,10 +11,10 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
 from llm_env.arguments import as_whole, whole
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
+from llm_env.rewards.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
 
 TEMPLATE = "Use each of {numbers} exactly once, with + - * / and parentheses, to make {target}.\n"
 TEMPLATE_AT_MOST_ONCE = "Use any of {numbers}, each at most once, with + - * / and parentheses, to make {target}.\n"
@@ -177,7 +177,7 @@ def countdown(
         numbers: B lists of the numbers to use.
         target: B targets.
         prompts: B prompts; one that ends in an opening think tag begins the thought.
-        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.rewards.answers.strip_thoughts`.
         prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
 
     >>> countdown(completions=["(3+5)*2", "(3+5)*2 = 16", "3+5+8"], numbers=[[2, 3, 5]] * 3, target=[16] * 3)

@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
 from llm_env.prompts import PromptSource, Row, check_split, split_of
 from llm_env.pupil import PUPIL
+from llm_env.rewards.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
 
 TEMPLATE = "{question}\nGive the final answer between <answer> and </answer>.\n"
 
@@ -65,7 +65,7 @@ class ReasoningGymScore:
         dataset: a data set of reasoning-gym.
         strict: pay 1.0 for a full score and 0.0 for anything less. The default scorer of reasoning-gym pays for an answer
             that merely contains the right one, by their lengths, and others pay for the form; False passes that on.
-        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
+        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.rewards.answers.strip_thoughts`.
     """
 
     __name__ = "reasoning_gym"

@@ -7,10 +7,10 @@ from functools import reduce
 
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import width_of
-from llm_env.scoring import head_of
-from llm_env.shared_prompt import Rows
-from llm_env.sharing import Extent, PrefixSharing, ways_to_share
+from llm_env.lm.capabilities import width_of
+from llm_env.lm.scoring import head_of
+from llm_env.lm.shared_prompt import Rows
+from llm_env.lm.sharing import Extent, PrefixSharing, ways_to_share
 
 DEFAULT_TOKENS_CPU = 2048  # positions in a forward pass: more than about this are slower (a Llama of 7M, one thread)
 
@@ -45,7 +45,7 @@ def passes(
         most: rows of a pass.
         max_tokens_per_batch: positions of a pass; None is `DEFAULT_TOKENS_CPU`, or as many as the longest group needs, on a
             CPU, and no limit elsewhere.
-        prefix_sharing: see `llm_env.sharing.ways_to_share`.
+        prefix_sharing: see `llm_env.lm.sharing.ways_to_share`.
 
     Returns:
         The numbers of the rows in each pass. One that holds more positions than the budget holds a single row.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from llm_env.answers import completion_text
-from llm_env.chat import Messages, Prompt, encode_prompts
-from llm_env.inputs import evaluation_mode, pad
-from llm_env.positions import max_positions
+from llm_env.dialogue.chat import Messages, Prompt, encode_prompts
+from llm_env.lm.inputs import evaluation_mode, pad
+from llm_env.lm.positions import max_positions
+from llm_env.rewards.answers import completion_text
 from llm_env.tokenization import vocabulary_size
 
 Template = str | Callable[[Any, Any], str]

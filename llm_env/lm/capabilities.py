@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_env.inputs import evaluation_mode, model_inputs, pad, without_cache
-from llm_env.positions import max_positions
-from llm_env.shared_prompt import Probe, attention_by, window_of
+from llm_env.lm.inputs import evaluation_mode, model_inputs, pad, without_cache
+from llm_env.lm.positions import max_positions
+from llm_env.lm.shared_prompt import Probe, attention_by, window_of
 
 LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # of the rows of a trial, in tokens; for models with few positions
 LONG = 160  # of a row that is longer than most chunks, blocks and windows that a config does not name

@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import padding_side, refusing, tells, trial, vocabulary_of, width_of
-from llm_env.inputs import model_inputs, only_last, pad, pad_with_tokens, takes, without_cache
-from llm_env.shared_prompt import NotShareable, Rows, group_states
-from llm_env.sharing import Extent, PrefixSharing, groups_of, way_to_share, ways_to_share
+from llm_env.lm.capabilities import padding_side, refusing, tells, trial, vocabulary_of, width_of
+from llm_env.lm.inputs import model_inputs, only_last, pad, pad_with_tokens, takes, without_cache
+from llm_env.lm.shared_prompt import NotShareable, Rows, group_states
+from llm_env.lm.sharing import Extent, PrefixSharing, groups_of, way_to_share, ways_to_share
 
 FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stays finite in the entropy
 CHUNK_BYTES = 2**28  # of logits at a time, in float32
@@ -225,7 +225,7 @@ def _no_states(model: PreTrainedModel) -> str:
 def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
     """Rows `[prompt | response]` for a forward pass in the model's layout, and what takes (B, T + 1, X) from its outputs.
 
-    These are at the last token of each prompt and at those of each response. See `llm_env.capabilities`.
+    These are at the last token of each prompt and at those of each response. See `llm_env.lm.capabilities`.
     """
     width = max(map(len, fed))
     if padding_side(model) == "left":
@@ -274,7 +274,7 @@ _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def head_of(model: PreTrainedModel) -> Head | None:
     """The map from last hidden states to logits, if it is the output embedding alone; None where a model does more.
 
-    Which of the two is found out by a trial, once a model. Logits that tell nothing (see `llm_env.capabilities`) are no
+    Which of the two is found out by a trial, once a model. Logits that tell nothing (see `llm_env.lm.capabilities`) are no
     verdict: what is done to them, such as a soft cap, would not show.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -308,7 +308,7 @@ def try_out(model: PreTrainedModel) -> None:
     """Run the trials on which scoring relies, of a language model or of one without its head, before the first batch.
 
     Raises:
-        NotCausal: If the model cannot be trained on token ids; see `llm_env.capabilities.takes_left_padding`.
+        NotCausal: If the model cannot be trained on token ids; see `llm_env.lm.capabilities.takes_left_padding`.
     """
     alone = head_of(model) is not None or model.get_output_embeddings() is None
     padding_side(model.base_model if alone else model)

@@ -1,16 +1,4 @@
-"""Reward functions in TRL's convention, and how several become one number.
-
-A reward function is any callable `f(prompts, completions, **columns) -> list[float]`: `prompts` and `completions` are
-lists of one length, every column of the prompts comes as a keyword with a list of that length, and so does
-`completion_ids` (lists of token ids). Of a prompt that is text both are str; of one that is a chat the prompt is its list of
-messages and the completion `[{"role": "assistant", "content": ...}]`. As in TRL there are `trainer_state` (see `TrainerState`),
-`log_metric(name, value)`, whose mean is logged as `rollout/<name>`, and `log_extra(column, values)`, which goes into the last
-infos and the record. A function that names `prompt_texts` gets the prompts as text, chats as their template renders them. Of
-all else a function is given what its signature names, or all of them with `**kwargs`.
-It returns one number a completion; None says "not applicable to this one". A process reward returns, for a completion, a list
-of steps `(end, score)`, `end` being the index of the step's last token among `completion_ids`; each is paid with that token.
-Functions may be asynchronous. Slow or failing ones are put into a `llm_env.reward_pool.PooledReward`.
-"""
+"""Several reward functions as one number a completion."""
 
 from __future__ import annotations
 
@@ -24,12 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, parse_gold, reference_text
-from llm_env.answers import final_answer as final_answer
-from llm_env.answers import parse_number as parse_number
-from llm_env.math_verifier import math_gold, math_verifier
-from llm_env.reward_calls import BadValue, Called, Steps, Value, call
-from llm_env.reward_pool import PooledReward
+from llm_env.rewards.calls import BadValue, Called, Steps, Value, call
+from llm_env.rewards.pool import PooledReward
 
 RewardFunction = Callable[..., Sequence[Value]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
@@ -391,109 +375,3 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return [*on_offer, *(key for key in ON_REQUEST if key in named)]
     return [key for key in (*on_offer, *ON_REQUEST) if key in named]
-
-
-# --- reward functions that ship ---------------------------------------------------------------------------------------
-#
-# All read a completion with `llm_env.answers.answer_text`: as text or as chat messages, without its thoughts. Bind other think
-# tags with `functools.partial(exact_match, think_tags=("<plan>", "</plan>"))`.
-
-
-def exact_match(
-    completions: Texts,
-    answer: list[Any],
-    prompts: Texts | None = None,
-    think_tags: ThinkTags = THINK_TAGS,
-    prompt_texts: Sequence[str] | None = None,
-    **_: Any,
-) -> list[float]:
-    """1.0 where the completion without its thoughts and outer white space is the column's final answer, else 0.0.
-
-    Args:
-        completions: B texts or lists of chat messages.
-        answer: B references; their final answer (see `llm_env.answers.final_answer`) is compared as text.
-        prompts: B prompts; one that ends in an opening think tag begins the thought.
-        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
-        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
-
-    >>> exact_match(completions=["<think>40+6</think>46", "<think>46"], answer=["46", "46"])
-    [1.0, 0.0]
-    """
-    golds = [final_answer(reference_text(reference), think_tags) for reference in answer]
-    texts = answer_texts(completions, prompts, think_tags, prompt_texts)
-    return [float(text.strip() == gold) for text, gold in zip(texts, golds, strict=True)]
-
-
-def numeric_answer(
-    completions: Texts,
-    answer: list[Any],
-    prompts: Texts | None = None,
-    think_tags: ThinkTags = THINK_TAGS,
-    prompt_texts: Sequence[str] | None = None,
-    **_: Any,
-) -> list[float]:
-    r"""1.0 where the completion's final answer equals the number that the column `answer` ends in, else 0.0.
-
-    `llm_env.answers.parse_number` says which number of a text counts and which forms are read. Values are compared exactly.
-
-    Args:
-        completions: B texts or lists of chat messages.
-        answer: B numbers (int, float, NumPy, Fraction, Decimal; a float is the decimal number that it prints as), or texts that
-            end in one, such as solutions in GSM8K's form (`... #### 72`).
-        prompts: B prompts; one that ends in an opening think tag begins the thought.
-        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
-        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
-
-    Raises:
-        ValueError: If a reference is no number (a word, `2\sqrt{3}`, NaN, infinity), or has too many digits to be text.
-
-    >>> numeric_answer(completions=["She sold 1,072.00 clips.", "<think>5?</think> 0.00001"], answer=["... #### 1072", 1e-05])
-    [1.0, 1.0]
-    """
-    golds = [parse_gold(reference, think_tags) for reference in answer]
-    for reference, gold in zip(answer, golds, strict=True):
-        if gold is None:
-            raise ValueError(
-                f"the column 'answer' holds {reference!r}, which ends in no number; try math_answer or exact_match"
-            )
-    texts = answer_texts(completions, prompts, think_tags, prompt_texts)
-    return [float(parse_number(text, ()) == gold) for text, gold in zip(texts, golds, strict=True)]
-
-
-def math_answer(
-    completions: Texts,
-    answer: list[Any],
-    prompts: Texts | None = None,
-    think_tags: ThinkTags = THINK_TAGS,
-    timeout: float = 10.0,
-    prompt_texts: Sequence[str] | None = None,
-    **_: Any,
-) -> list[float]:
-    r"""1.0 where Math-Verify finds the completion's answer equal to the column `answer`, else 0.0.
-
-    For answers that are more than numbers: fractions, roots, sets, intervals, equations (github.com/huggingface/Math-Verify).
-    Math-Verify extracts the answer of a completion: LaTeX in `$...$`, `\[...\]` or `\boxed{...}`, or a plain expression. A
-    completion without any scores 0.0, and so does one that takes longer than the time-out.
-
-    Worker processes compare and are killed at the time-out, so this works in any thread. A script that uses it must start its
-    work under `if __name__ == "__main__":`.
-
-    Args:
-        completions: B texts or lists of chat messages.
-        answer: B references: numbers, LaTeX with or without `$...$`, or solutions; see `llm_env.math_verifier.math_gold`.
-        prompts: B prompts; one that ends in an opening think tag begins the thought.
-        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.answers.strip_thoughts`.
-        timeout: seconds for one completion.
-        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
-
-    Raises:
-        ImportError: If math-verify is not installed.
-        ValueError: If a reference parses to nothing, or no worker process can be started.
-    """
-    texts = answer_texts(completions, prompts, think_tags, prompt_texts)
-    golds = [math_gold(reference, think_tags) for reference in answer]
-    scores = math_verifier(timeout)(completions=texts, golds=golds)
-    for reference, score in zip(answer, scores, strict=True):
-        if score is None:
-            raise ValueError(f"the column 'answer' holds {reference!r}, in which math-verify finds no mathematical expression")
-    return scores  # type: ignore[return-value]

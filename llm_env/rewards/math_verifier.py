@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from llm_env.answers import THINK_TAGS, ThinkTags, final_answer, parse_number_only, reference_text, strip_thoughts
-from llm_env.reward_pool import PooledReward
+from llm_env.rewards.answers import THINK_TAGS, ThinkTags, final_answer, parse_number_only, reference_text, strip_thoughts
+from llm_env.rewards.pool import PooledReward
 
 WORKERS = 2  # processes; each holds about as much memory as `import llm_env` takes
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")

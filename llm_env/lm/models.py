@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llm_env.capabilities import REMEDY, NotCausal, refusing, takes_left_padding, trial, vocabulary_of
-from llm_env.inputs import model_inputs, without_cache
+from llm_env.lm.capabilities import REMEDY, NotCausal, refusing, takes_left_padding, trial, vocabulary_of
+from llm_env.lm.inputs import model_inputs, without_cache
 from llm_env.model_names import check_model_name
 
 _OTHER_HEAD = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|ForNextSentencePrediction")

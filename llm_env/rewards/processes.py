@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from llm_env.reward_calls import BadValue, Value, attempt, time_out_message
+from llm_env.rewards.calls import BadValue, Value, attempt, time_out_message
 
 if TYPE_CHECKING:
     from pebble import ProcessPool

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from llm_env.capabilities import agree, describable, plain_outputs, tells, trial, trial_rows, width_of
-from llm_env.shared_prompt import Rows, group_states, window_of
+from llm_env.lm.capabilities import agree, describable, plain_outputs, tells, trial, trial_rows, width_of
+from llm_env.lm.shared_prompt import Rows, group_states, window_of
 
 SAVES = 0.95  # prompts are shared where that leaves at most this share of the work
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.answers import final_answer
 from llm_env.prompts import PromptTable, Row
+from llm_env.rewards.answers import final_answer
 
 Gold = str | Callable[[Row], Any] | None
 GOLD_COLUMNS = ("solution", "answer")

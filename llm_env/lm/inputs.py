@@ -35,7 +35,7 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     """Keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
 
     GPT-2's absolute positions need them; models without `position_ids` (ALiBi) count by the mask themselves. A model whose
-    `forward` takes no mask gets none, and a trial finds that it takes no padding on the left (`llm_env.capabilities`).
+    `forward` takes no mask gets none, and a trial finds that it takes no padding on the left (`llm_env.lm.capabilities`).
     """
     inputs = {"input_ids": input_ids} | ({"attention_mask": attention_mask} if takes(model, "attention_mask") else {})
     if "position_ids" in inspect.signature(model.forward).parameters:

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 
-from llm_env.probes import GOLD_COLUMNS, Gold, Sample, choose_prompts, known_answers, make_probes
 from llm_env.prompts import PromptTable
 from llm_env.report import FAILED, NOT_APPLICABLE, NOT_RUN, NOTE, PASSED, CheckRow, Report, short
-from llm_env.reward_pool import PooledReward
-from llm_env.rewards import RewardSum
+from llm_env.rewards.pool import PooledReward
+from llm_env.rewards.probes import GOLD_COLUMNS, Gold, Sample, choose_prompts, known_answers, make_probes
+from llm_env.rewards.sums import RewardSum
 
 ROUNDS, SECONDS = 3, 0.3  # calls per thread, at least, and how long quick functions are called
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.reward_calls import BadValue, Called, Value, attempt, time_out_message
-from llm_env.reward_processes import NoWorker, WorkerProcesses
+from llm_env.rewards.calls import BadValue, Called, Value, attempt, time_out_message
+from llm_env.rewards.processes import NoWorker, WorkerProcesses
 
 logger = logging.getLogger("llm_env")
 

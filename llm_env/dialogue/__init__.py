@@ -1,0 +1,1 @@
+"""Chats: templates, and the prompts that they render."""
