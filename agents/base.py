@@ -433,7 +433,7 @@ class LanguageAgent(BaseAlgorithm):
                     with defer_interrupt("Ctrl-C: stopping after this update; press it again to stop at once"):
                         self._state.began = None  # from here on a checkpoint has what the update has done
                         self.train(rollout)
-                        transaction.commit()
+                        transaction.is_committed = True
                 iteration += 1
                 if log_interval is not None and (self.num_timesteps >= total_timesteps or iteration % log_interval == 0):
                     self.dump_logs(iteration)

@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,14 +85,13 @@ class TrainingState:
             before_restore: stops whatever else moves the state.
             is_final: whether weights have moved since, so that nothing can be undone any more.
         """
-        transaction = Transaction()
         self.began = began
 
         def roll_back() -> None:
             before_restore()
             self.restore(began)
 
-        transaction.roll_back = roll_back  # type: ignore[method-assign]
+        transaction = Transaction(roll_back)
         try:
             yield transaction
         except BaseException:
@@ -102,17 +102,17 @@ class TrainingState:
             self.began = None
 
 
+@dataclass
 class Transaction:
-    """A rollout and its update under way."""
+    """A rollout and its update under way.
 
-    is_committed = False
+    Attributes:
+        roll_back: puts the state back to where the rollout began.
+        is_committed: whether to keep all that happened, whatever comes.
+    """
 
-    def commit(self) -> None:
-        """Keep all that happened, whatever comes."""
-        self.is_committed = True
-
-    def roll_back(self) -> None:
-        """Put the state back to where the rollout began."""
+    roll_back: Callable[[], None]
+    is_committed: bool = False
 
 
 class Attributes:
