@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -81,6 +82,8 @@ from agents.validation import (
 )
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env, unique_rules, vector_env_of
 from llm_env.arguments import whole
+from llm_env.keywords import check_keywords
+from llm_env.model_names import check_model_name
 from llm_env.observations import Observation
 from llm_env.prompts import PromptCursor
 from llm_env.reference import BaseReference, KLController, coefficient
@@ -88,12 +91,15 @@ from llm_env.report import Report
 from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
 from llm_env.sharing import PrefixSharing
+from llm_env.stops import StopStrings, special_tokens
+from llm_env.warn import warn
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
 DEFAULT_IMPORTANCE_CAP = 2.0  # where another engine or older weights generate
 NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy has them
+NOT_SHOWN = ("env", "n_envs", "device", "policy_kwargs", "stats_window_size", "verbose", "_init_setup_model")
 LIVE = (  # attributes that are not in a checkpoint
     "_model",
     "_tokenizer",
@@ -222,6 +228,15 @@ class LanguageAgent(BaseAlgorithm):
     _preflighted: tuple[object, ...] | None = None
     _had_hook = False
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse unknown keyword arguments in the name of the class that the user called."""
+        if (known := _keywords_of(cls)) is not None:
+            others = {kind.__name__: _keywords_of(kind) or set() for kind in LanguageAgent.__subclasses__()}
+            env = {"the env": set(inspect.signature(Rules.__init__).parameters)}
+            learn = {"learn": set(inspect.signature(cls.learn).parameters)}
+            check_keywords(cls.__name__, kwargs, known, env | learn | others)
+        return super().__new__(cls)
+
     def __init__(
         self,
         policy: str | PreTrainedModel | LanguagePolicy | type[LanguagePolicy],
@@ -258,6 +273,7 @@ class LanguageAgent(BaseAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        check_model_name(policy, "policy")
         if seed is not None:
             seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
         if not isinstance(policy_kwargs or {}, dict):
@@ -275,6 +291,8 @@ class LanguageAgent(BaseAlgorithm):
             support_multi_env=True,
             seed=self.communicator.broadcast_seed(seed),
         )
+        if self.device.type == "cpu" and torch.device("cpu" if device == "auto" else device).type == "cuda":
+            warn(f"device={str(device)!r}, but torch finds no GPU; computing on cpu")
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
         check_switches(preflight=preflight, overlap=overlap, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
@@ -328,6 +346,27 @@ class LanguageAgent(BaseAlgorithm):
     def _name_algorithm(self) -> None:
         self._algorithm = type(self).__name__  # the class that writes a checkpoint
         self._algorithms = [parent.__name__ for parent in type(self).__mro__]  # and those that it is derived from
+
+    def __repr__(self) -> str:
+        """Describe the agent in five lines."""
+        parameters = list(self.policy.parameters())
+        trained, total = (sum(p.numel() for p in ps) for ps in ([p for p in parameters if p.requires_grad], parameters))
+        defaults = {p.name: p.default for kind in (LanguageAgent, type(self)) for p in _parameters_of(kind)}
+        values = {name: getattr(self, name) for name in defaults if name not in NOT_SHOWN and hasattr(self, name)}
+        values["engine"] = self._engine_setting
+        settings = ", ".join(f"{name}={_short(value)}" for name, value in values.items() if _differs(value, defaults[name]))
+        env = "none yet"
+        if self.env is not None:
+            env = f"{len(self.rules.prompts)} prompts, max_new_tokens={self.rules.max_new_tokens}, {type(self.env).__name__}"
+        return "\n".join(
+            [
+                f"{type(self).__name__}",
+                f"  model: {type(self.policy.base).__name__}, {trained:,} of {total:,} parameters trained, on {self.device}",
+                f"  env: {env}, n_envs={self.n_envs}",
+                f"  settings: {settings or 'the defaults'}",
+                f"  trained: {self.num_timesteps:,} timesteps, {self._n_updates:,} optimizer steps",
+            ]
+        )
 
     # --- what an algorithm fills in: see `agents.training.objective.Objective` -------------------------------------------
 
@@ -400,13 +439,15 @@ class LanguageAgent(BaseAlgorithm):
         check_optimizer(self.policy)
         self._run_preflight()
         requested = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
-        total_timesteps, callback = self._setup_learn(
-            remaining_timesteps(requested, self.num_timesteps, self._total_timesteps, reset_num_timesteps),
-            callback,
-            reset_num_timesteps,
-            tb_log_name or type(self).__name__,
-            progress_bar and self.communicator.is_main_process,
-        )
+        with warnings.catch_warnings():  # EvalCallback compares the classes of VecEnvs: all of text envs serve
+            warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
+            total_timesteps, callback = self._setup_learn(
+                remaining_timesteps(requested, self.num_timesteps, self._total_timesteps, reset_num_timesteps),
+                callback,
+                reset_num_timesteps,
+                tb_log_name or type(self).__name__,
+                progress_bar and self.communicator.is_main_process,
+            )
         sync_callbacks(callback, self.policy, self.communicator, self.seed)
         callback.on_training_start(locals(), globals())
         iteration = 0
@@ -831,8 +872,17 @@ class LanguageAgent(BaseAlgorithm):
         )
 
     @collective
-    def generate(self, prompts: Sequence[Any], deterministic: bool = False, max_new_tokens: int | None = None) -> list[str]:
-        """Generate a response text for each prompt, given as text or as a chat.
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        deterministic: bool = False,
+        max_new_tokens: int | None = None,
+        *,
+        n: int = 1,
+        temperature: float | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Generate response texts for prompts, given as text or as chats.
 
         Prompts become token ids as in training: with the env's chat template and its arguments, or without an env the
         tokenizer's own.
@@ -840,14 +890,20 @@ class LanguageAgent(BaseAlgorithm):
         Args:
             prompts: a list of str, of chats (lists of messages), or of rows as an env takes them (dicts with `prompt`, and
                 perhaps `tools` and `chat_template_kwargs`).
-            deterministic: greedy decoding; otherwise sampled at the agent's temperature.
-            max_new_tokens: the env's limit by default, 64 without an env. The env's end tokens and stop strings apply.
+            deterministic: greedy decoding; otherwise sampled.
+            max_new_tokens: limit of a response, in tokens; the env's by default, 64 without an env.
+            n: responses to each prompt.
+            temperature: divides the logits; the agent's by default.
+            stop: stop strings; the env's by default. End tokens are the env's, or the model's without an env.
+
+        Returns:
+            A list of str, one for each prompt; with `n` above 1 a list of lists of str.
 
         Raises:
             TypeError: If the prompts are no such list.
             ValueError: If a prompt is no valid text, has no tokens, or is too long for the model; the message names it.
         """
-        check_counts(max_new_tokens=max_new_tokens)
+        check_counts(max_new_tokens=max_new_tokens, n=n)
         if isinstance(prompts, str):
             raise TypeError(f"prompts is a str; give a list, [{prompts!r}]")
         if not isinstance(prompts, (list, tuple, np.ndarray)):
@@ -861,18 +917,23 @@ class LanguageAgent(BaseAlgorithm):
         contexts = encode_prompts(prompts, self.policy.prompt_format() if rules is None else rules.prompts.format, rules)
         limit = max_new_tokens or (rules.max_new_tokens if rules is not None else 64)
         check_tokens(contexts, limit, self.policy.vocab_size, self.policy.max_positions)
+        stops = rules.stop_strings if rules is not None else None
+        if stop is not None:
+            stops = StopStrings(stop, tokenizer, special_tokens(tokenizer), self.policy.eos_ids)
         responses, _ = self.policy.sample(
             contexts,
-            1,
+            n,
             limit,
-            self.temperature,
+            self.temperature if temperature is None else temperature,
             deterministic=deterministic,
             generator=self._generator,
-            completes_stop=rules.completes_stop if rules is not None and rules.stop else None,
+            completes_stop=stops.completed_by if stops else None,
         )
         if rules is not None:
-            return rules.decode(responses)
-        return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts = rules.decode(responses)
+        else:
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
 
     @collective
     def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
@@ -1022,7 +1083,8 @@ class LanguageAgent(BaseAlgorithm):
                 config, where these do not come back from the file (see `save`), or the base of a saved adapter, where it was a
                 model object or is not where it was. The weights of a whole model come from the file; those of an adapter's base
                 are checked to be the right ones.
-            kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace.
+            kwargs: SB3's `custom_objects`, `print_system_info`, and attributes to replace, such as `n_envs`, the episodes in a
+                rollout, of which `group_size` must be a divisor.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -1045,9 +1107,42 @@ class LanguageAgent(BaseAlgorithm):
         replaced: dict[str, Any] = {} if policy is None else {"_model": policy}
         if "engine" in kwargs:
             replaced["_engine_setting"] = kwargs.pop("engine")
+        if "n_envs" in kwargs:
+            replaced["_n_envs_setting"] = replaced["n_envs"] = whole("n_envs", kwargs.pop("n_envs"), 1)
         agent = super().load(path, None, device, **kwargs, **replaced)
         agent.policy.check_fingerprint(agent._policy_data)
         agent._policy_data = {}
         if env is not None:
             agent.set_env(env)
         return agent
+
+
+def _keywords_of(kind: type[LanguageAgent]) -> set[str] | None:
+    """Return the names of a class's keyword arguments; None if it takes any, and does with them what it likes."""
+    names = set(CommonArguments.__annotations__)
+    for parent in kind.__mro__:
+        if "__init__" in vars(parent):
+            parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
+            rest = [each for each in parameters if each.kind is each.VAR_KEYWORD]
+            names |= {each.name for each in parameters if each not in rest} - {"self"}
+            if not rest:
+                return names
+            if CommonArguments.__name__ not in str(rest[0].annotation):
+                return None
+    return names
+
+
+def _parameters_of(kind: type) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(kind.__init__).parameters.values() if p.default is not p.empty]  # type: ignore[misc]
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if isinstance(value, FloatSchedule):
+        value = getattr(value.value_schedule, "val", value)
+    return value is not default and not (type(value) in (bool, int, float, str) and value == default)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, FloatSchedule):
+        value = getattr(value.value_schedule, "val", value.value_schedule)
+    return f"{value:.3g}" if isinstance(value, float) else repr(value)[:60]

@@ -12,13 +12,16 @@ from agents.policy.quantization import weight_count
 from agents.sampling.sampler import Sampler
 from agents.validation import check_budget, check_groups, check_vocabulary
 from agents.vec_env import unique_rules
+from llm_env.capabilities import vocabulary_of
 from llm_env.end_tokens import missing_end_tokens
 from llm_env.positions import check_length
 from llm_env.reference import BaseReference
 from llm_env.rules import Rules
+from llm_env.warn import warn
 
 logger = logging.getLogger("llm_env")
 
+PADDED_IDS = 64  # more ids than a tokenizer has, besides 1%, that models are given to make their number round
 ADAPTER_RATE = 10.0  # see `default_learning_rate`
 
 
@@ -120,16 +123,32 @@ def check_optimizer(policy: LanguagePolicy) -> None:
 def check_tokenizers(policy: LanguagePolicy, rules: Rules) -> None:
     """Check that the env's token ids mean the same to the model.
 
+    Of a model object without a tokenizer, that of the folder from which it was loaded counts; the env's may have more tokens.
+
     Raises:
         ValueError: If the vocabularies differ.
     """
     check_vocabulary(policy.lm, rules.vocab_size)
-    mine, theirs = policy.tokenizer, rules.tokenizer
-    if mine is not None and mine is not theirs and mine.get_vocab() != theirs.get_vocab():
-        own, other = mine.get_vocab(), theirs.get_vocab()
+    theirs = rules.tokenizer
+    if policy.tokenizer is not None and policy.tokenizer is not theirs:
+        own, other = policy.tokenizer.get_vocab(), theirs.get_vocab()
+        differing = set(own.items()) ^ set(other.items())
+    elif policy.tokenizer is None and policy.original_tokenizer is not None:
+        own, other = policy.original_tokenizer.get_vocab(), theirs.get_vocab()
+        differing = set(own.items()) - set(other.items())
+    else:
+        own, other, differing = {}, {}, set()
+    if differing:
         raise ValueError(
             f"the env's tokenizer ({len(other)} tokens) is not the model's ({len(own)} tokens), for instance "
-            f"{sorted(set(own.items()) ^ set(other.items()))[:3]}; make the env with tokenizer=<the model's path>"
+            f"{sorted(differing)[:3]}; make the env with tokenizer=<the model's path>"
+        )
+    size = vocabulary_of(policy.lm)
+    if policy.original_tokenizer is None and size > 1.01 * rules.vocab_size + PADDED_IDS:
+        warn(
+            f"the model has {size} token ids, the env's tokenizer {rules.vocab_size}, and it is not known which tokenizer the "
+            "model was trained with: if that is another one, it reads noise. Give the model's with "
+            "policy_kwargs={'tokenizer': ...}, and make the env with it"
         )
 
 

@@ -113,10 +113,21 @@ class TextVecEnv(_TextVecEnvBase):
     """A `TextGenerationVectorEnv` as an SB3 VecEnv, on the token clock: rows begin anew in the step in which they end.
 
     Args:
-        venv: the env; its `step_responses` stays the faster way through, and is what the agents of this package use.
+        venv: the env; its `step_responses` stays the faster way through, and is what the agents of this package use. A single
+            text env becomes a vector env of one row.
+
+    Raises:
+        TypeError: If it is neither, or has wrappers.
     """
 
-    def __init__(self, venv: TextGenerationVectorEnv) -> None:
+    def __init__(self, venv: TextGenerationVectorEnv | gym.Env) -> None:
+        if isinstance(venv, gym.Env) and isinstance(venv.unwrapped, TextGenerationEnv) and not _wrappers_that_matter(venv):
+            venv = venv.unwrapped.vectorize(1)
+        if not isinstance(venv, TextGenerationVectorEnv):
+            raise TypeError(
+                f"TextVecEnv takes a TextGenerationVectorEnv or a TextGenerationEnv without wrappers, not {venv!r}; for one "
+                "with wrappers use stable_baselines3.common.vec_env.DummyVecEnv"
+            )
         super().__init__(venv)
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -211,7 +222,7 @@ def as_vec_env(env: Any, n_envs: int) -> VecEnv:
         return env
     if isinstance(env, gym.vector.VectorEnv):
         if not isinstance(env.unwrapped, TextGenerationVectorEnv):
-            raise TypeError(f"{env!r} is a foreign vector env; make the native one with env.vectorize(n) or gym.make_vec(id)")
+            return _from_single_envs(env)
         if wrappers := _wrappers_that_matter(env):
             _warn_of_token_clock(", ".join(wrappers))
             return WrappedTextVecEnv(env)
@@ -222,6 +233,28 @@ def as_vec_env(env: Any, n_envs: int) -> VecEnv:
         _warn_of_token_clock(", ".join(wrappers))
         return DummyVecEnv([lambda: env if is_wrapped(env, Monitor) else Monitor(env)])
     return TextVecEnv(env.unwrapped.vectorize(n_envs))
+
+
+def _from_single_envs(env: gym.vector.VectorEnv) -> VecEnv:
+    """Make the VecEnv of a vector env that Gymnasium made of single text envs, such as `gym.make_vec` of an env's own id.
+
+    Raises:
+        TypeError: If its envs are no text envs, or are in other processes.
+    """
+    envs = getattr(env.unwrapped, "envs", ())
+    if not envs or not all(isinstance(single.unwrapped, TextGenerationEnv) for single in envs):
+        raise TypeError(
+            f"{env!r} is a vector env that holds no text envs in this process; make the native one with "
+            "TextGenerationEnv(...).vectorize(n), or register the id with "
+            "vector_entry_point=lambda num_envs, **kwargs: make(**kwargs).vectorize(num_envs)"
+        )
+    whole = [type(env).__name__] if isinstance(env, gym.vector.VectorWrapper) else []
+    if wrappers := [*whole, *(name for single in envs for name in _wrappers_that_matter(single))]:
+        raise TypeError(
+            f"{env!r} has the wrappers {', '.join(sorted(set(wrappers)))}, whose effect on a whole vector env is not known; "
+            "give the single env with its wrappers, and n_envs"
+        )
+    return TextVecEnv(envs[0].unwrapped.vectorize(env.num_envs))
 
 
 def _warn_of_token_clock(cause: str) -> None:

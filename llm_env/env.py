@@ -71,7 +71,8 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
 
     def __init__(self, prompts: Any, reward: Any, tokenizer: Any, *, render_mode: str | None = None, **rules: Any) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode={render_mode!r} must be None or one of {self.metadata['render_modes']}")
+            # A TypeError: SB3 asks for "rgb_array" first, and then for none.
+            raise TypeError(f"render_mode={render_mode!r} must be None or one of {self.metadata['render_modes']}")
         self.rules = Rules(prompts, reward, tokenizer, **rules)
         self.render_mode = render_mode
         self.observation_space, self.action_space = spaces_of(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_env.capabilities import REMEDY, NotCausal, refusing, takes_left_padding, trial, vocabulary_of
 from llm_env.inputs import model_inputs, without_cache
+from llm_env.model_names import check_model_name
 
 _OTHER_HEAD = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|ForNextSentencePrediction")
 
@@ -31,6 +32,7 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
         OSError: If there is no model.
     """
     text = str(path)
+    check_model_name(path, name)
     try:
         config = AutoConfig.from_pretrained(text, trust_remote_code=False)
     except ValueError as error:

@@ -16,11 +16,12 @@ from llm_env.chat import PromptFormat
 from llm_env.constraints import TokenConstraint
 from llm_env.end_tokens import resolve_end_tokens
 from llm_env.ends import Ends
+from llm_env.model_names import check_model_name
 from llm_env.observations import FORMS
 from llm_env.prompts import PromptTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
-from llm_env.stops import StopStrings
+from llm_env.stops import StopStrings, special_tokens
 from llm_env.tokenization import decode, vocabulary_size
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Rules:
         self.ends = Ends(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
         self.vocab_size = vocabulary_size(self.tokenizer)
         self.ends_are_given = eos_token_ids is not None
-        self.special = {id: token.content for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = special_tokens(self.tokenizer)
         if isinstance(allowed_tokens, Iterator):
             allowed_tokens = list(allowed_tokens)
         self._wanted = {"stop": stop, "allowed_tokens": allowed_tokens, "min_new_tokens": min_new_tokens}
@@ -243,6 +244,7 @@ class Rules:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
+    check_model_name(tokenizer, "tokenizer")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     if not (callable(tokenizer) and hasattr(tokenizer, "decode")):

@@ -12,6 +12,11 @@ from llm_env.tokenization import decode
 PRIVATE = 0xF0000  # first of the characters that stand for special tokens while texts are compared
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the contents of a tokenizer's special tokens, by id."""
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 class StopStrings:
     """Find stop strings in responses.
 

@@ -214,7 +214,7 @@ def test_a_failing_reward_loses_nothing(tokenizer):
         ({"stop": [""]}, ValueError, "none of them empty"),
         ({"kl_coef": 0.1}, ValueError, "kl_coef=0.1 needs a reference"),
         ({"success": "right"}, ValueError, r"success='right' is not one of the reward components \['count_a'\]"),
-        ({"render_mode": "human"}, ValueError, "render_mode='human' must be None or one of"),
+        ({"render_mode": "human"}, TypeError, "render_mode='human' must be None or one of"),
         ({"split": "dev"}, ValueError, "split='dev' must be"),
         ({"long_prompts": "cut"}, ValueError, "long_prompts='cut' must be"),
         ({"reference": 3}, TypeError, "reference is a int"),

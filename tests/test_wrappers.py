@@ -188,6 +188,6 @@ def test_vector_envs_that_cannot_be_served_say_why():
     face.reset()
     with pytest.raises(ValueError, match="a wrapper ended the episode in row 0, but the row was not reset"):
         face.step(np.array([A, A]))
-    with pytest.raises(TypeError, match="is a foreign vector env; make the native one"):
+    with pytest.raises(TypeError, match="make the native one with"):
         make_agent("GRPO", env=gym.make_vec("CartPole-v1", 2))
     assert isinstance(as_vec_env(vectorized(AutoresetMode.NEXT_STEP), 1), TextVecEnv)  # unwrapped, any mode will do

@@ -22,7 +22,7 @@ from agents.distributed.communicator import collective, get_communicator
 from agents.distributed.fsdp import full_params, full_state_dict, is_sharded, is_sharded_now
 from agents.policy.gradient_checkpointing import checkpoint_layers
 from agents.policy.identity import is_rebuilt, qualified_name
-from agents.policy.loading import RECORD, PretrainedFiles, files_of, load, processor_of, record_of, write
+from agents.policy.loading import RECORD, PretrainedFiles, files_of, load, processor_of, record_of, tokenizer_of_object, write
 from agents.policy.lora import Adapter, copy_sharing_frozen
 from agents.policy.quantization import is_quantized
 from agents.sampling.generate import StepState, StopRule, next_logits, response_limits, sample_responses
@@ -86,6 +86,7 @@ class LanguagePolicy(BasePolicy):
         value_head: `nn.Linear(H, 1)`, or None.
         critic: the separate network that V is computed from, or None.
         tokenizer: the tokenizer, or None.
+        original_tokenizer: `tokenizer`, or that of the folder from which a model object was loaded; None if that is unknown.
         processor: the files of a processor (of images, sound) that belongs to the model; `save_pretrained` writes them again.
         optimized: names of the parameters that its agent's optimizer steps.
         max_positions: tokens that the model can read, prompt and response together; None where it has no limit.
@@ -135,6 +136,7 @@ class LanguagePolicy(BasePolicy):
         self.max_positions = limit
         self.adapter: Adapter | None = adapter
         self.tokenizer = tokenizer
+        self.original_tokenizer = tokenizer_of_object(model) if tokenizer is None else tokenizer
         self.vocab_size = size
         self.constraint: TokenConstraint | None = None
         self.bf16 = False

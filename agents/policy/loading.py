@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from agents.policy.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
 from agents.policy.lora import BASE_HASH, Adapter, apply_lora, check_bare, check_base, is_adapter, is_peft_model, load_config
 from agents.policy.quantization import HALF, check_not_quantized, is_quantized, prepare
+from llm_env.model_names import check_model_name
 from llm_env.models import check_causal, load_causal_lm
 
 PretrainedFiles = dict[str, bytes]
@@ -118,6 +119,8 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
             be rebuilt from its files.
         ImportError: If peft is needed and not installed.
     """
+    check_model_name(model, "policy")
+    check_model_name(tokenizer, "tokenizer")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     elif isinstance(tokenizer, ProcessorMixin):
@@ -210,6 +213,17 @@ def _load_whole(model: Any, tokenizer: Any, name: str = "policy", **settings: An
         check_causal(model, name)
     check_bare(model)
     return model, tokenizer
+
+
+def tokenizer_of_object(model: Any) -> Any:
+    """Load the tokenizer from the folder, or the cached files of the hub id, that a model object came from; None if unknown."""
+    path = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else ""
+    if not path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception:  # transformers raises what it stumbles over: no tokenizer there is no error
+        return None
 
 
 def _load_base(config: Any, base: Any, tokenizer: Any, **settings: Any) -> tuple[PreTrainedModel, Any]:

@@ -40,7 +40,7 @@ def main() -> None:
     agent = grpo_agent(work)
     prompts = [agent.rules.prompts.ids[i].tolist() for i in range(work.problems)]
     generator = torch.Generator(work.device).manual_seed(0)
-    line.phases.time(agent.policy, "respond", "generate")
+    line.phases.time(agent.engine, "generate", "generate")
     line.phases.time(agent.policy, "sample", "generate")
     line.phases.time(RewardSum, "__call__", "reward")
     line.phases.time(agent.rules.reference, "log_probs", "reference")
