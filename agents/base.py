@@ -799,7 +799,7 @@ class LanguageAgent(BaseAlgorithm):
         if self._window_is_rollout:
             self._stats_window_size = n_envs
         agree_on_ends(self.policy, env)
-        self.policy.take_over(rules)
+        self.policy.set_rules(rules)
         self._configure()
         replicate_reference(rules.reference, self.communicator)
         rules.record_apart(self.communicator.rank)  # a separate file for every process but the main one

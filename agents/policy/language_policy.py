@@ -40,17 +40,17 @@ from llm_env.observations import Observation, pick
 from llm_env.rules import Rules
 from llm_env.tokenization import vocabulary_size
 
-SAME = 1e-3  # nats; devices and versions differ by 1e-5
+FINGERPRINT_TOLERANCE = 1e-3  # nats; devices and versions differ by 1e-5
 
 
 @dataclass
 class Evaluation:
-    """What the training path says of B responses of up to T tokens; padded on the right.
+    """Log-probs, entropies and values of B responses of up to T tokens, by the training path; padded on the right.
 
     Attributes:
         logp: (B, T) float32, log pi of the action tokens at the training temperature, in nats.
         mask: (B, T) int64, 1 at action tokens (the end token is one), 0 at padding.
-        entropy: (B, T) float32, of the distribution each token was drawn from, in nats.
+        entropy: (B, T) float32, of the distribution that each token was sampled from, in nats.
         values: (B, T + 1) float32, V of the state before each token and after the last; None without a value head.
     """
 
@@ -61,47 +61,44 @@ class Evaluation:
 
 
 class LanguagePolicy(BasePolicy):
-    """pi(token | tokens so far), by any causal language model that transformers loads.
+    """A causal language model of transformers as an SB3 policy, perhaps with a value head.
 
-    Weights are held and trained in float32. Dropout is off, while sampling and in training alike. Of a model object, parameters
-    with `requires_grad=False` stay as they are; a model from a path is trained whole. A quantized model (bitsandbytes, GPTQ,
-    ...) needs an adapter, and keeps its quantized weights; its other weights (norms, embeddings, head) are held in float32.
+    Weights are stored and trained in float32. Dropout is off in sampling and in training. Parameters of a model object with
+    `requires_grad=False` are not trained; all weights of a model from a path are. A quantized model (bitsandbytes, GPTQ, ...)
+    needs an adapter and keeps its quantized weights; its other weights (norms, embeddings, head) are stored in float32.
 
     Args:
-        model: a path, a hub id, a `PreTrainedModel`, or the config and tokenizer files of one, by name (weights to be loaded).
-            Or a LoRA adapter, to be trained on: its folder or hub id, its files, or a `peft.PeftModel`.
-        tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's weights. A model object has none. An
-            agent gives its policy the env's where it has none, and the chat templates of the env's where that has some: what
-            training used is what is saved.
-        value_head: add V(s), a linear map from the last hidden state, zero at the beginning.
-        separate_critic: read V from the hidden states of a network of its own, begun as a copy of the model's; with an adapter
-            a copy of that, on the same base.
-        peft_config: a `peft.LoraConfig`, or the path or hub id of a saved adapter: the model's weights stay as they are, and an
-            adapter is trained. A model object gets it in its place. See `agents.policy.lora`.
-        base: of a `model` that is an adapter, its base if it is not where it was: a path, a hub id or a `PreTrainedModel`. Of a
-            whole model's files, a model of its class to take over the weights.
+        model: a path, a hub id, a `PreTrainedModel`, or the contents of its config and tokenizer files by name (the weights are
+            loaded later). Or a LoRA adapter to train on: its folder, hub id, files, or a `peft.PeftModel`.
+        tokenizer: a path, a hub id or a tokenizer; by default the one in the model's folder. An agent gives its policy the
+            env's tokenizer if there is none, and the env's chat templates, so that those of training are saved.
+        value_head: add V(s), a linear map from the last hidden state, initially zero.
+        separate_critic: compute V from the hidden states of a separate network, initially a copy of the model; with an adapter,
+            a copy of the adapter on the same base.
+        peft_config: a `peft.LoraConfig`, or the path or hub id of a saved adapter: the adapter is trained and the model's
+            weights are frozen. A model object is changed in place. See `agents.policy.lora`.
+        base: the base of an adapter that is not at the path it was loaded from: a path, a hub id or a `PreTrainedModel`. Or,
+            for files of a full model, a model of its class to load the weights into.
 
     Attributes:
         lm: the language model, with the adapter if there is one.
-        adapter: what tells the adapter and its base apart, or None where all weights are trained.
+        adapter: the adapter and its base, or None without an adapter.
         value_head: `nn.Linear(H, 1)`, or None.
-        critic: the network that V is read from, or None where it is the language model.
+        critic: the separate network that V is computed from, or None.
         tokenizer: the tokenizer, or None.
         original_tokenizer: `tokenizer`, or that of the folder from which a model object was loaded; None if that is unknown.
         processor: the files of a processor (of images, sound) that belongs to the model; `save_pretrained` writes them again.
         optimized: names of the parameters that its agent's optimizer steps.
         max_positions: tokens that the model can read, prompt and response together; None where it has no limit.
-        vocab_size: V, how many token ids are actions; the env's once there is one.
-        constraint: which of them may come next; the env's once there is one, None for all.
-        eos_ids: the tokens that end a response: the tokenizer's end token and those of the model's generation config; the env's
-            once there is one.
-        chat_template_kwargs: arguments of the chat template; the env's once there is one, saved with the agent.
-        bf16: whether matrix products, here and in training, are computed in bfloat16, under autocast.
-        gradient_checkpointing: whether layers are computed again in the backward pass; see
-            `agents.policy.gradient_checkpointing`.
-        prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.lm.sharing.way_to_share`.
-        max_num_seqs: responses that are drawn at a time; see `agents.sampling.generate.sample_responses`.
-        num_steps: optimizer steps since the policy was made: not all optimizers tell torch that weights have moved.
+        vocab_size: V, the number of token ids that are actions. This and the next three are the env's after `set_rules`.
+        constraint: the tokens that are allowed next; None for all.
+        eos_ids: the tokens that end a response: the tokenizer's end token and those of the model's generation config.
+        chat_template_kwargs: arguments of the chat template, saved with the agent.
+        bf16: whether matrix products are computed in bfloat16, under autocast, in sampling and in training.
+        gradient_checkpointing: whether layers are recomputed in the backward pass; see `agents.policy.gradient_checkpointing`.
+        prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.lm.sharing`.
+        max_num_seqs: responses that are generated at a time; see `agents.sampling.generate.sample_responses`.
+        num_steps: optimizer steps since the policy was made; tells that weights have changed, which not all optimizers do.
 
     Raises:
         TypeError: If `model` is none of these, or not a causal language model.
@@ -109,7 +106,7 @@ class LanguagePolicy(BasePolicy):
             asks for an auxiliary loss of routers, or it is not causal.
     """
 
-    _told_of_class = False
+    _has_warned_of_class = False
 
     def __init__(
         self,
@@ -163,16 +160,16 @@ class LanguagePolicy(BasePolicy):
         self.train(False)
 
     def end_tokens(self, tokenizer: Any) -> frozenset[int]:
-        """Return the model's end tokens, whatever an env says: its generation config's, and its own tokenizer's if it has one.
+        """Return the end tokens of the model's generation config and of its tokenizer; an env may have others.
 
         Args:
-            tokenizer: one that has its vocabulary, such as the env's.
+            tokenizer: a tokenizer with the model's vocabulary, such as the env's.
         """
         ids = end_tokens_of_model(getattr(self.lm, "generation_config", None), self.lm.config, tokenizer)
         return frozenset([*ids, *as_token_ids(getattr(self.tokenizer, "eos_token_id", None))])
 
-    def take_over(self, rules: Rules) -> None:
-        """Use an env's actions, ends and chat template from here on; the last two are saved with the model."""
+    def set_rules(self, rules: Rules) -> None:
+        """Use the vocabulary, constraint, end tokens and chat template of an env; the last two are saved with the model."""
         self.vocab_size, self.constraint, self.eos_ids = rules.vocab_size, rules.constraint, rules.eos_ids
         self.tokenizer = with_chat_templates_of(self.tokenizer, rules.tokenizer)
         self.chat_template_kwargs = rules.prompts.format.chat_template_kwargs
@@ -185,21 +182,21 @@ class LanguagePolicy(BasePolicy):
     def configure(
         self, *, bf16: bool, gradient_checkpointing: bool, prefix_sharing: PrefixSharing, max_num_seqs: int | None
     ) -> None:
-        """Set how the model is computed; see the attributes.
+        """Set how the model is computed; see the attributes of the class.
 
         Raises:
             ValueError: If the model's config asks for an auxiliary loss of routers.
         """
-        check_auxiliary_loss(self.lm)  # a flag of the config, which may have been set since
+        check_auxiliary_loss(self.lm)  # again: its flag in the config may have changed
         self.bf16, self.gradient_checkpointing = bf16, gradient_checkpointing
         self.prefix_sharing, self.max_num_seqs = prefix_sharing, max_num_seqs
 
     def prompt_format(self) -> PromptFormat:
-        """Return how prompts become text and token ids: with the chat template, and its arguments, of training."""
+        """Return the conversion of prompts to token ids, with the chat template and its arguments of training."""
         return PromptFormat(self.tokenizer, None, self.chat_template_kwargs)
 
     def add_value_head(self, separate_critic: bool = False) -> None:
-        """Add V(s), zero at the beginning, unless it is there; and a network of its own for it, unless it is there."""
+        """Add a value head, initially zero, and a separate critic, unless they exist."""
         if separate_critic and self.critic is None:
             self.critic = copy_sharing_frozen(self.lm.base_model)
         if self.value_head is None:
@@ -208,7 +205,7 @@ class LanguagePolicy(BasePolicy):
             nn.init.zeros_(self.value_head.bias)
 
     def _state_width(self) -> int:
-        """H of the hidden states that V is read from, by one forward pass: configs name other widths (OPT-350m)."""
+        """Return H of the hidden states that V is computed from, by a forward pass: configs may differ (OPT-350m)."""
         if self.critic is not None:
             with trial(self.critic):
                 return response_states(self.critic, [[0]], [[0]]).shape[-1]
@@ -218,7 +215,7 @@ class LanguagePolicy(BasePolicy):
         return states.shape[-1]
 
     def train(self, mode: bool = True) -> LanguagePolicy:
-        """Set the training mode; the language model stays in evaluation mode, for dropout must be off (see the class)."""
+        """Set the training mode; the language model stays in evaluation mode, because dropout must be off."""
         super().train(mode)
         self.lm.eval()
         if self.critic is not None:
@@ -257,8 +254,8 @@ class LanguagePolicy(BasePolicy):
         """Return the fields of an `Evaluation`; here sharded weights are gathered, see `agents.distributed.fsdp`."""
         states = self.value_head is not None and self.critic is None
         models = [model for model in (self.lm, self.critic) if model is not None]
-        again = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
-        with autocast(self.device, self.bf16), checkpoint_layers(again):
+        checkpointed = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
+        with autocast(self.device, self.bf16), checkpoint_layers(checkpointed):
             scored = score(
                 self.lm,
                 prompts,
@@ -276,7 +273,7 @@ class LanguagePolicy(BasePolicy):
         values = None
         if self.value_head is not None:
             assert hidden is not None
-            head = self.value_head  # in float32 also where mixed precision has sharded weights come together in bfloat16
+            head = self.value_head  # converted: FSDP gathers weights in bfloat16 under mixed precision
             values = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())[..., 0]
         assert scored.entropy is not None
         return scored.logp, scored.mask, scored.entropy, values
@@ -284,7 +281,16 @@ class LanguagePolicy(BasePolicy):
     def log_probs(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[Tensor]:
-        """Log pi of every response token, by the training path: one float32 tensor of the response's length a row."""
+        """Compute log pi of every response token by the training path.
+
+        Args:
+            prompts: B lists of token ids.
+            responses: B lists of token ids.
+            temperature: divides the logits.
+
+        Returns:
+            B float32 tensors of the responses' lengths, in nats.
+        """
         with full_params(self):
             result = self.evaluate_actions(prompts, responses, temperature)
         return [row[keep] for row, keep in zip(result.logp, result.mask.bool(), strict=True)]
@@ -307,10 +313,10 @@ class LanguagePolicy(BasePolicy):
         Args:
             prompts: N lists of token ids.
             group_size: G.
-            max_new_tokens: the longest response, in tokens, or that to each of the prompts.
+            max_new_tokens: tokens of the longest response, one limit or one a prompt.
             temperature: divides the logits.
             eos_id: the end token, or several; `eos_ids` by default.
-            completes_stop: whether the last token of a response completes a stop string.
+            completes_stop: returns whether the last token of a response completes a stop string.
             sampler: `top_k`, `top_p`, `min_p`, `deterministic`, `generator`; see `agents.sampling.sampler.Sampler`.
 
         Returns:
@@ -318,7 +324,7 @@ class LanguagePolicy(BasePolicy):
             their tokens in nats, one float32 array a response.
         """
         if not all(len(prompt) for prompt in prompts):
-            raise ValueError("every prompt must hold at least one token")
+            raise ValueError("every prompt must have at least one token")
         limits = response_limits(max_new_tokens, len(prompts))
         with self.sampling(prompts, limits.tolist()):
             return sample_responses(
@@ -337,11 +343,11 @@ class LanguagePolicy(BasePolicy):
 
     @contextmanager
     def sampling(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> Iterator[None]:
-        """Get ready to sample: no gradients, whole weights, and mixed precision as in training.
+        """Turn gradients off, gather sharded weights and set mixed precision for sampling within the block.
 
         Args:
             prompts: N lists of token ids.
-            max_new_tokens: the longest response, in tokens, or that to each of the prompts.
+            max_new_tokens: tokens of the longest response, one limit or one a prompt.
 
         Raises:
             ValueError: If a prompt and its longest response have more tokens than the model has positions.
@@ -361,12 +367,21 @@ class LanguagePolicy(BasePolicy):
         action_masks: np.ndarray | None = None,
         uniforms: Tensor | None = None,
     ) -> tuple[np.ndarray, np.ndarray, StepState]:
-        """One more token for each of B rows: the tokens (B,), their log-probs (B,) in nats, and the state to go on with.
+        """Sample the next token of each row.
 
-        `action_masks`, (B, V) bool, takes the place of the policy's constraint; `uniforms` as in `Sampler.__call__`.
+        Args:
+            rows: B lists of token ids.
+            state: the result of the last call; None for the first.
+            sampler: samples a token.
+            episode_start: B bools; see `agents.sampling.generate.next_logits`.
+            action_masks: (B, V) bool, the allowed tokens, instead of the policy's constraint.
+            uniforms: (B, 1 or 2), random numbers to sample by; see `Sampler.__call__`.
+
+        Returns:
+            The tokens (B,), their log-probs (B,) in nats, and the state for the next call.
         """
         if state is not None and is_sharded_now(self):
-            state = replace(state, version=-1)  # whole weights are made anew, and do not say whether they are others
+            state = replace(state, version=-1)  # gathered weights are new tensors: their version says nothing
         with full_params(self), autocast(self.device, self.bf16):
             logits, state = next_logits(self.lm, rows, state, episode_start)
         if action_masks is None and self.constraint is not None:
@@ -386,27 +401,29 @@ class LanguagePolicy(BasePolicy):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> tuple[np.ndarray, StepState | None]:
-        """The next token for an observation (or a batch of them), in SB3's form.
+        """Return the next token for an observation or a batch of them, in SB3's form.
 
         Args:
             observation: `input_ids` and `attention_mask`, (L,) or (B, L); or a flat one, the ids with -1 for padding.
-            state: what the last call returned; it holds the keys and values computed so far. Rows that do not go on from it
-                are noticed by their tokens, and a state made by other weights is not used.
-            episode_start: (B,) bool; tells a new episode whose prompt happens to go on from the last one's tokens.
-            deterministic: take the likeliest token instead of drawing one.
-            action_masks: (V,) or (B, V) bool, what may be drawn, as sb3-contrib gives it. By default what the env allows,
-                where the state (or a first observation without one) tells prompt and response apart.
-            temperature: divides the logits when drawing.
-            generator: source of the randomness; torch's global one by default.
+            state: the result of the last call, with the KV cache. A row that does not continue it starts anew, and a state of
+                other weights is ignored.
+            episode_start: (B,) bool, marks new episodes; needed only if a prompt continues the tokens of the last episode.
+            deterministic: take the likeliest token instead of sampling.
+            action_masks: (V,) or (B, V) bool, the allowed tokens, as in sb3-contrib. By default those that the env allows; the
+                state (or a first observation without one) separates prompt and response.
+            temperature: divides the logits.
+            generator: source of randomness; torch's global generator by default.
 
         Returns:
             The tokens, () or (B,) int64, and the next state.
 
         Raises:
-            TypeError, ValueError: an argument is unusable: an id beyond the vocabulary, a mask that allows nothing, ...
+            TypeError, ValueError: If an argument is unusable: an id beyond the vocabulary, a mask that allows nothing, ...
         """
         if state is not None and not isinstance(state, StepState):
-            raise TypeError(f"state is a {type(state).__name__}; give back what the last call of predict returned, or None")
+            raise TypeError(
+                f"state is a {type(state).__name__}; give the state that the last call of predict returned, or None"
+            )
         single = ids_and_mask(observation)[0].ndim == 1
         batch = pick(observation, None) if single else observation
         sampler = Sampler(temperature, deterministic=deterministic, generator=generator)
@@ -425,29 +442,26 @@ class LanguagePolicy(BasePolicy):
 
     def _known_eos_ids(self) -> frozenset[int]:
         if not self.eos_ids:
-            raise ValueError("no end token is known: pass eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}")
+            raise ValueError("no end token is known. Give eos_id=, or a tokenizer with policy_kwargs={'tokenizer': ...}")
         return self.eos_ids
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
     @collective
     def save_pretrained(self, path: str | Path, merge: bool = False) -> None:
-        """Write the language model and its tokenizer so that plain transformers loads them; the value head stays behind.
+        """Write the language model and its tokenizer in transformers' format, without the value head.
 
-        With them go the generation config, the chat templates that training used, the files of a processor, and the code of a
-        model that was loaded with `trust_remote_code=True`.
-
-        Of a model with an adapter that is the adapter, in peft's format, for `peft.PeftModel.from_pretrained(base, path)`.
+        Also written are the generation config, the chat templates of training, the files of a processor, and the code of a
+        model that was loaded with `trust_remote_code=True`. Of a model with an adapter, the adapter is written, in peft's
+        format, for `peft.PeftModel.from_pretrained(base, path)`. All processes must call it; the main one writes.
 
         Args:
             path: a folder.
-            merge: write a model without an adapter that computes the same. The policy stays as it is; meanwhile there is room
-                needed for another model.
+            merge: write a model with the adapter merged into the base. The policy is unchanged; a second model is in memory
+                meanwhile.
 
         Raises:
-            ValueError: If there is no adapter to merge, or it cannot be merged, as into a quantized base.
-
-        Of several processes, all of which call it, the main one writes.
+            ValueError: If there is no adapter to merge, or it cannot be merged, for instance into a quantized base.
         """
         if merge and self.adapter is None:
             raise ValueError("merge=True, but the policy has no adapter: save_pretrained(path) writes the whole model")
@@ -477,15 +491,15 @@ class LanguagePolicy(BasePolicy):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The language model without the adapter; without one itself."""
+        """The language model without its adapter."""
         return self.lm if self.adapter is None else self.adapter.base
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The language model's weights by name, one at a time; with an adapter, those that it would have with it merged in."""
+        """Yield the language model's weights by name, one at a time, with an adapter merged into them."""
         yield from self.lm.state_dict().items() if self.adapter is None else self.adapter.merged_weights()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Of a policy with an adapter the weights that are trained; the base's are where they came from."""
+        """Return all weights, or the trained ones of a policy with an adapter."""
         state = super().state_dict(*args, **kwargs)
         if self.adapter is None:
             return state
@@ -493,10 +507,10 @@ class LanguagePolicy(BasePolicy):
         return {name: value for name, value in state.items() if name in trained}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Take over weights as `state_dict` gives them.
+        """Load weights that `state_dict` returned.
 
         Raises:
-            ValueError: If the weights are those of another model, or an adapter trains others.
+            ValueError: If they are weights of another model, or of an adapter of another kind.
         """
         if self.adapter is None:
             try:
@@ -509,29 +523,29 @@ class LanguagePolicy(BasePolicy):
                 ) from error
         if strict and (differing := sorted(self.state_dict().keys() ^ state_dict.keys())):
             raise ValueError(
-                f"{len(differing)} weights are trained here and not there, or there and not here, such as {differing[0]}; load "
-                "them into a policy with the same kind of adapter"
+                f"{len(differing)} weights are trained either in the policy or in the file, such as {differing[0]}. Load the "
+                "file into a policy with the same kind of adapter"
             )
         return super().load_state_dict(state_dict, False, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        """What makes the policy again, weights aside: its files, and in them what is trained.
+        """Return the arguments that rebuild the policy without its weights: files, and which parameters are trained.
 
-        Warns where `load` will need a model, because its class does not come back from its config.
+        Warns if `load` will need a model, because transformers does not rebuild its class from the config.
         """
         critic = {"value_head": self.value_head is not None, "separate_critic": self.critic is not None}
         files = files_of(self.lm, self.tokenizer, self.base, self.processor)
         record = record_of(files)
         if self.chat_template_kwargs:
             record["chat_template_kwargs"] = self.chat_template_kwargs
-        if (said := self._fingerprint()) is not None:
-            record["fingerprint"] = said
+        if (fingerprint := self._fingerprint()) is not None:
+            record["fingerprint"] = fingerprint
         files[RECORD] = json.dumps(record, default=str).encode()
-        if not self._told_of_class and not is_rebuilt(self.base):
-            self._told_of_class = True
+        if not self._has_warned_of_class and not is_rebuilt(self.base):
+            self._has_warned_of_class = True
             warnings.warn(
-                f"transformers does not rebuild this {qualified_name(self.base)} from its config: keep the code that makes it, "
-                "and give one when the file is loaded: load(path, policy=<model>)",
+                f"transformers does not rebuild this {qualified_name(self.base)} from its config. Keep the code that makes it, "
+                "and give the model to load: load(path, policy=<model>)",
                 stacklevel=3,
             )
         if self.adapter is not None:
@@ -541,44 +555,44 @@ class LanguagePolicy(BasePolicy):
 
     @torch.no_grad()
     def _fingerprint(self) -> list[float] | None:
-        """Log-probs of a few tokens; None where they say nothing: of quantized, sharded or broken weights."""
+        """Return the log-probs of a few tokens; None for quantized, sharded or non-finite weights."""
         if is_quantized(self.base) or is_sharded(self):
             return None
         row = trial_rows(self.lm)[0]
         with trial(self.lm):
             logp = plain_outputs(self.lm, [row])[0].float().log_softmax(-1)
-        said = logp[torch.arange(len(row) - 1), torch.tensor(row[1:], device=logp.device)]
-        return said.tolist() if bool(said.isfinite().all()) else None
+        selected = logp[torch.arange(len(row) - 1), torch.tensor(row[1:], device=logp.device)]
+        return selected.tolist() if bool(selected.isfinite().all()) else None
 
     def check_fingerprint(self, saved: dict[str, Any]) -> None:
-        """Warn if the model computes other log-probs than the one that was saved, whose weights it has.
+        """Warn if the model computes other log-probs than the saved one with the same weights.
 
         Args:
-            saved: what `_get_constructor_parameters` gave for the file.
+            saved: `_get_constructor_parameters` of the saved policy.
         """
         before, now = record_of(saved.get("model")).get("fingerprint"), self._fingerprint()
         if before is None or now is None:
             return
         gap = max(abs(a - b) for a, b in zip(before, now, strict=True)) if len(before) == len(now) else float("inf")
-        if not gap <= SAME:
+        if not gap <= FINGERPRINT_TOLERANCE:
             warnings.warn(
                 f"the loaded {qualified_name(self.base)} computes other log-probs than the saved one, by up to {gap:.2g} nats, "
-                "with the same weights: something of that model is in no file (a hook, an attribute, a config that was changed "
-                "later); make the model as it was and give it: load(path, policy=<model>)",
+                "with the same weights: a part of that model is not in the file (a hook, an attribute, a config that was "
+                "changed later). Make the same model and give it: load(path, policy=<model>)",
                 stacklevel=3,
             )
 
     def _trained(self) -> dict[str, list[str]]:
-        """The names of the parameters that are frozen, and of those of the critic that it has in common with the model."""
-        own = {id(parameter) for parameter in self.lm.parameters()}
+        """Return the names of frozen parameters, and of the critic's parameters that are shared with the model."""
+        of_model = {id(parameter) for parameter in self.lm.parameters()}
         critic = {} if self.critic is None else dict(self.critic.named_parameters(remove_duplicate=False))
         return {
             "frozen": [name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad],
-            "shared": [name for name, p in critic.items() if id(p) in own],
+            "shared": [name for name, p in critic.items() if id(p) in of_model],
         }
 
     def _train_only(self, record: dict[str, Any]) -> None:
-        """Freeze, and have in common, what `_trained` named; nothing for files of version 0.1, of which all is trained."""
+        """Freeze and share the parameters that `_trained` named; files of version 0.1 name none."""
         if self.critic is not None and (shared := record.get("shared")):
             of_model = dict(self.lm.base_model.named_parameters(remove_duplicate=False))
             for name in shared:
@@ -590,7 +604,7 @@ class LanguagePolicy(BasePolicy):
 
 
 def check_auxiliary_loss(lm: PreTrainedModel) -> None:
-    """Refuse a config that asks for a loss on the routers of a mixture of experts: no algorithm here adds it.
+    """Raise if a config asks for an auxiliary loss on the routers of a mixture of experts, which no algorithm adds.
 
     Raises:
         ValueError: If `output_router_logits` is on and the loss has a weight.
@@ -601,5 +615,5 @@ def check_auxiliary_loss(lm: PreTrainedModel) -> None:
         if getattr(config, "output_router_logits", False) and coefficient:
             raise ValueError(
                 f"{name}.output_router_logits=True asks for an auxiliary loss of the routers, weight {coefficient}, which is "
-                f"not a part of the training losses; set {name}.output_router_logits=False to train without it"
+                f"not part of the training losses. Set {name}.output_router_logits=False to train without it"
             )

@@ -1,4 +1,4 @@
-"""Language models and tokenizers from whatever a user may give, and as the contents of their files."""
+"""Load language models and tokenizers, and convert them to and from the contents of their files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from llm_env.lm.models import check_causal, load_causal_lm
 from llm_env.model_names import check_model_name
 
 PretrainedFiles = dict[str, bytes]
-RECORD = "policy.json"  # what no file of transformers says: the model's class, and which of its weights are trained
+RECORD = "policy.json"  # what transformers' files lack: the model's class, and which of its weights are trained
 GENERATION = "generation_config.json"
-PROCESSOR = (  # what a processor of images, sound or video has beside a tokenizer
+PROCESSOR = (  # files of a processor of images, sound or video, without its tokenizer
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -36,19 +36,19 @@ PROCESSOR = (  # what a processor of images, sound or video has beside a tokeniz
 def files_of(
     lm: PreTrainedModel, tokenizer: Any, base: PreTrainedModel | None = None, processor: PretrainedFiles | None = None
 ) -> PretrainedFiles:
-    """Return what is needed, besides the weights, to build a policy: the contents of files, by their path in a folder.
+    """Return the contents of the files that rebuild a policy without its weights, by their path in a folder.
 
     Args:
         lm: the language model.
         tokenizer: its tokenizer, or None.
-        base: the model without the adapter, where there is one.
-        processor: files of a processor, which are kept as they are.
+        base: the model without the adapter, if it has one.
+        processor: files of a processor, which are copied.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = copy.deepcopy(lm.config)
-        config.architectures = [str(qualified_name(lm)).rpartition(".")[2]]  # a config may have several classes
+        config.architectures = [str(qualified_name(lm)).rpartition(".")[2]]  # a config may be of several classes
         config.save_pretrained(folder)
-        generation_config = getattr(lm, "generation_config", None)  # a class of the user's own may have none
+        generation_config = getattr(lm, "generation_config", None)  # a custom class may have none
         if generation_config is not None:
             generation_config.to_json_file(str(Path(folder) / GENERATION), keys_to_pop=["compile_config"])
         if tokenizer is not None:
@@ -59,16 +59,16 @@ def files_of(
 
 
 def record_of(model: Any) -> dict[str, Any]:
-    """Return what `files_of` notes of a model besides its files; nothing for what is no files, or files of version 0.1."""
+    """Return the record in `files_of` a model; empty if `model` is no such files, or files of version 0.1."""
     return json.loads(model[RECORD]) if isinstance(model, dict) and RECORD in model else {}
 
 
 def processor_of(model: Any, tokenizer: Any = None) -> PretrainedFiles:
-    """Return the files of the processor that belongs to a model; none where there is none.
+    """Return the files of a model's processor; empty if it has none.
 
     Args:
-        model: what a policy is made of, see `load`. Of a model object, the folder that it was loaded from is looked at. A hub
-            id is looked at for models of several parts alone, such as text and images.
+        model: see `load`. For a model object, the folder that it was loaded from is searched; a hub id only for models of
+            several parts, such as text and images.
         tokenizer: a path, hub id, processor, or anything else.
     """
     if isinstance(model, dict):
@@ -98,23 +98,26 @@ def _has_parts(model: PreTrainedModel) -> bool:
 
 
 def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) -> tuple[PreTrainedModel, Any, Adapter | None]:
-    """Load a causal language model in float32, its tokenizer and the adapter in it, where there are such.
+    """Load a causal language model in float32, its tokenizer and its adapter.
 
-    The weights of a quantized model stay as they are, but for those that are not quantized: see `agents.policy.quantization`.
+    Quantized weights stay as they are: see `agents.policy.quantization`.
 
     Args:
-        model: a path, a hub id, a `PreTrainedModel`, or what `files_of` gave (weights to be loaded). With an adapter: the path,
-            hub id or files of one, which know their base's path, or a `peft.PeftModel`.
-        tokenizer: a path, a hub id, a tokenizer or a processor with one; None takes the one beside the model's files.
-        peft_config: a `peft.LoraConfig`, or the path or hub id of an adapter, to put one into the model.
-        base: for files, a model of the class that they are of, or, of an adapter's, its base: a path, a hub id or a
-            `PreTrainedModel`. None rebuilds the model from its config, and takes the base from the path that the adapter knows.
+        model: a path, a hub id, a `PreTrainedModel`, or the result of `files_of` (the weights are loaded later). Or an adapter:
+            its path, hub id or files, which name the base's path, or a `peft.PeftModel`.
+        tokenizer: a path, a hub id, a tokenizer or a processor with one; by default the one in the model's folder.
+        peft_config: a `peft.LoraConfig`, or the path or hub id of an adapter, to put an adapter into the model.
+        base: for files of a full model, a model of its class; None rebuilds it from the config. For an adapter, its base: a
+            path, a hub id or a `PreTrainedModel`; None loads it from the path that the adapter names.
+
+    Returns:
+        The model with its adapter, the tokenizer or None, and the adapter or None.
 
     Raises:
         TypeError: If `model` is none of these, or not a causal language model.
-        ValueError: If an adapter does not fit, its base is not to be had, a quantized model has no adapter, or the model that
-            the files are of cannot be rebuilt.
-        ImportError: If an adapter is wanted and peft is not installed.
+        ValueError: If an adapter does not fit, its base cannot be loaded, a quantized model has no adapter, or a model cannot
+            be rebuilt from its files.
+        ImportError: If peft is needed and not installed.
     """
     check_model_name(model, "policy")
     check_model_name(tokenizer, "tokenizer")
@@ -126,7 +129,7 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
         if isinstance(model, dict):
             lm, tokenizer = _load_files(model, base)
         elif base is not None:
-            raise ValueError(f"a base was given, a {type(base).__name__}, but the model is whole and needs none; leave it out")
+            raise ValueError(f"base is a {type(base).__name__}, but the model has no adapter and needs no base. Leave it out")
         else:
             lm, tokenizer = _load_whole(model, tokenizer)
         if peft_config is None:
@@ -135,7 +138,7 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
         adapter = apply_lora(_in_float32(lm), peft_config)
         return adapter.model, tokenizer, adapter
     if peft_config is not None:
-        raise ValueError("the policy has an adapter already; leave peft_config out to train it on, or give the base as policy")
+        raise ValueError("the policy has an adapter already. Leave peft_config out to train it on, or give the base as policy")
     if is_peft_model(model):
         adapter = Adapter(model)
         check_causal(adapter.base, "policy")
@@ -143,9 +146,9 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
     elif isinstance(model, dict):
         with _as_folder(model) as folder:
             tokenizer = _tokenizer_in(folder, model)
-            lm, tokenizer = _load_base(load_config(folder), base, tokenizer, **_as_loaded(model))
+            lm, tokenizer = _load_base(load_config(folder), base, tokenizer, **_quantized_settings(model))
             check_same_model(record_of(model), lm)
-            with torch.random.fork_rng():  # the weights drawn here are about to be replaced
+            with torch.random.fork_rng():  # random weights, into which the saved ones are loaded
                 adapter = apply_lora(_in_float32(lm), load_config(folder))
             _restore_generation_config(adapter.model, folder)
         check_base(adapter, model[BASE_HASH].decode())
@@ -156,14 +159,14 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
 
 
 def _load_files(files: PretrainedFiles, model: Any) -> tuple[PreTrainedModel, Any]:
-    """The model that `files_of` was given, with weights to be loaded, and its tokenizer.
+    """Rebuild a model from its files, with weights to be loaded, and load its tokenizer.
 
     Args:
-        files: what `files_of` gave.
-        model: one of its class and config, in whose place the weights come; None rebuilds it from the config.
+        files: the result of `files_of`.
+        model: a model of the saved class and config; None rebuilds one from the config.
 
     Raises:
-        ValueError: If it cannot be rebuilt, or `model` is another one.
+        ValueError: If it cannot be rebuilt, or `model` has another class or config.
     """
     record = record_of(files)
     with _as_folder(files) as folder:
@@ -179,14 +182,14 @@ def _load_files(files: PretrainedFiles, model: Any) -> tuple[PreTrainedModel, An
 
 def _rebuild(folder: str, record: dict[str, Any]) -> PreTrainedModel:
     try:
-        with torch.random.fork_rng():  # the weights drawn here are about to be replaced
+        with torch.random.fork_rng():  # random weights, into which the saved ones are loaded
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError) as error:
         kind = record.get("class", "model")
         raise ValueError(
-            f"the saved {kind} cannot be rebuilt from its config ({str(error).splitlines()[0]}); give one of that class and "
-            "config, whose weights are replaced by the file's: load(path, policy=<model>)"
+            f"the saved {kind} cannot be rebuilt from its config ({str(error).splitlines()[0]}). Give a model of that class "
+            "and config, into which the file's weights are loaded: load(path, policy=<model>)"
         ) from error
 
 
@@ -196,7 +199,7 @@ def _restore_generation_config(lm: PreTrainedModel, folder: str) -> None:
 
 
 def _load_whole(model: Any, tokenizer: Any, name: str = "policy", **settings: Any) -> tuple[PreTrainedModel, Any]:
-    """A language model whose weights are all its own, and its tokenizer."""
+    """Load a language model without an adapter, and its tokenizer."""
     if isinstance(model, (str, Path)):
         lm = load_causal_lm(model, name, **{"dtype": torch.float32, **settings})
         if tokenizer is None:
@@ -224,16 +227,16 @@ def tokenizer_of_object(model: Any) -> Any:
 
 
 def _load_base(config: Any, base: Any, tokenizer: Any, **settings: Any) -> tuple[PreTrainedModel, Any]:
-    """The model that an adapter belongs to, and its tokenizer where `tokenizer` is None.
+    """Load the base of an adapter, and its tokenizer if `tokenizer` is None.
 
     Args:
-        config: the adapter's.
-        base: a path, hub id or model; None takes the path that the adapter knows.
+        config: the adapter's config.
+        base: a path, hub id or model; None loads the path in the config.
         tokenizer: the tokenizer, if it is known.
-        settings: how the base is loaded from a path; see `_as_loaded`.
+        settings: arguments to load the base from a path; see `_quantized_settings`.
 
     Raises:
-        ValueError: If it is not where it was.
+        ValueError: If there is no model at the path.
     """
     if base is not None and not isinstance(base, (str, Path)):
         return _load_whole(base, tokenizer)
@@ -252,8 +255,8 @@ def _load_base(config: Any, base: Any, tokenizer: Any, **settings: Any) -> tuple
         ) from error
 
 
-def _as_loaded(files: PretrainedFiles) -> dict[str, Any]:
-    """How the base of a saved adapter was loaded, where it was quantized: that is what its weights depend on."""
+def _quantized_settings(files: PretrainedFiles) -> dict[str, Any]:
+    """Return the arguments that the quantized base of a saved adapter was loaded with; its weights depend on them."""
     config = json.loads(files["config.json"])
     if not (quantization := config.get("quantization_config")):
         return {}
@@ -264,7 +267,7 @@ def _as_loaded(files: PretrainedFiles) -> dict[str, Any]:
 
 
 def _tokenizer_beside(adapter: str | Path) -> Any:
-    """The tokenizer that was saved with an adapter; None where none was: peft leaves it with the base."""
+    """Load the tokenizer in an adapter's folder; None if there is none, as in folders that peft wrote."""
     try:
         return AutoTokenizer.from_pretrained(str(adapter))
     except (OSError, ValueError):
@@ -272,7 +275,7 @@ def _tokenizer_beside(adapter: str | Path) -> Any:
 
 
 def _tokenizer_in(folder: str, files: PretrainedFiles) -> Any:
-    """The tokenizer of a policy's files; None where there is none, or transformers alone cannot rebuild it."""
+    """Load the tokenizer of a policy's files; None if there is none, or transformers cannot rebuild it."""
     if not any(name.startswith("tokenizer") for name in files):
         return None
     kind = record_of(files).get("tokenizer")
@@ -282,11 +285,11 @@ def _tokenizer_in(folder: str, files: PretrainedFiles) -> Any:
         tokenizer, reason = None, str(error).splitlines()[0]
     else:
         reason = f"they make a {qualified_name(tokenizer)}"
-    # One of transformers' own may come back as a more special one of them, under the model's name.
+    # A class of transformers may be loaded as its subclass for the model.
     if tokenizer is not None and (kind is None or is_of_a_library(kind) or same_class(kind, qualified_name(tokenizer))):
         return tokenizer
     warnings.warn(
-        f"the saved tokenizer, a {kind}, cannot be rebuilt from its files ({reason}); the policy takes over that of the env",
+        f"the saved tokenizer, a {kind}, cannot be rebuilt from its files ({reason}); the policy uses the env's",
         stacklevel=5,
     )
     return None
@@ -308,11 +311,13 @@ def write(files: PretrainedFiles, folder: str | Path) -> None:
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """Convert a model to float32, except quantized weights."""
     if is_quantized(model):
         prepare(model)
     elif any(p.dtype in HALF for p in model.parameters()):
         warnings.warn(
-            "the model's half-precision weights are converted to float32: small updates would be lost in them", stacklevel=5
+            "the model's half-precision weights are converted to float32, because small updates would be rounded away",
+            stacklevel=5,
         )
         model = model.float()
     return model
