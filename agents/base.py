@@ -20,7 +20,14 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.callbacks import remaining_timesteps, sync_callbacks, update_kl_controllers
+from agents.callbacks import (
+    StopRollout,
+    remaining_timesteps,
+    sync_callbacks,
+    update_kl_controllers,
+    watch_sampling,
+    with_progress_bar,
+)
 from agents.checkpoint import (
     FORMAT,
     Attributes,
@@ -55,12 +62,20 @@ from agents.engines.base import PolicyEngine
 from agents.engines.registry import check_engine, check_engine_env, make_engine
 from agents.engines.weight_sync import ExternalEngine, SyncedEngine
 from agents.losses import AGGREGATIONS
-from agents.metrics import episode_infos, record_rollout, record_time, record_update
+from agents.metrics import (
+    PRINTED_SAMPLES,
+    episode_infos,
+    print_samples,
+    record_rollout,
+    record_time,
+    record_update,
+    samples_of,
+)
 from agents.policy import Evaluation, LanguagePolicy
 from agents.policy.gradient_checkpointing import check_gradient_checkpointing
 from agents.policy.prompt_encoding import encode_prompts
 from agents.rollout import Rollout, concat
-from agents.sampling.generate import StepState
+from agents.sampling.generate import OnTokens, StepState, ignore_tokens
 from agents.sampling.sampler import Sampler
 from agents.training.objective import LossTerms, Statistics
 from agents.training.optimizers import check_sharding, class_of, make_optimizer
@@ -113,6 +128,8 @@ LIVE = (  # attributes that are not in a checkpoint
     "_reference_weights",
     "_prefetched",
     "_preflighted",
+    "_on_tokens",
+    "_samples",
     "_engine",
     "_reference_sync",
     "on_iteration",
@@ -226,6 +243,8 @@ class LanguageAgent(BaseAlgorithm):
     _engine: PolicyEngine | SyncedEngine | None = None
     _prefetched: PrefetchedRollout | None = None
     _preflighted: tuple[object, ...] | None = None
+    _samples: Sequence[dict[str, str]] = ()  # of the last rollout, for the console
+    _on_tokens: OnTokens = staticmethod(ignore_tokens)  # of the callbacks, while learning
     _had_hook = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -438,6 +457,8 @@ class LanguageAgent(BaseAlgorithm):
         check_overlap(self.overlap, self.env is None or vector_env_of(self.env) is not None, self.communicator.sharded)
         check_optimizer(self.policy)
         self._run_preflight()
+        if progress_bar and self.communicator.is_main_process:
+            callback = with_progress_bar(callback)
         requested = DEFAULT_TIMESTEPS if total_timesteps is None else total_timesteps
         with warnings.catch_warnings():  # EvalCallback compares the classes of VecEnvs: all of text envs serve
             warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
@@ -446,9 +467,10 @@ class LanguageAgent(BaseAlgorithm):
                 callback,
                 reset_num_timesteps,
                 tb_log_name or type(self).__name__,
-                progress_bar and self.communicator.is_main_process,
             )
         sync_callbacks(callback, self.policy, self.communicator, self.seed)
+        if self.communicator.size == 1:
+            self._on_tokens = watch_sampling(callback)
         callback.on_training_start(locals(), globals())
         iteration = 0
         try:
@@ -478,10 +500,13 @@ class LanguageAgent(BaseAlgorithm):
                 iteration += 1
                 if log_interval is not None and (self.num_timesteps >= total_timesteps or iteration % log_interval == 0):
                     self.dump_logs(iteration)
+        except StopRollout:
+            pass
         except BaseException:  # also KeyboardInterrupt: write what was logged so far, then re-raise
             self.logger.dump(self.num_timesteps)
             raise
         finally:
+            self._on_tokens = ignore_tokens
             self._cancel_prefetch()
             callback.on_training_end()
         return self
@@ -533,8 +558,18 @@ class LanguageAgent(BaseAlgorithm):
         assert self.env is not None
         venv = vector_env_of(self.env)
         if venv is None:
-            return TokenCollector(self.policy, self.env, self.sampler(), self.group_size, self.communicator, self._next_indexes)
-        return ResponseCollector(self.policy, self.engine, venv, self.sampler(), self.group_size, self.communicator)
+            return TokenCollector(
+                self.policy,
+                self.env,
+                self.sampler(),
+                self.group_size,
+                self.communicator,
+                self._next_indexes,
+                self._on_tokens,
+            )
+        return ResponseCollector(
+            self.policy, self.engine, venv, self.sampler(), self.group_size, self.communicator, self._on_tokens
+        )
 
     def _next_indexes(self) -> list[int]:
         groups = [self._cursor.next() for _ in range(self.n_envs // self.group_size)]
@@ -549,7 +584,7 @@ class LanguageAgent(BaseAlgorithm):
             sampler = sampler.spawn(0)  # the update draws from the agent's own generator meanwhile
         frozen = self.engine.snapshot(self.rules)
         return PrefetchedRollout(
-            ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.communicator), began
+            ResponseCollector(self.policy, frozen, venv, sampler, self.group_size, self.communicator, self._on_tokens), began
         )
 
     def _discard_prefetched(self) -> None:
@@ -639,6 +674,7 @@ class LanguageAgent(BaseAlgorithm):
 
     def _record_rollout(self, rollout: Rollout) -> None:
         assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
+        self._samples = samples_of(rollout, self.rules, PRINTED_SAMPLES) if self.verbose else []
         record_rollout(
             self.logger,
             rollout,
@@ -655,6 +691,9 @@ class LanguageAgent(BaseAlgorithm):
         new_timesteps = self.num_timesteps - self._num_timesteps_at_start
         record_time(self.logger, iteration, self.num_timesteps, new_timesteps, self.start_time)
         self.logger.dump(self.num_timesteps)
+        if self._samples:
+            print_samples(self._samples)
+            self._samples = []
 
     def set_logger(self, logger: Logger) -> None:
         """Set the logger; of several processes the main one logs."""

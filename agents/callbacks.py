@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, ProgressBarCallback
 
 from agents.compatibility import agree_on_ends
 from agents.distributed.communicator import Communicator
@@ -74,3 +75,92 @@ def all_callbacks(callback: BaseCallback | None) -> Iterator[BaseCallback]:
         getattr(callback, ON_NEW_BEST, None),
     ):
         yield from all_callbacks(part)
+
+
+class StopRollout(Exception):
+    """A callback asked to stop while a rollout was being sampled: it is neither trained on nor counted."""
+
+
+class TimeLimit(BaseCallback):
+    """Stop training after some seconds, also in the middle of a rollout, which is then not counted.
+
+    Any callback with a method `should_stop() -> bool` is asked in this way: at every decoding step of the policy, and after
+    every rollout.
+
+    Args:
+        seconds: of one call of `learn`.
+        clock: returns the time in seconds.
+
+    Raises:
+        ValueError: If `seconds` is not positive.
+
+    Examples:
+        >>> import llm_env
+        >>> from agents import GRPO
+        >>> agent = GRPO(llm_env.PUPIL, "llm_env/Addition-v0", group_size=4, n_envs=16)
+        >>> agent.learn(10**9, TimeLimit(0.1)).num_timesteps < 10**6
+        True
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        if not seconds > 0:
+            raise ValueError(f"seconds={seconds!r} must be positive")
+        self.seconds, self._clock, self._end = seconds, clock, float("inf")
+
+    def _on_training_start(self) -> None:
+        self._end = self._clock() + self.seconds
+
+    def should_stop(self) -> bool:
+        """Return whether the time is up."""
+        return self._clock() >= self._end
+
+    def _on_step(self) -> bool:
+        return not self.should_stop()
+
+
+class TokenProgressBar(ProgressBarCallback):
+    """SB3's progress bar, which also moves while responses are sampled."""
+
+    _ahead = 0  # tokens that are shown and not counted yet
+
+    def on_tokens(self, count: int) -> None:
+        """Show new tokens of the rollout that is being sampled."""
+        self.pbar.update(count)
+        self._ahead += count
+
+    def _on_step(self) -> bool:
+        rows = self.training_env.num_envs
+        shown = min(self._ahead, rows)
+        self._ahead -= shown
+        self.pbar.update(rows - shown)
+        return True
+
+
+def with_progress_bar(callback: Any) -> list[BaseCallback]:
+    """Return what SB3 takes as `callback`, with a `TokenProgressBar` behind it."""
+    if callback is None:
+        callback = []
+    elif not isinstance(callback, (list, BaseCallback)):
+        callback = ConvertCallback(callback)
+    return [*(callback if isinstance(callback, list) else [callback]), TokenProgressBar()]
+
+
+def watch_sampling(callback: BaseCallback) -> Callable[[int], None]:
+    """Return what is called with the number of new tokens in every decoding step: progress bars, and who may ask to stop.
+
+    Raises:
+        StopRollout: If a callback's `should_stop()` is true.
+    """
+    parts = list(all_callbacks(callback))
+    bars = [part for part in parts if isinstance(part, TokenProgressBar)]
+    asked = [(part, stop) for part in parts if callable(stop := getattr(part, "should_stop", None))]
+
+    def on_tokens(count: int) -> None:
+        for bar in bars:
+            bar.on_tokens(count)
+        for part, stop in asked:
+            if stop():
+                raise StopRollout(f"{type(part).__name__} asked to stop")
+
+    return on_tokens

@@ -300,16 +300,19 @@ DROPPED_ATTRIBUTES = ("offload_optimizer", "offload_reference")
 @contextmanager
 def atomic_write(target: Path) -> Iterator[io.BufferedWriter]:
     """Open a file to write that takes the name `target` once all of it is on the disk; until then the old file keeps it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
+    except OSError as error:  # a full disk does not say which file it has no room for
+        raise OSError(error.errno, f"{error.strerror or error}; {target} was not written", str(target)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     with suppress(OSError):  # not every system can write out a folder; the file is in its place all the same
         folder = os.open(target.parent, os.O_RDONLY)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from agents.rollout import Rollout
 from llm_env.rewards import METRIC
 from llm_env.rules import Rules
 
-SAMPLES = 8
+SAMPLES, PRINTED_SAMPLES = 8, 3  # episodes in the logs, and on the console
+LONGEST_CELL, LONGEST_PRINTED = 500, 200  # characters
 TEXT_ONLY_FOR_TENSORBOARD = ("stdout", "log", "json", "csv")
 
 
@@ -71,21 +72,59 @@ def record_rollout(
     if isinstance(engine, SyncedEngine):
         record("rollout/push_gap", engine.gap)
         record("time/push", engine.seconds)
-    record("rollout/samples", samples_table(rollout), exclude=TEXT_ONLY_FOR_TENSORBOARD)
+    record("rollout/samples", samples_table(samples_of(rollout, rules)), exclude=TEXT_ONLY_FOR_TENSORBOARD)
 
 
-def samples_table(rollout: Rollout) -> str:
-    """Return prompts and completions from all over a rollout (not of one group) with their returns, as a Markdown table."""
-    lines = ["| prompt | completion | return |", "| --- | --- | --- |"]
+def samples_of(rollout: Rollout, rules: Rules, count: int = SAMPLES) -> list[dict[str, str]]:
+    """Return some episodes from all over a rollout (not of one group): prompt, completion, answer, return and components.
+
+    Args:
+        rollout: the episodes.
+        rules: the env's; its column `answer`, where the prompts have one, is the reference answer.
+        count: how many episodes.
+    """
+    rows = []
     episodes = list(zip(rollout.infos, rollout.scores.tolist(), strict=True))
-    for info, score in episodes[:: -(-len(episodes) // SAMPLES)]:
-        lines.append(f"| {_cell(info['prompt'])} | {_cell(info['completion'])} | {score:.3g} |")
+    for info, score in episodes[:: -(-len(episodes) // count)]:
+        row = {"prompt": info["prompt"], "completion": info["completion"]}
+        columns = rules.prompts.row(info["prompt_index"]) if "prompt_index" in info else {}
+        if "answer" in columns:
+            row["answer"] = str(columns["answer"])
+        row["return"] = f"{score:.3g}"
+        row |= {key: f"{info[key]:.3g}" for key in info if key.startswith("reward/")}
+        rows.append(row)
+    return rows
+
+
+def samples_table(rows: list[dict[str, str]]) -> str:
+    """Return samples as a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+    lines += [f"| {' | '.join(_cell(row.get(column, '')) for column in columns)} |" for row in rows]
     return "\n".join(lines)
 
 
 def _cell(text: str) -> str:
-    shown = text if len(text) <= 500 else text[:500] + " ..."
+    shown = text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + " ..."
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", "<br>") or "(empty)"
+
+
+def print_samples(rows: Sequence[dict[str, str]]) -> None:
+    """Print samples to the console, as a table where rich is installed."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[row.get(column, "")[:LONGEST_PRINTED] for column in columns] for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        for values in cells:
+            print(" | ".join(f"{column}: {value!r}" for column, value in zip(columns, values, strict=True)))
+        return
+    table = Table(*columns)
+    for values in cells:
+        table.add_row(*map(Text, values))
+    Console().print(table)
 
 
 def record_update(logger: Logger, rollout: Rollout, statistics: dict[str, float], num_updates: int) -> None:

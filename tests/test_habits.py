@@ -6,12 +6,13 @@ import warnings
 import gymnasium as gym
 import pytest
 import torch
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_env
 from agents import GRPO, PPO, REINFORCE, TextVecEnv
+from agents.callbacks import TimeLimit
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
 
@@ -208,3 +209,83 @@ def test_an_eval_callback_makes_no_warnings():
         warnings.simplefilter("error", UserWarning)
         agent.learn(100, callback)
     assert callback.last_mean_reward >= 0
+
+
+# --- progress and time -----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass with every look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_time_limit_ends_within_a_rollout_that_does_not_count(wrapped):
+    def env():
+        made = make_env(TOKENIZER, max_new_tokens=8)
+        return gym.wrappers.TransformReward(made, float) if wrapped else made
+
+    whole, agent = (make_agent(GRPO, env(), group_size=4, learning_rate=1e-2) for _ in range(2))
+    whole.learn(300)
+    first = make_agent(GRPO, env(), group_size=4, learning_rate=1e-2).learn(1)
+    steps = []
+    limit = TimeLimit(3.5, Clock())  # the training starts at 1, so that the fourth look is beyond 4.5
+    limit.should_stop = lambda original=limit.should_stop: steps.append(agent.num_timesteps) or original()
+    agent.learn(300, limit)
+    assert len(steps) == 4 and agent.num_timesteps in (0, first.num_timesteps) and agent._n_updates <= 1
+    agent.learn(whole.num_timesteps - agent.num_timesteps, reset_num_timesteps=False)
+    assert all(torch.equal(a, b) for a, b in zip(agent.policy.parameters(), whole.policy.parameters(), strict=True))
+    refused(TimeLimit, 0, error=ValueError, match="seconds=0 must be positive")
+
+
+def test_a_callback_of_ones_own_may_stop_a_rollout():
+    class Stop(BaseCallback):
+        asked = 0
+
+        def _on_step(self):
+            return True
+
+        def should_stop(self):
+            self.asked += 1
+            return self.asked == 5
+
+    agent, callback = make_agent(group_size=4), Stop()
+    agent.learn(1000, [callback])
+    assert callback.asked == 5
+    agent.learn(50, reset_num_timesteps=False)
+    assert agent._n_updates > 0
+
+
+def test_the_progress_bar_moves_while_sampling_and_counts_every_token_once(monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, total):
+            self.total = total
+
+        def update(self, count):
+            shown.append(count)
+
+        def refresh(self):
+            pass
+
+        close = refresh
+
+    monkeypatch.setattr("stable_baselines3.common.callbacks.tqdm", Bar)
+    seen = []
+
+    def reward(completions):
+        seen.append(sum(shown))
+        return [0.0] * len(completions)
+
+    agent = make_agent(GRPO, make_env(TOKENIZER, reward), group_size=4)
+    agent.learn(150, progress_bar=True, callback=lambda given, variables: True)
+    assert seen[0] > 0 and seen == sorted(seen)  # before the first rollout was counted
+    rows = agent.env.num_envs
+    assert agent.num_timesteps - rows < sum(shown) <= agent.num_timesteps + rows and min(shown) >= 0

@@ -202,3 +202,22 @@ def test_an_ignored_signal_stays_ignored(capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out == ""
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_made_name_the_file(tmp_path, monkeypatch):
+    agent = make_agent("PPO")
+    agent.save(tmp_path / "agent")
+    before = (tmp_path / "agent.zip").read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agents.checkpoint.os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device; .*agent\.zip was not written") as caught:
+        agent.save(tmp_path / "agent")
+    assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "agent.zip")
+    assert (tmp_path / "agent.zip").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"agent\.zip was not written"):
+        agent.save(tmp_path / "file" / "agent")

@@ -1,13 +1,14 @@
 """What is logged, where it comes from, and that the README's table explains all of it."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.metrics import samples_table
+from agents.metrics import print_samples, samples_of, samples_table
 from tests.conftest import make_model
 from tests.probes import always_a, make_env, named
 from tests.rollouts import collect
@@ -109,6 +110,33 @@ def test_samples_are_escaped_for_markdown():
     agent = make_agent("GRPO")
     rollout = collect(agent.policy, agent.env.venv, 4, agent.sampler())
     rollout.infos[0].update({"prompt": "a|b\n<i>", "completion": ""})
-    lines = samples_table(rollout).splitlines()
+    lines = samples_table(samples_of(rollout, agent.rules)).splitlines()
+    assert lines[0].startswith("| prompt | completion |") and "| reward/always_a |" in lines[0]
     assert lines[2].startswith("| a&#124;b<br>&lt;i> | (empty) |")
     assert len(lines) == 2 + 8 and len(rollout) == 32  # one of every group
+
+
+def test_samples_have_the_reference_answer_and_every_component(capsys):
+    rows = [{"prompt": "abc", "answer": "xyz"}, {"prompt": "a", "answer": "uvw"}]
+    env = make_env(TOKENIZER, [always_a, named], rows, max_prompt_tokens=3)
+    agent = make_agent("GRPO", env=env, verbose=1, n_envs=8)
+    agent.learn(1)
+    shown = capsys.readouterr().out
+    for part in ("prompt", "completion", "answer", "return", "reward/always_a", "reward/named"):
+        assert part in shown
+    rollout = agent.sample_rollout()
+    for sample, info in zip(samples_of(rollout, agent.rules, 2), rollout.infos[::4], strict=True):
+        assert sample["answer"] == {"abc": "xyz", "a": "uvw"}[info["prompt"]] and sample["completion"] == info["completion"]
+        assert float(sample["reward/named"]) == pytest.approx(info["reward/named"], abs=1e-2)
+    quiet = make_agent("GRPO", env=make_env(TOKENIZER), verbose=0, n_envs=8)
+    quiet.learn(1)
+    assert capsys.readouterr().out == ""
+
+
+def test_samples_are_printed_without_rich(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    print_samples([{"prompt": "a\nb", "completion": "[red]c[/red]", "return": "1"}])
+    assert capsys.readouterr().out == "prompt: 'a\\nb' | completion: '[red]c[/red]' | return: '1'\n"
+    monkeypatch.undo()
+    print_samples([{"prompt": "a", "completion": "[red]c[/red]", "return": "1"}])
+    assert "[red]c[/red]" in capsys.readouterr().out  # text of a model is no markup

@@ -16,6 +16,7 @@ from agents.distributed.fsdp import full_params
 from agents.engines.base import Completions, DecodingSpec, Engine
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, concat, from_episodes
+from agents.sampling.generate import OnTokens, ignore_tokens
 from agents.sampling.sampler import Sampler
 from agents.vec_env import rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
@@ -48,6 +49,7 @@ class ResponseCollector:
         sampler: temperature, truncation and the random numbers.
         group_size: G.
         communicator: the processes that share the work; each has the whole rollout in the end.
+        on_tokens: called with the number of new tokens in every decoding step; an error in it ends the rollout.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class ResponseCollector:
         sampler: Sampler,
         group_size: int = 1,
         communicator: Communicator = SINGLE_PROCESS,
+        on_tokens: OnTokens = ignore_tokens,
     ) -> None:
         self.policy, self.engine, self.venv, self.sampler = policy, engine, venv, sampler
-        self.group_size, self.communicator = group_size, communicator
+        self.group_size, self.communicator, self.on_tokens = group_size, communicator, on_tokens
 
     def collect(self, indexes: Sequence[int] | None = None) -> Rollout:
         """Collect `venv.num_envs` episodes.
@@ -88,7 +91,7 @@ class ResponseCollector:
             uniforms = uniforms[rows.start : rows.stop]
         elif self.communicator.size > 1:
             sampler = sampler.spawn(self.communicator.rank)
-        return CollectionRequest(prompts, rows, DecodingSpec(rules, sampler, rules.max_new_tokens, uniforms))
+        return CollectionRequest(prompts, rows, DecodingSpec(rules, sampler, rules.max_new_tokens, uniforms, self.on_tokens))
 
     def collect_local(self, request: CollectionRequest) -> Rollout | None:
         """Generate the episodes of this process; None where it has none."""
@@ -127,6 +130,7 @@ class TokenCollector:
         group_size: G.
         communicator: the processes that share the work; each has the whole rollout in the end.
         next_indexes: draws the prompts of a rollout, one index an episode.
+        on_tokens: called with the number of new tokens in every step; an error in it ends the rollout.
     """
 
     def __init__(
@@ -137,8 +141,9 @@ class TokenCollector:
         group_size: int = 1,
         communicator: Communicator = SINGLE_PROCESS,
         next_indexes: Callable[[], list[int]] | None = None,
+        on_tokens: OnTokens = ignore_tokens,
     ) -> None:
-        self.policy, self.vec_env, self.sampler = policy, vec_env, sampler
+        self.policy, self.vec_env, self.sampler, self.on_tokens = policy, vec_env, sampler, on_tokens
         self.group_size, self.communicator, self.next_indexes = group_size, communicator, next_indexes
 
     def collect(self, indexes: Sequence[int] | None = None) -> Rollout:
@@ -205,6 +210,7 @@ class TokenCollector:
                     vec_env.env_method("tell_logprob", value, indices=[i])
             observation, rewards, dones, infos = vec_env.step(tokens)
             starts = dones.tolist()
+            self.on_tokens(sum(episode.info is None for episode in episodes))
             for i, episode in enumerate(episodes):
                 if episode.info is not None:
                     continue

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
 from agents.policy.lora import copy_sharing_frozen
-from agents.sampling.generate import sample_responses
+from agents.sampling.generate import OnTokens, ignore_tokens, sample_responses
 from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
 
@@ -43,12 +43,15 @@ class DecodingSpec:
         max_new_tokens: limit of a response, in tokens.
         uniforms: (N * G, max_new_tokens, 1 or 2) uniform random numbers to sample by, see `Sampler.uniforms`; None for an
             engine that does not take them.
+        on_tokens: called with the number of new tokens now and then while sampling; an error in it ends the generation.
+            External engines may leave it out.
     """
 
     rules: Rules
     sampler: Sampler
     max_new_tokens: int
     uniforms: Tensor | None = None
+    on_tokens: OnTokens = ignore_tokens
 
 
 def end_episodes(rows: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
@@ -138,6 +141,7 @@ class PolicyEngine:
                 max_num_seqs=policy.max_num_seqs,
                 prefix_sharing=policy.prefix_sharing,
                 uniforms=decoding.uniforms,
+                on_tokens=decoding.on_tokens,
             )
         on_turns(range(len(token_ids)), token_ids, logprobs)
         return Completions(token_ids, logprobs)

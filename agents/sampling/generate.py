@@ -22,6 +22,11 @@ from llm_env.lm.scoring import restrict
 from llm_env.lm.sharing import PrefixSharing, shares_prompts
 
 StopRule = Callable[[Sequence[int]], bool]
+OnTokens = Callable[[int], None]
+
+
+def ignore_tokens(count: int) -> None:
+    """Do nothing with the number of new tokens."""
 
 
 def sample_responses(
@@ -38,6 +43,7 @@ def sample_responses(
     max_num_seqs: int | None = None,
     prefix_sharing: PrefixSharing = "auto",
     uniforms: Tensor | None = None,
+    on_tokens: OnTokens = ignore_tokens,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Sample `group_size` responses to each prompt.
 
@@ -58,6 +64,7 @@ def sample_responses(
         prefix_sharing: store a prompt's keys and values once for its responses: "auto" where the model can, True, or False.
         uniforms: (N * G, the longest response, 1 or 2), random numbers to sample by; see `Sampler.uniforms`. Drawn here by
             default.
+        on_tokens: called with the number of new tokens in every decoding step; an error in it ends the sampling.
 
     Returns:
         N * G responses, lists of token ids, those to prompt i at i*G..i*G+G-1; and the log-probs of their tokens, one float32
@@ -99,6 +106,7 @@ def sample_responses(
             tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
             if not logp.isfinite().all():
                 raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
+            on_tokens(len(rows))
             for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
                 responses[row].append(token)
                 logps[row].append(value)
