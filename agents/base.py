@@ -114,6 +114,11 @@ DEFAULT_TIMESTEPS = 100_000
 DEFAULT_GROUP_SIZE = 8
 DEFAULT_IMPORTANCE_CAP = 2.0  # where another engine or older weights generate
 NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy has them
+STOPPING = "Ctrl-C: stopping after this update; press it again to stop at once"
+STOPPED_WITHIN_UPDATE = (
+    "Ctrl-C: stopped in the middle of an update. The rest of its optimizer steps are lost: training that resumes from here does "
+    "not reach the weights of an uninterrupted run. Load the last checkpoint for that"
+)
 NOT_SHOWN = ("env", "n_envs", "device", "policy_kwargs", "stats_window_size", "verbose", "_init_setup_model")
 LIVE = (  # attributes that are not in a checkpoint
     "_model",
@@ -493,7 +498,7 @@ class LanguageAgent(BaseAlgorithm):
                     self._record_rollout(rollout)
                     if self.overlap and self.num_timesteps < self._total_timesteps:
                         self._prefetched = self._prefetch()
-                    with defer_interrupt("Ctrl-C: stopping after this update; press it again to stop at once"):
+                    with defer_interrupt(STOPPING, STOPPED_WITHIN_UPDATE):
                         self._state.began = None  # from here on a checkpoint has what the update has done
                         self.train(rollout)
                         transaction.is_committed = True
@@ -604,10 +609,9 @@ class LanguageAgent(BaseAlgorithm):
         """After every `reference_every` rollouts, make the policy the reference and call `on_iteration`."""
         if self._had_hook and self.on_iteration is None:
             self._had_hook = False
-            warnings.warn(
+            warn(
                 "this agent was saved with an on_iteration hook, which is not in the file and is not called any more. Load it "
-                f"with {type(self).__name__}.load(path, env=env, on_iteration=hook)",
-                stacklevel=3,
+                f"with {type(self).__name__}.load(path, env=env, on_iteration=hook)"
             )
         if self.reference_every is not None and self._prefetched is not None:
             self._prefetched.wait()  # it reads this reference

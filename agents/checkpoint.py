@@ -224,13 +224,14 @@ class CursorState:
 
 
 @contextmanager
-def defer_interrupt(message: str) -> Iterator[None]:
+def defer_interrupt(message: str, loss: str = "") -> Iterator[None]:
     """Hold a Ctrl-C (SIGINT) back until the block has ended; a second one goes through at once.
 
     Without effect outside the main thread, which alone gets signals, and where SIGINT is ignored.
 
     Args:
         message: printed at the first Ctrl-C.
+        loss: printed at the second: what is lost by it.
     """
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
@@ -240,6 +241,7 @@ def defer_interrupt(message: str) -> Iterator[None]:
 
     def hold(number: int, frame: Any) -> None:
         if held:
+            print(loss, end="\n" if loss else "", flush=True)
             signal.signal(signal.SIGINT, previous)
             previous(number, frame)
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -55,10 +54,9 @@ def check_fit(
         )
     check_base_reference(policy, rules)
     if sampler.restricted:
-        warnings.warn(
+        warn(
             f"top_k={sampler.top_k}, top_p={sampler.top_p}, min_p={sampler.min_p}: tokens are sampled from a truncated "
-            "distribution but trained on as if from the whole one: off-policy; leave them off unless that is what you want",
-            stacklevel=4,
+            "distribution but trained on as if from the whole one: off-policy; leave them off unless that is what you want"
         )
 
 
@@ -86,10 +84,9 @@ def check_base_reference(policy: LanguagePolicy, rules: Rules) -> None:
     elif policy.adapter is not None and rules.reference is not None:
         path = policy.base.name_or_path
         if path and path == rules.reference.model.name_or_path:
-            warnings.warn(
+            warn(
                 f"the env's reference is a second copy of {path!r}; with reference='base' the policy with its adapter off is "
-                "the reference, and takes no memory",
-                stacklevel=5,
+                "the reference, and takes no memory"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +31,7 @@ from agents.validation import check_choice, check_counts, check_numbers, check_p
 from llm_env.arguments import whole
 from llm_env.reference import KLController, coefficient
 from llm_env.rules import Rules
+from llm_env.warn import warn
 
 SUPERVISION = ("outcome", "process")
 
@@ -127,10 +127,9 @@ class GRPO(LanguageAgent):
         check_numbers(ent_coef=ent_coef)
         check_counts(reference_every=reference_every)
         if kl_estimator == "k1" and coefficient(kl_coef) and not unbiased_kl:
-            warnings.warn(
+            warn(
                 "kl_estimator='k1' in the loss has an expected gradient of 0 on-policy: it holds the policy nowhere. Take 'k3' "
-                "or 'k2', or put k1 into the reward with the env's kl_coef",
-                stacklevel=2,
+                "or 'k2', or put k1 into the reward with the env's kl_coef"
             )
         self.group_size = group_size
         self.kl_coef = kl_coef

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -19,6 +18,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 from llm_env import TextGenerationEnv, TextGenerationVectorEnv
 from llm_env.observations import PADDING, Observation, pick
 from llm_env.rules import Rules
+from llm_env.warn import warn
 
 DEFAULT_N_ENVS = 64
 TRANSPARENT_WRAPPERS = (OrderEnforcing, PassiveEnvChecker)
@@ -258,10 +258,7 @@ def _from_single_envs(env: gym.vector.VectorEnv) -> VecEnv:
 
 
 def _warn_of_token_clock(cause: str) -> None:
-    warnings.warn(
-        f"the env is stepped token by token to honour {cause}; without it whole responses would be taken, which is faster",
-        stacklevel=4,
-    )
+    warn(f"the env is stepped token by token to honour {cause}; without it whole responses would be taken, which is faster")
 
 
 def _wrappers_that_matter(env: Any) -> list[str]:

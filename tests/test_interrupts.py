@@ -173,12 +173,12 @@ def test_an_error_before_the_first_step_of_an_update_undoes_the_rollout(case, tm
 
 def test_a_second_ctrl_c_goes_through_at_once(capsys):
     done = []
-    with pytest.raises(KeyboardInterrupt), defer_interrupt("waiting"):
+    with pytest.raises(KeyboardInterrupt), defer_interrupt("waiting", "lost"):
         press()
         done.append("first")
         press()
         done.append("second")
-    assert done == ["first"] and capsys.readouterr().out == "waiting\n"
+    assert done == ["first"] and capsys.readouterr().out == "waiting\nlost\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -221,3 +221,17 @@ def test_a_full_disk_and_a_folder_that_cannot_be_made_name_the_file(tmp_path, mo
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"agent\.zip was not written"):
         agent.save(tmp_path / "file" / "agent")
+
+
+def test_a_second_ctrl_c_in_an_update_says_what_is_lost_and_the_agent_goes_on(tmp_path, capsys):
+    whole, agent = uninterrupted("PPO"), make_agent("PPO")
+    agent.loss = calls(3, lambda: (press(), press()), agent.loss)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(TOKENS)
+    del agent.loss
+    assert 0 < agent._n_updates < whole._n_updates
+    assert "in the middle of an update. The rest of its optimizer steps are lost" in capsys.readouterr().out
+    agent.save(tmp_path / "agent")
+    for resumed in (agent, PPO.load(tmp_path / "agent", env=make_agent("PPO").env)):
+        done = resumed.num_timesteps
+        assert resumed.learn(50, reset_num_timesteps=False).num_timesteps > done > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.patching import patched
 from llm_env.lm.shared_prompt import attention_as_now
+from llm_env.warn import warn
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -45,10 +45,9 @@ def check_gradient_checkpointing(model: PreTrainedModel, is_on: bool) -> None:
     if is_on:
         layers_of(model)
     elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        warnings.warn(
+        warn(
             "the model's own gradient checkpointing is on, which has no effect in evaluation mode, and dropout is off here. "
-            "Set the agent's gradient_checkpointing=True instead",
-            stacklevel=4,
+            "Set the agent's gradient_checkpointing=True instead"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from llm_env.lm.sharing import PrefixSharing
 from llm_env.observations import Observation, pick
 from llm_env.rules import Rules
 from llm_env.tokenization import vocabulary_size
+from llm_env.warn import warn
 
 FINGERPRINT_TOLERANCE = 1e-3  # nats; devices and versions differ by 1e-5
 
@@ -543,10 +543,9 @@ class LanguagePolicy(BasePolicy):
         files[RECORD] = json.dumps(record, default=str).encode()
         if not self._has_warned_of_class and not is_rebuilt(self.base):
             self._has_warned_of_class = True
-            warnings.warn(
+            warn(
                 f"transformers does not rebuild this {qualified_name(self.base)} from its config. Keep the code that makes it, "
-                "and give the model to load: load(path, policy=<model>)",
-                stacklevel=3,
+                "and give the model to load: load(path, policy=<model>)"
             )
         if self.adapter is not None:
             return {"model": files | self.adapter.files(), **critic}
@@ -575,11 +574,10 @@ class LanguagePolicy(BasePolicy):
             return
         gap = max(abs(a - b) for a, b in zip(before, now, strict=True)) if len(before) == len(now) else float("inf")
         if not gap <= FINGERPRINT_TOLERANCE:
-            warnings.warn(
+            warn(
                 f"the loaded {qualified_name(self.base)} computes other log-probs than the saved one, by up to {gap:.2g} nats, "
                 "with the same weights: a part of that model is not in the file (a hook, an attribute, a config that was "
-                "changed later). Make the same model and give it: load(path, policy=<model>)",
-                stacklevel=3,
+                "changed later). Make the same model and give it: load(path, policy=<model>)"
             )
 
     def _trained(self) -> dict[str, list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from agents.policy.lora import BASE_HASH, Adapter, apply_lora, check_bare, check
 from agents.policy.quantization import HALF, check_not_quantized, is_quantized, prepare
 from llm_env.lm.models import check_causal, load_causal_lm
 from llm_env.model_names import check_model_name
+from llm_env.warn import warn
 
 PretrainedFiles = dict[str, bytes]
 RECORD = "policy.json"  # what transformers' files lack: the model's class, and which of its weights are trained
@@ -288,10 +288,7 @@ def _tokenizer_in(folder: str, files: PretrainedFiles) -> Any:
     # A class of transformers may be loaded as its subclass for the model.
     if tokenizer is not None and (kind is None or is_of_a_library(kind) or same_class(kind, qualified_name(tokenizer))):
         return tokenizer
-    warnings.warn(
-        f"the saved tokenizer, a {kind}, cannot be rebuilt from its files ({reason}); the policy uses the env's",
-        stacklevel=5,
-    )
+    warn(f"the saved tokenizer, a {kind}, cannot be rebuilt from its files ({reason}); the policy uses the env's")
     return None
 
 
@@ -315,9 +312,6 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     if is_quantized(model):
         prepare(model)
     elif any(p.dtype in HALF for p in model.parameters()):
-        warnings.warn(
-            "the model's half-precision weights are converted to float32, because small updates would be rounded away",
-            stacklevel=5,
-        )
+        warn("the model's half-precision weights are converted to float32, because small updates would be rounded away")
         model = model.float()
     return model

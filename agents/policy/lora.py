@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from agents.policy.quantization import is_quantized, quantized_modules
+from llm_env.warn import warn
 
 CONFIG, BASE_HASH = "adapter_config.json", "base.sha256"
 NAME = "default"  # peft's name of the adapter
@@ -75,7 +76,7 @@ class Adapter:
         if any(getattr(layer, "merged", False) for layer in wrapper.modules()):
             raise ValueError("the adapter is merged into the base, which is needed without it; call unmerge_adapter() first")
         if dropout := wrapper.peft_config[NAME].lora_dropout:
-            warnings.warn(f"lora_dropout={dropout} has no effect: dropout is off in sampling and in training", stacklevel=6)
+            warn(f"lora_dropout={dropout} has no effect: dropout is off in sampling and in training")
         self.wrapper = wrapper
         of_base = {name: p for name, p in wrapper.named_parameters() if not _of_adapter(name)}
         if trained := [name for name, p in of_base.items() if p.requires_grad]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from heapq import nlargest
 from itertools import groupby
@@ -21,6 +20,7 @@ from llm_env.constraints import TokenConstraint
 from llm_env.lm.micro_batches import positions_of
 from llm_env.lm.sharing import Extent
 from llm_env.rules import Rules
+from llm_env.warn import warn
 
 DEVICES = ("cuda",)  # on which a pass that is too large raises an error; on a CPU the system would kill the process
 
@@ -65,7 +65,7 @@ def _try(trainer: Trainer, rules: Rules, n_envs: int) -> None:
             fits = step.fits(budget)
         except Exception as error:
             detail = f"{type(error).__name__}: {error}"
-            warnings.warn(f"preflight could not try the longest pass ({detail}); preflight=False leaves it out", stacklevel=4)
+            warn(f"preflight could not try the longest pass ({detail}); preflight=False leaves it out")
             return
         if not fits:
             raise MemoryError(
