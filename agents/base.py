@@ -116,8 +116,8 @@ DEFAULT_IMPORTANCE_CAP = 2.0  # where another engine or older weights generate
 NOT_SAVED = ("tokenizer", "peft_config")  # of `policy_kwargs`: the policy has them
 STOPPING = "Ctrl-C: stopping after this update; press it again to stop at once"
 STOPPED_WITHIN_UPDATE = (
-    "Ctrl-C: stopped in the middle of an update. The rest of its optimizer steps are lost: training that resumes from here does "
-    "not reach the weights of an uninterrupted run. Load the last checkpoint for that"
+    "Ctrl-C: stopped in the middle of an update. The rest of its optimizer steps are lost: training that resumes from here "
+    "does not reach the weights of an uninterrupted run. Load the last checkpoint for that"
 )
 NOT_SHOWN = ("env", "n_envs", "device", "policy_kwargs", "stats_window_size", "verbose", "_init_setup_model")
 LIVE = (  # attributes that are not in a checkpoint
