@@ -96,7 +96,7 @@ from agents.validation import (
     parse_learn_args,
 )
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env, unique_rules, vector_env_of
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 from llm_env.keywords import check_keywords
 from llm_env.lm.sharing import PrefixSharing
 from llm_env.model_names import check_model_name
@@ -299,7 +299,7 @@ class LanguageAgent(BaseAlgorithm):
     ) -> None:
         check_model_name(policy, "policy")
         if seed is not None:
-            seed = whole("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
+            seed = check_int("seed", seed, 0, 2**32 - 1)  # what numpy's global generator takes, which SB3 seeds too
         if not isinstance(policy_kwargs or {}, dict):
             raise TypeError(f"policy_kwargs={policy_kwargs!r} must be a dict")
         self.communicator = get_communicator()
@@ -882,7 +882,7 @@ class LanguageAgent(BaseAlgorithm):
         if self.policy.adapter is not None:
             for rules in unique_rules(self.env):
                 if isinstance(rules.reference, BaseReference):
-                    rules.reference.bind(self.policy.base, full_params_context(self.policy))
+                    rules.reference.set_model(self.policy.base, full_params_context(self.policy))
                     rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
         reference = self.rules.reference
         if reference is not None:
@@ -1000,8 +1000,8 @@ class LanguageAgent(BaseAlgorithm):
         check_positions(self.policy, rules)
         agree_on_ends(self.policy, vec_env)
         rules.record_apart(self.communicator.rank)
-        if isinstance(rules.reference, BaseReference) and not rules.reference.bound and self.policy.adapter is not None:
-            rules.reference.bind(self.policy.base, full_params_context(self.policy))
+        if isinstance(rules.reference, BaseReference) and not rules.reference.has_model and self.policy.adapter is not None:
+            rules.reference.set_model(self.policy.base, full_params_context(self.policy))
         return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.communicator)
 
     def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
@@ -1151,7 +1151,7 @@ class LanguageAgent(BaseAlgorithm):
         if "engine" in kwargs:
             replaced["_engine_setting"] = kwargs.pop("engine")
         if "n_envs" in kwargs:
-            replaced["_n_envs_setting"] = replaced["n_envs"] = whole("n_envs", kwargs.pop("n_envs"), 1)
+            replaced["_n_envs_setting"] = replaced["n_envs"] = check_int("n_envs", kwargs.pop("n_envs"), 1)
         agent = super().load(path, None, device, **kwargs, **replaced)
         agent.policy.check_fingerprint(agent._policy_data)
         agent._policy_data = {}

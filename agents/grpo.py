@@ -28,7 +28,7 @@ from agents.policy import Evaluation
 from agents.rollout import Rollout
 from agents.training.objective import LossTerms, Statistics
 from agents.validation import check_choice, check_counts, check_numbers, check_process_supervision
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 from llm_env.reference import KLController, coefficient
 from llm_env.rules import Rules
 from llm_env.warn import warn
@@ -121,7 +121,7 @@ class GRPO(LanguageAgent):
         check_dual_clip(dual_clip, surrogate)
         check_choice("supervision", supervision, SUPERVISION)
         check_choice("kl_estimator", kl_estimator, sorted(KL_ESTIMATORS))
-        group_size = whole("group_size", group_size, 2)  # a group is its own baseline
+        group_size = check_int("group_size", group_size, 2)  # a group is its own baseline
         check_numbers(0.0, kl_coef=coefficient(kl_coef), clip_range=clip_range, clip_range_high=clip_range_high)
         check_numbers(1.0, dual_clip=dual_clip)
         check_numbers(ent_coef=ent_coef)
@@ -142,7 +142,7 @@ class GRPO(LanguageAgent):
         self.surrogate = surrogate
         self.scale = scale
         self.supervision = supervision
-        self.max_resamples = whole("max_resamples", max_resamples, 0)
+        self.max_resamples = check_int("max_resamples", max_resamples, 0)
         self.ent_coef = ent_coef
         if on_iteration is not None and not callable(on_iteration):
             raise TypeError(f"on_iteration={on_iteration!r} must be callable, as on_iteration(agent, rollouts)")

@@ -17,7 +17,7 @@ from agents.policy import Evaluation
 from agents.rollout import Rollout
 from agents.training.objective import LossTerms, Statistics
 from agents.validation import check_choice, check_numbers
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 
 GROUP_BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "group_mean": partial(group_relative, scale="none"),
@@ -77,7 +77,7 @@ class REINFORCE(LanguageAgent):
         check_choice("baseline", baseline, BASELINES)
         grouped = baseline in GROUP_BASELINES
         default = DEFAULT_GROUP_SIZE if grouped else 1
-        self.group_size = whole("group_size", default if group_size is None else group_size, 2 if grouped else 1)
+        self.group_size = check_int("group_size", default if group_size is None else group_size, 2 if grouped else 1)
         if separate_critic and baseline != "value":
             raise ValueError(f"separate_critic=True, but baseline={baseline!r} has no critic; take baseline='value'")
         check_numbers(0.0, gamma=gamma, vf_coef=vf_coef)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from llm_env.arguments import as_whole, whole
+from llm_env.arguments import as_int, check_int
 from llm_env.lm.capabilities import vocabulary_of
 from llm_env.lm.positions import check_length
 from llm_env.rules import Rules
@@ -32,7 +32,7 @@ def check_counts(**counts: int | None) -> None:
     """Raise if a value is neither None nor a whole number of at least 1."""
     for name, value in counts.items():
         if value is not None:
-            whole(name, value, 1)
+            check_int(name, value, 1)
 
 
 def check_numbers(minimum: float = -np.inf, **numbers: Any) -> None:
@@ -71,11 +71,11 @@ def parse_learn_args(env_or_timesteps: Any, callback: Any, total_timesteps: Any,
     Raises:
         ValueError: If one was given twice, or total_timesteps is not a finite number of at least 0.
     """
-    if as_whole(env_or_timesteps) is not None or isinstance(env_or_timesteps, float):
+    if as_int(env_or_timesteps) is not None or isinstance(env_or_timesteps, float):
         total_timesteps = given_once("total_timesteps", env_or_timesteps, total_timesteps)
     elif env_or_timesteps is not None:
         env = given_once("env", env_or_timesteps, env)
-    if as_whole(callback) is not None:  # learn(env, 10_000)
+    if as_int(callback) is not None:  # learn(env, 10_000)
         callback, total_timesteps = None, given_once("total_timesteps", callback, total_timesteps)
     check_numbers(0.0, total_timesteps=total_timesteps)
     return env, callback, None if total_timesteps is None else int(total_timesteps)

@@ -94,13 +94,13 @@ class _TextVecEnvBase(VecEnv):
         setattr(self.venv, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the vector env once a row; of `action_masks` and `tell_logprob` each row has its own."""
+        """Call a method of the vector env once a row; of `action_masks` and `set_action_logprob` each row has its own."""
         if method_name == "action_masks":
             masks = self.venv.action_masks()
             return [masks[i] for i in self._get_indices(indices)]
-        if method_name == "tell_logprob":
+        if method_name == "set_action_logprob":
             for row in self._get_indices(indices):
-                self.venv.tell_logprob(row, args[0])
+                self.venv.set_action_logprob(row, args[0])
             return []
         return [getattr(self.venv, method_name)(*args, **kwargs) for _ in self._get_indices(indices)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-def as_whole(value: Any) -> int | None:
+def as_int(value: Any) -> int | None:
     """A whole number of any kind (Python's, numpy's, a scalar tensor) as an int; None for what is none, bools included."""
     if isinstance(value, (bool, np.bool_)):
         return None
@@ -19,13 +19,13 @@ def as_whole(value: Any) -> int | None:
         return None
 
 
-def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as an int.
 
     Raises:
         ValueError: it is no whole number from `least` to `most`.
     """
-    number = as_whole(value)
+    number = as_int(value)
     if number is None or number < least or (most is not None and number > most):
         at_most = "" if most is None else f", at most {most}"
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{at_most}")
@@ -69,7 +69,7 @@ def finite(values: Any, what: str) -> np.ndarray:
     return found
 
 
-def one_a_row(given: Any, name: str, num_envs: int) -> list[Any]:
+def one_per_row(given: Any, name: str, num_envs: int) -> list[Any]:
     """The entries of `given`, one for each row of a vector env.
 
     Raises:

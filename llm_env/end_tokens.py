@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from llm_env.arguments import as_whole
+from llm_env.arguments import as_int
 
 
 def as_token_ids(value: Any) -> list[int]:
@@ -82,8 +82,8 @@ def resolve_end_tokens(eos_token_ids: Any, tokenizer: Any, vocab_size: int) -> f
         path = getattr(tokenizer, "name_or_path", "")
         beside = end_tokens_beside(str(path), tokenizer) if path else []
         return frozenset([int(tokenizer.eos_token_id), *(token for token in beside if 0 <= token < vocab_size)])
-    given: Sequence[Any] = [eos_token_ids] if as_whole(eos_token_ids) is not None else _listed(eos_token_ids)
-    ids = [as_whole(token) for token in given]
+    given: Sequence[Any] = [eos_token_ids] if as_int(eos_token_ids) is not None else _listed(eos_token_ids)
+    ids = [as_int(token) for token in given]
     if not ids or not all(token is not None and 0 <= token < vocab_size for token in ids):
         raise ValueError(
             f"eos_token_ids={eos_token_ids!r} must be a token id or a list of them, from 0 to {vocab_size - 1}; for a token's "

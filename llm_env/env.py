@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import gymnasium as gym
 import numpy as np
 
-from llm_env.arguments import as_whole, reset_options, whole
+from llm_env.arguments import as_int, check_int, reset_options
 from llm_env.episodes import Episodes
 from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
@@ -36,7 +36,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
     The weighted sum of the reward functions, paid with the last action (steps of a process reward with theirs; see
     `llm_env.rewards`), less what the end costs (see `llm_env.penalties`). With `kl_coef` every action earns
     `kl_coef * log pi_ref(action)` besides: the part of the KL penalty that an env can know; the rest, an entropy bonus, is
-    the agent's. Told log pi by `tell_logprob`, the env pays the whole.
+    the agent's. Told log pi by `set_action_logprob`, the env pays the whole.
 
     ## Starting State
     The next prompt in a shuffled order that `reset(seed=)` begins anew, or the prompt `reset(options={"index": i})`.
@@ -81,7 +81,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         self._episodes = Episodes(self.rules, 1)
         self._cursor = PromptCursor(len(self.rules.prompts), partial(getattr, self, "np_random"))
         self._last_info: dict[str, Any] = {}
-        self._told: float | None = None
+        self._action_logprob: float | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode.
@@ -97,12 +97,12 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         if index is not None:
             index = self.rules.prompt_index(index)
         if seed is not None:
-            seed = whole("seed", seed, 0)
+            seed = check_int("seed", seed, 0)
         super().reset(seed=seed)
         if seed is not None:
             self._cursor.restart()
         self._episodes.start([0], [self._cursor.next() if index is None else index])
-        self._last_info, self._told = {}, None
+        self._last_info, self._action_logprob = {}, None
         return self._observation(), {}
 
     def step(self, action: SupportsIndex) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -112,24 +112,24 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             ValueError: the action is no token id or not allowed, the episode has ended, or a reward function failed. Nothing
                 has changed then.
         """
-        token = as_whole(action)
+        token = as_int(action)
         if token is None:
             raise ValueError(f"action {action!r} is not a token id: give a whole number from 0 to {self.rules.vocab_size - 1}")
-        logp = None if self._told is None else np.array([[self._told]])
+        logp = None if self._action_logprob is None else np.array([[self._action_logprob]])
         outcome = self._episodes.advance(np.array([0]), np.array([[token]]), np.array([1]), logp)
-        self._told = None  # only now: after an error the same step may be tried again
+        self._action_logprob = None  # only now: after an error the same step may be tried again
         self._last_info = outcome.infos.get(0, {})
         reward = float(outcome.rewards[0, 0])
         return self._observation(), reward, bool(outcome.terminated[0]), bool(outcome.truncated[0]), dict(self._last_info)
 
-    def tell_logprob(self, logprob: float) -> None:
+    def set_action_logprob(self, logprob: float) -> None:
         """Say log pi, in nats, of the next action, so that the KL penalty in its reward is exact.
 
         An agent that stays silent is paid the part that an env can know, `kl_coef * log pi_ref`.
         """
         if not np.isfinite(logprob):
             raise ValueError(f"logprob={logprob} must be finite")
-        self._told = float(logprob)
+        self._action_logprob = float(logprob)
 
     def action_masks(self) -> np.ndarray:
         """(V,) bool, True for the tokens that may come next."""

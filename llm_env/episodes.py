@@ -18,7 +18,7 @@ from llm_env.rules import Rules
 
 
 @dataclass
-class Outcome:
+class StepOutcome:
     """What became of R rows that were given up to n tokens each.
 
     Attributes:
@@ -104,7 +104,7 @@ class Episodes:
         lengths: np.ndarray,
         logprobs: np.ndarray | None = None,
         score_reference: bool = False,
-    ) -> Outcome:
+    ) -> StepOutcome:
         """Append tokens to rows, end the episodes that they end, and pay.
 
         Args:
@@ -138,7 +138,7 @@ class Episodes:
             if shaped:
                 for i, row in enumerate(rows):
                     rewards[i, : lengths[i]] = self._kl_rewards(row, before[i], lengths[i], logprobs is not None)
-            infos = self._pay(rows, before, lengths, ended, truncated, rewards)
+            infos = self._compute_rewards(rows, before, lengths, ended, truncated, rewards)
             if self.rules.recorder is not None:
                 now = [(int(rows[i]), bool(terminated[i])) for i in np.flatnonzero(ended)]
                 self.rules.recorder.write([self._record(row, infos[row], by_itself) for row, by_itself in now])
@@ -152,7 +152,7 @@ class Episodes:
         if self.rules.reference is not None:
             ref_logp = np.full(tokens.shape, np.nan, dtype=np.float32)
             ref_logp[written] = self._ref_logp[actions_at]
-        return Outcome(rewards, terminated, truncated, ref_logp, infos)
+        return StepOutcome(rewards, terminated, truncated, ref_logp, infos)
 
     def _check(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, written: np.ndarray) -> None:
         over = self.finished[rows] & (lengths > 0)
@@ -239,7 +239,7 @@ class Episodes:
         logp = self._logp[row, at] if known else 0.0
         return -self.rules.kl.value * (logp - self._ref_logp[row, at])
 
-    def _pay(
+    def _compute_rewards(
         self,
         rows: np.ndarray,
         before: np.ndarray,
@@ -260,13 +260,13 @@ class Episodes:
             step_errors = {int(rows[open_rows[k]]): error for k, error in so_far.errors.items()}
         if ended.any():
             scores = self.rules.rewards(*self._reward_inputs(rows[ended]))
-            outcome, penalties = self.rules.ends.settle(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
+            outcome, penalties = self.rules.ends.apply(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
             for k, i in enumerate(np.flatnonzero(ended)):
                 paid[i] += self._pay_steps(scores, k, rows[i], before[i], rewards[i])
                 if (earlier := self._step_errors[rows[i]]) and earlier != scores.errors.get(k):
                     scores.errors[k] = "; ".join(filter(None, [earlier, scores.errors.get(k)]))
                 last = before[i] + lengths[i] - 1
-                for at, score in scores.late_steps(k, before[i], last):
+                for at, score in scores.final_steps(k, before[i], last):
                     rewards[i, at - before[i]] += score
                 rewards[i, lengths[i] - 1] += outcome[k]
                 if k in scores.given_steps:
@@ -286,10 +286,10 @@ class Episodes:
 
         Those that end earlier must have been paid, unless a call failed: what it did not say is paid by the next that does.
         """
-        steps, paid = scores.live_steps[k], self._paid_steps[row]
+        steps, paid = scores.immediate_steps[k], self._paid_steps[row]
         earlier = sum(score for end, score in steps if end < before)
         owed = 0.0
-        if k not in scores.lost_steps and not math.isclose(earlier, paid, rel_tol=1e-9, abs_tol=1e-9):
+        if k not in scores.failed_rows and not math.isclose(earlier, paid, rel_tol=1e-9, abs_tol=1e-9):
             if not self._step_errors[row]:
                 raise ValueError(
                     f"a reward marked with process_reward was paid {paid:g} for the first {before} tokens and now says "

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 
 
 @dataclass(frozen=True)
-class Ends:
+class EndPenalties:
     """What an episode's end means. All lengths are those of the completion, in tokens; the prompt never counts.
 
     Attributes:
@@ -32,7 +32,7 @@ class Ends:
     def __post_init__(self) -> None:
         if self.length_stop not in ("score", "zero"):
             raise ValueError(f"length_stop={self.length_stop!r} must be 'score' or 'zero'")
-        whole("overlong_buffer", self.overlong_buffer, 0, self.max_new_tokens)
+        check_int("overlong_buffer", self.overlong_buffer, 0, self.max_new_tokens)
         for name in ("overlong_penalty", "missing_eos_penalty"):
             value = getattr(self, name)
             if not isinstance(value, (int, float, np.number)) or not np.isfinite(value) or value < 0:
@@ -44,9 +44,7 @@ class Ends:
         in_use = {"overlong": self.overlong_buffer, "missing_eos": self.missing_eos_penalty}
         return [name for name, value in in_use.items() if value]
 
-    def settle(
-        self, scores: np.ndarray, lengths: np.ndarray, truncated: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def apply(self, scores: np.ndarray, lengths: np.ndarray, truncated: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores as they are paid.
 
         Args:

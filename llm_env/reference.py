@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llm_env.lm.capabilities import vocabulary_of
-from llm_env.lm.micro_batches import passes
+from llm_env.lm.micro_batches import micro_batches
 from llm_env.lm.models import check_causal, load_causal_lm
 from llm_env.lm.positions import check_length, max_positions
 from llm_env.lm.scoring import autocast, score
@@ -66,9 +66,9 @@ class Reference:
         self.max_positions = max_positions(model)
         if device is not None:
             self.model.to(device)
-        self._settle(batch_size)
+        self._init_settings(batch_size)
 
-    def _settle(self, batch_size: int) -> None:
+    def _init_settings(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.temperature = 1.0
         self.bf16 = False
@@ -124,7 +124,7 @@ class Reference:
         self.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)), 0)
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
         lengths, most = list(map(len, responses)), self.max_tokens_per_batch
-        for rows in passes(self.model, prompts, lengths, self.batch_size, most, self.prefix_sharing):
+        for rows in micro_batches(self.model, prompts, lengths, self.batch_size, most, self.prefix_sharing):
             with autocast(self.model.device, self.bf16):
                 scored = score(
                     self.model,
@@ -153,17 +153,17 @@ class BaseReference(Reference):
     Other envs, for evaluation say, may have the same: `reference=env.unwrapped.rules.reference`.
 
     Attributes:
-        bound: whether an agent has had the env.
+        has_model: whether an agent has had the env.
     """
 
     def __init__(self) -> None:
-        self.bound = False
+        self.has_model = False
         self._within: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._settle(batch_size=64)
+        self._init_settings(batch_size=64)
 
-    def bind(self, model: PreTrainedModel, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def set_model(self, model: PreTrainedModel, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Take this for the model, which stays the agent's, and has its weights `within()`."""
-        self.model, self.bound, self._within = model, True, within
+        self.model, self.has_model, self._within = model, True, within
         self.max_positions = max_positions(model)
         super().check_vocabulary(self._vocab_size)
 
@@ -173,7 +173,7 @@ class BaseReference(Reference):
     def check_vocabulary(self, vocab_size: int) -> None:
         """See `Reference`; a model that comes later is checked then."""
         self._vocab_size = vocab_size
-        if self.bound:
+        if self.has_model:
             super().check_vocabulary(vocab_size)
 
     def log_probs(
@@ -187,7 +187,7 @@ class BaseReference(Reference):
         Raises:
             ValueError: no agent has had the env yet.
         """
-        if not self.bound:
+        if not self.has_model:
             raise ValueError(
                 "reference='base' is the base of the adapter that an agent trains, and no agent with one has been given this "
                 "env; give it to one, or make the env with reference=<path or model>, or with the rules.reference of the env "

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from llm_env.arguments import as_whole, whole
+from llm_env.arguments import as_int, check_int
 from llm_env.constraints import TokenConstraint
 from llm_env.dialogue.chat import PromptFormat
 from llm_env.end_tokens import resolve_end_tokens
 from llm_env.model_names import check_model_name
 from llm_env.observations import FORMS
-from llm_env.penalties import Ends
+from llm_env.penalties import EndPenalties
 from llm_env.prompts import PromptTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
@@ -59,7 +59,7 @@ class Rules:
             `llm_env.constraints.TokenConstraint`. Action masks, sampling, training and the reference all keep to it.
         min_new_tokens: no end token is allowed before this many tokens.
         length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: what an episode's end does to its score; see
-            `llm_env.penalties.Ends`.
+            `llm_env.penalties.EndPenalties`.
         observation: `"dict"`, or `"flat"` for agents that want one Box; see `llm_env.observations`.
         success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
             `is_success` appear in the last info.
@@ -99,15 +99,15 @@ class Rules:
         overlong_penalty: float = 1.0,
         missing_eos_penalty: float = 0.0,
     ) -> None:
-        self.max_prompt_tokens = whole("max_prompt_tokens", max_prompt_tokens, 1)
-        self.max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-        min_new_tokens = whole("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
+        self.max_prompt_tokens = check_int("max_prompt_tokens", max_prompt_tokens, 1)
+        self.max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
+        min_new_tokens = check_int("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
         format = PromptFormat(_tokenizer(tokenizer), chat_template, chat_template_kwargs)
         self.tokenizer = format.tokenizer
         if observation not in FORMS:
             raise ValueError(f"observation={observation!r} must be one of {FORMS}")
         self.observation = observation
-        self.ends = Ends(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
+        self.ends = EndPenalties(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
         self.vocab_size = vocabulary_size(self.tokenizer)
         self.ends_are_given = eos_token_ids is not None
         self.special = special_tokens(self.tokenizer)
@@ -181,7 +181,7 @@ class Rules:
         Raises:
             ValueError: it is no whole number, or there is no such prompt.
         """
-        number = as_whole(index)
+        number = as_int(index)
         if number is None:
             raise ValueError(f"index={index!r} must be a whole number: this env has the prompts 0..{len(self.prompts) - 1}")
         if not 0 <= number < len(self.prompts):

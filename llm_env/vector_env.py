@@ -12,15 +12,15 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from llm_env.arguments import finite, integers, one_a_row, reset_options, whole
-from llm_env.episodes import Episodes, Outcome
+from llm_env.arguments import check_int, finite, integers, one_per_row, reset_options
+from llm_env.episodes import Episodes, StepOutcome
 from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
 
 
 @dataclass
-class Responses:
+class ResponseStep:
     """What became of one response a row. B rows, n_i action tokens in row i.
 
     Attributes:
@@ -81,7 +81,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     def _set_up(self, rules: Rules, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
         self.rules = rules
-        self.num_envs = num_envs = whole("num_envs", num_envs, 1)
+        self.num_envs = num_envs = check_int("num_envs", num_envs, 1)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError as error:
@@ -98,7 +98,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._row_cursors = [PromptCursor(len(rules.prompts), partial(self._row_rng, i)) for i in range(num_envs)]
         self._group_cursor = PromptCursor(len(rules.prompts), partial(getattr, self, "np_random"))
         self._pending = np.zeros(num_envs, dtype=bool)
-        self._told = np.full(num_envs, np.nan)
+        self._action_logprob = np.full(num_envs, np.nan)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -120,7 +120,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         rows, seeds = self._rows_to_reset(options.get("reset_mask")), self._row_seeds(seed)
         group_size = options.get("group_size")
         if group_size is not None:
-            group_size = whole("group_size", group_size, 1)
+            group_size = check_int("group_size", group_size, 1)
             if len(rows) % group_size:
                 raise ValueError(
                     f"group_size={group_size} must divide num_envs={len(rows)}; try num_envs="
@@ -131,7 +131,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._seed(seeds, rows)
         indexes = [self._next_index(row, group_size) if i is None else i for row, i in zip(heads, wanted, strict=True)]
         self.episodes.start(rows, np.repeat(indexes, group_size or 1).tolist())
-        self._pending[rows], self._told[rows] = False, np.nan
+        self._pending[rows], self._action_logprob[rows] = False, np.nan
         return self.episodes.observation(), {}
 
     def step(
@@ -176,7 +176,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._pending = ended if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros_like(ended)
         return self.episodes.observation(), rewards, terminations, truncations, infos
 
-    def step_responses(self, responses: Sequence[Any], logprobs: Sequence[Any] | None = None) -> Responses:
+    def step_responses(self, responses: Sequence[Any], logprobs: Sequence[Any] | None = None) -> ResponseStep:
         """Append a response to every row: its tokens are the actions that `step` would have taken one by one.
 
         Args:
@@ -188,13 +188,13 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             ValueError: another number of responses than rows; lengths that differ; a token out of range, after the end or
                 past the limit; a row that has ended already. No row has changed then.
         """
-        rows = one_a_row(responses, "responses", self.num_envs)
+        rows = one_per_row(responses, "responses", self.num_envs)
         rows = [integers(row, f"response {i}", "a flat sequence of token ids") for i, row in enumerate(rows)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         tokens = _padded(rows, lengths, np.int64)
         logp = None
         if logprobs is not None:
-            told = one_a_row(logprobs, "logprobs", self.num_envs)
+            told = one_per_row(logprobs, "logprobs", self.num_envs)
             told = [finite(row, f"logprobs[{i}]") for i, row in enumerate(told)]
             shapes = [row.shape for row in told]
             if shapes != [(n,) for n in lengths.tolist()]:
@@ -207,7 +207,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
             self._pending |= outcome.terminated | outcome.truncated
         cut = partial(_cut, lengths=lengths)
-        return Responses(
+        return ResponseStep(
             rewards=cut(outcome.rewards),
             terminated=outcome.terminated,
             truncated=outcome.truncated,
@@ -215,11 +215,11 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             infos=[outcome.infos.get(row, {}) for row in range(self.num_envs)],
         )
 
-    def tell_logprob(self, row: int, logprob: float) -> None:
+    def set_action_logprob(self, row: int, logprob: float) -> None:
         """Say log pi, in nats, of the action that `row` takes in the next step: what wrappers have no argument for."""
         if not np.isfinite(logprob):
             raise ValueError(f"logprob={logprob} must be finite")
-        self._told[whole("row", row, 0, self.num_envs - 1)] = logprob
+        self._action_logprob[check_int("row", row, 0, self.num_envs - 1)] = logprob
 
     def checked_actions(self, actions: Any) -> np.ndarray:
         """(B,) int64, one action a row.
@@ -232,7 +232,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             raise ValueError(f"actions must be {self.num_envs} integers, one a row; got {len(tokens)}")
         return tokens
 
-    def advance_tokens(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None = None) -> Outcome:
+    def advance_tokens(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None = None) -> StepOutcome:
         """Append one token to each of `rows`; see `Episodes.advance`.
 
         Args:
@@ -240,12 +240,12 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             tokens: (R,) int64.
             logprobs: (R,) log pi in nats; by default as told, where it was told of all. What was told is then forgotten.
         """
-        told = self._told[rows]
+        told = self._action_logprob[rows]
         if logprobs is None and np.isfinite(told).all():
             logprobs = told
         logp = None if logprobs is None else logprobs[:, None]
         outcome = self.episodes.advance(rows, tokens[:, None], np.ones(len(rows), dtype=np.int64), logp)
-        self._told[:] = np.nan
+        self._action_logprob[:] = np.nan
         return outcome
 
     def action_masks(self) -> np.ndarray:
@@ -309,11 +309,11 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     def _row_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if isinstance(seed, (list, tuple)) or (isinstance(seed, np.ndarray) and seed.ndim > 0):
-            seeds = [None if s is None else whole("seed", s, 0) for s in seed]
+            seeds = [None if s is None else check_int("seed", s, 0) for s in seed]
         elif seed is None:
             seeds = [None] * self.num_envs
         else:
-            seeds = list(range(first := whole("seed", seed, 0), first + self.num_envs))
+            seeds = list(range(first := check_int("seed", seed, 0), first + self.num_envs))
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed has {len(seeds)} numbers for num_envs={self.num_envs} rows; give one each, or a single one")
         return seeds

@@ -13,7 +13,7 @@ from llm_env.lm.capabilities import describable, padding_side, takes_left_paddin
 from llm_env.lm.inputs import without_cache
 from llm_env.lm.models import check_causal
 from llm_env.lm.scoring import head_of, score
-from llm_env.lm.sharing import shares_prompts
+from llm_env.lm.sharing import supports_sharing
 from tests.architectures import NAMES, V, build
 from tests.conftest import make_tokenizer
 
@@ -149,9 +149,9 @@ def test_what_models_can_do(name, left, side, cache, gaps):
 def test_a_body_that_shares_prompts_is_not_a_model_that_decodes_so():
     """Whisper's decoder takes positions, its language model does not; HRM computes each layer several times."""
     whisper, hrm = build("whisper"), build("hrm_text")
-    assert shares_prompts(whisper.base_model, 20) and not decodes_shared(whisper)
-    assert not describable(hrm.base_model) and not shares_prompts(hrm.base_model, 20)
-    assert shares_prompts(build("llama").base_model, 20) and decodes_shared(build("llama"))
+    assert supports_sharing(whisper.base_model, 20) and not decodes_shared(whisper)
+    assert not describable(hrm.base_model) and not supports_sharing(hrm.base_model, 20)
+    assert supports_sharing(build("llama").base_model, 20) and decodes_shared(build("llama"))
 
 
 @pytest.mark.parametrize("name", ["recurrent_gemma", "rwkv", "bart", "xlstm"])
@@ -200,9 +200,9 @@ def test_hidden_states_without_spread_tell_nothing():
     weight = model.model.norm.weight
     kept = weight.detach().clone()
     weight.data.zero_()
-    assert not shares_prompts(model.base_model, 2) and not takes_left_padding(model.base_model)
+    assert not supports_sharing(model.base_model, 2) and not takes_left_padding(model.base_model)
     weight.data.copy_(kept)
-    assert shares_prompts(model.base_model, 2) and takes_left_padding(model.base_model)
+    assert supports_sharing(model.base_model, 2) and takes_left_padding(model.base_model)
 
 
 def test_a_cap_on_logits_is_seen_once_there_are_any():

@@ -111,7 +111,7 @@ def test_positions_that_padding_shifts_in_sampling_and_training_alike(monkeypatc
     monkeypatch.setattr(llm_env.lm.scoring, "model_inputs", without_positions)
     monkeypatch.setattr(agents.sampling.generate, "model_inputs", without_positions)
     monkeypatch.setattr(llm_env.lm.sharing, "SAVES", 0.0)
-    monkeypatch.setattr(agents.sampling.generate, "shares_prompts", lambda base, length: False)
+    monkeypatch.setattr(agents.sampling.generate, "supports_sharing", lambda base, length: False)
     found = failures(make_agent(family="gpt2"))
     assert {SAMPLED, TRAINED} <= found.keys() and TRAINER not in found  # the two agree, both wrong
     assert "position_ids" in found[SAMPLED] and "position_ids" in found[TRAINED]

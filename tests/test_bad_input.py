@@ -110,7 +110,7 @@ class SingleEnv(RuleBasedStateMachine):
     @rule(token=tokens, told=st.none() | st.floats(-4, 0), fails=st.booleans())
     def step(self, token, told, fails):
         if told is not None:
-            self.both(lambda env: env.tell_logprob(told))
+            self.both(lambda env: env.set_action_logprob(told))
         self.flaky.fails = fails
         ends = token == EOS or self.env._episodes.response_lengths[0] == LIMIT - 1
         if fails and ends:
@@ -141,7 +141,7 @@ class SingleEnv(RuleBasedStateMachine):
 
     @rule(logprob=no_number)
     def bad_told(self, logprob):
-        refused(self.env.tell_logprob, logprob, error=ValueError, match="must be finite")
+        refused(self.env.set_action_logprob, logprob, error=ValueError, match="must be finite")
 
     @invariant()
     def nothing_has_changed(self):
@@ -193,7 +193,7 @@ class VectorEnv(RuleBasedStateMachine):
     @rule(chosen=st.lists(tokens, min_size=4, max_size=4), told=st.none() | st.floats(-4, 0), fails=st.booleans())
     def step(self, chosen, told, fails):
         for row in range(self.n if told is not None else 0):
-            self.both(lambda env, row=row: env.tell_logprob(row, told - row))
+            self.both(lambda env, row=row: env.set_action_logprob(row, told - row))
         here = ~self.env._pending
         ends = here & ((np.array(chosen) == EOS) | (self.env.episodes.response_lengths == LIMIT - 1))
         self.flaky.fails = fails
@@ -267,7 +267,7 @@ class VectorEnv(RuleBasedStateMachine):
 
     @rule(row=st.sampled_from([-1, 4, 1.0, True, None]), logprob=st.just(-1.0))
     def bad_told(self, row, logprob):
-        refused(self.env.tell_logprob, row, logprob, error=ValueError, match="row=")
+        refused(self.env.set_action_logprob, row, logprob, error=ValueError, match="row=")
 
     @invariant()
     def nothing_has_changed(self):
@@ -318,7 +318,7 @@ def test_told_log_probs_outlive_a_failure_and_neither_a_step_nor_a_reset():
 
         def tell(env=env):
             for row in [()] if env is single else [(0,), (1,)]:
-                env.tell_logprob(*row, -1.0)
+                env.set_action_logprob(*row, -1.0)
 
         env.reset(seed=0)
         tell()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_env import TextGenerationEnv, process_reward
-from llm_env.penalties import Ends
+from llm_env.penalties import EndPenalties
 from tests.conftest import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer("abc")
@@ -83,7 +83,7 @@ def test_the_overlong_penalty_is_dapos():
     """Equation 13 of arXiv 2503.14476 with L_max = 10 and L_cache = 4, at every length."""
     lengths = np.arange(1, 11)
     expected = [0.0 if n <= 6 else (6 - n) / 4 for n in lengths]
-    _, penalties = Ends(10, overlong_buffer=4).settle(np.zeros(10), lengths, lengths == 10)
+    _, penalties = EndPenalties(10, overlong_buffer=4).apply(np.zeros(10), lengths, lengths == 10)
     assert penalties["overlong"].tolist() == pytest.approx(expected)
 
 
@@ -204,10 +204,10 @@ def test_render_ends_with_components_and_the_kl_of_every_token():
     model = make_model("llama", len(TOKENIZER))
     env = make(prompts=("ab",), render_mode="ansi", reference=model, missing_eos_penalty=0.5)
     env.reset(seed=0)
-    env.tell_logprob(-1.25)
+    env.set_action_logprob(-1.25)
     env.step(A)
     assert env.render() == "aba"
-    env.tell_logprob(-0.5)
+    env.set_action_logprob(-0.5)
     env.step(EOS)
     ref = env.rules.reference.log_probs([[A, B]], [[A, EOS]])[0]
     lines = env.render().splitlines()

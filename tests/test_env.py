@@ -155,7 +155,7 @@ def test_what_was_told_of_an_action_holds_until_the_action_is_taken(tokenizer):
     model = make_model("llama", len(tokenizer))
     env = make(tokenizer, reward=sometimes, reference=model, kl_coef=1.0)
     env.reset(seed=0)
-    env.tell_logprob(-1.0)
+    env.set_action_logprob(-1.0)
     with pytest.raises(ValueError, match="boom"):
         env.step(0)
     broken[0] = False
@@ -184,7 +184,7 @@ def test_what_was_told_before_a_reset_is_forgotten(tokenizer):
         venv.reset(options={"index": 0})
         assert venv.step(np.array([A]))[1] == pytest.approx([expected])
         if not told:
-            venv.tell_logprob(0, -1.0)
+            venv.set_action_logprob(0, -1.0)
 
 
 def test_a_failing_reward_loses_nothing(tokenizer):

@@ -17,7 +17,7 @@ from agents.sampling.sampler import Sampler
 from examples.benchmarks.peak import peak_bytes
 from llm_env.lm.scoring import head_of, response_states, score
 from llm_env.lm.shared_prompt import group_states
-from llm_env.lm.sharing import Extent, groups_of, shares_prompts, way_to_share
+from llm_env.lm.sharing import BatchShape, groups_of, sharing_mode, supports_sharing
 from tests.conftest import FAMILIES
 from tests.decoders import OTHERS, PROMPTS, SIZES, UNABLE, WINDOWS, V, batch, build, plain
 
@@ -31,10 +31,12 @@ WAYS = [
 @pytest.fixture
 def only(monkeypatch):
     """Leaves one way of sharing prompts."""
-    original = llm_env.lm.sharing.shares_prompts
+    original = llm_env.lm.sharing.supports_sharing
 
     def leave(chosen):
-        monkeypatch.setattr(llm_env.lm.sharing, "shares_prompts", lambda base, n, way: way == chosen and original(base, n, way))
+        monkeypatch.setattr(
+            llm_env.lm.sharing, "supports_sharing", lambda base, n, way: way == chosen and original(base, n, way)
+        )
 
     return leave
 
@@ -43,9 +45,9 @@ def only(monkeypatch):
 def test_which_models_can_share_prompts(name):
     base = build(name).base_model
     expected = () if name in UNABLE else ("dense",) if name in WINDOWS else ("split", "dense")
-    assert tuple(way for way in ("split", "dense") if shares_prompts(base, 20, way)) == expected
+    assert tuple(way for way in ("split", "dense") if supports_sharing(base, 20, way)) == expected
     if name in WINDOWS:  # beyond which nothing lies in six tokens
-        assert shares_prompts(base, 6) and not shares_prompts(base, 7)
+        assert supports_sharing(base, 6) and not supports_sharing(base, 7)
     if name in UNABLE:
         with pytest.raises(ValueError, match="cannot compute a prompt once"):
             score(build(name), *batch(), V, prefix_sharing=True)
@@ -103,19 +105,19 @@ def test_prompts_that_follow_each_other_make_a_group():
 def test_prompts_are_shared_where_that_is_less_work():
     """Work by hand: 12 a position and 2/32 a pair of positions, for hidden states of 32."""
     base = build("llama").base_model
-    long_prompt, long_answers = Extent(8, 2, 4, 50, 3), Extent(8, 2, 4, 3, 50)
+    long_prompt, long_answers = BatchShape(8, 2, 4, 50, 3), BatchShape(8, 2, 4, 3, 50)
     assert (long_prompt.positions(True), long_prompt.positions(False)) == (2 * (50 + 12), 8 * 53)
-    assert long_prompt.work("split", 32) == 12 * 124 + (2 * (50**2 + 4 * 3 * 53)) / 16
-    assert long_prompt.work("dense", 32) == 12 * 124 + (2 * 62**2) / 16
-    assert long_prompt.work(None, 32) == 12 * 424 + 8 * 53**2 / 16
-    assert way_to_share(base, long_prompt) == "split"
-    assert way_to_share(base, long_prompt, False) is None
-    assert way_to_share(base, long_answers) is None  # 406 positions in the place of 424
-    assert way_to_share(base, long_answers, True) == "split"
-    assert way_to_share(base, Extent(3, 3, 1, 50, 3), True) is None  # nothing to share
+    assert long_prompt.flops("split", 32) == 12 * 124 + (2 * (50**2 + 4 * 3 * 53)) / 16
+    assert long_prompt.flops("dense", 32) == 12 * 124 + (2 * 62**2) / 16
+    assert long_prompt.flops(None, 32) == 12 * 424 + 8 * 53**2 / 16
+    assert sharing_mode(base, long_prompt) == "split"
+    assert sharing_mode(base, long_prompt, False) is None
+    assert sharing_mode(base, long_answers) is None  # 406 positions in the place of 424
+    assert sharing_mode(base, long_answers, True) == "split"
+    assert sharing_mode(base, BatchShape(3, 3, 1, 50, 3), True) is None  # nothing to share
     windows = build("a sliding window").base_model
-    assert way_to_share(windows, long_prompt) == "dense"
-    assert way_to_share(windows, Extent(8, 2, 4, 20, 40)) is None  # 360 positions for 480, but 64,800 pairs for 28,800
+    assert sharing_mode(windows, long_prompt) == "dense"
+    assert sharing_mode(windows, BatchShape(8, 2, 4, 20, 40)) is None  # 360 positions for 480, but 64,800 pairs for 28,800
 
 
 def test_responses_of_one_token():
@@ -180,7 +182,7 @@ def test_on_a_gpu(name):
     expected = score(model, prompts, responses, V, prefix_sharing=False).logp
     gradients = torch.autograd.grad(expected.sum(), list(model.parameters()))
     model = model.cuda()
-    assert way_to_share(model.base_model, Extent.of(*groups_of(prompts, responses)), True) == "flex"
+    assert sharing_mode(model.base_model, BatchShape.of(*groups_of(prompts, responses)), True) == "flex"
     got = score(model, prompts, responses, V, prefix_sharing=True).logp
     torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
     for a, b in zip(torch.autograd.grad(got.sum(), list(model.parameters())), gradients, strict=True):

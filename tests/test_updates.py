@@ -16,7 +16,7 @@ from agents.distributed.communicator import SINGLE_PROCESS
 from agents.training.trainer import Trainer
 from llm_env.lm.micro_batches import DEFAULT_TOKENS_CPU
 from llm_env.lm.scoring import head_of
-from llm_env.lm.sharing import shares_prompts
+from llm_env.lm.sharing import supports_sharing
 from tests.conftest import make_model, make_tokenizer, refused
 from tests.probes import make_env
 from tests.rollouts import collect
@@ -77,7 +77,7 @@ def inputs_of(agent):
     shapes = []
     for model in (agent.policy.lm.base_model, agent.policy.critic):
         if model is not None:
-            shares_prompts(model, 9)  # tries the model, once
+            supports_sharing(model, 9)  # tries the model, once
             model.register_forward_pre_hook(lambda _, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
     head_of(agent.policy.lm)
     shapes.clear()

@@ -207,7 +207,7 @@ class TokenCollector:
             )
             if rules.reference is not None:
                 for i, value in enumerate(logp.tolist()):
-                    vec_env.env_method("tell_logprob", value, indices=[i])
+                    vec_env.env_method("set_action_logprob", value, indices=[i])
             observation, rewards, dones, infos = vec_env.step(tokens)
             starts = dones.tolist()
             self.on_tokens(sum(episode.info is None for episode in episodes))

@@ -15,7 +15,7 @@ from agents.diagnostics.naive_forward import naive_log_probs
 from agents.rollout import Rollout
 from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 from llm_env.report import FAILED, NOT_APPLICABLE, NOT_RUN, NOTE, PASSED, CheckRow, Report
 from llm_env.rules import Rules
 
@@ -62,7 +62,7 @@ def check_agent(agent: Agent, *, n: int = 64, seed: int = 0, quiet: bool = False
         >>> report.passed, report["ratio on fresh data"].result, report["values before each token"].result
         (True, 'passed', 'not applicable')
     """
-    n, seed = whole("n", n, 1), whole("seed", seed, 0)
+    n, seed = check_int("n", n, 1), check_int("seed", seed, 0)
     rules, rng = agent.rules, np.random.default_rng(seed)
     assert agent.env is not None
     generator = torch.Generator(device=agent.policy.device).manual_seed(seed)

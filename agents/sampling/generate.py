@@ -14,12 +14,12 @@ from transformers.cache_utils import DynamicLayer
 from agents.sampling.caching import cached_logits, decodes_with_cache, new_cache, plain_logits, skips_hidden_slots
 from agents.sampling.sampler import Sampler
 from agents.sampling.shared_prefix import SharedDecoding, decodes_shared
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 from llm_env.constraints import TokenConstraint
 from llm_env.lm.capabilities import takes_left_padding
 from llm_env.lm.inputs import model_inputs, pad
 from llm_env.lm.scoring import restrict
-from llm_env.lm.sharing import PrefixSharing, shares_prompts
+from llm_env.lm.sharing import PrefixSharing, supports_sharing
 
 StopRule = Callable[[Sequence[int]], bool]
 OnTokens = Callable[[int], None]
@@ -73,7 +73,7 @@ def sample_responses(
     Raises:
         ValueError: If `max_num_seqs`, `max_new_tokens` or `prefix_sharing` is unusable, or the logits are not finite.
     """
-    limits = response_limits(max_new_tokens, len(prompts)).repeat(whole("group_size", group_size, 1))
+    limits = response_limits(max_new_tokens, len(prompts)).repeat(check_int("group_size", group_size, 1))
     places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
     if len(prompts) and places < 1:
         raise ValueError(
@@ -128,7 +128,7 @@ def _decoding(
     model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing
 ) -> SharedDecoding | PlainDecoding:
     """Choose how to decode prompts and responses of up to `longest` tokens together."""
-    shares = prefix_sharing is not False and shares_prompts(model.base_model, longest) and decodes_shared(model)
+    shares = prefix_sharing is not False and supports_sharing(model.base_model, longest) and decodes_shared(model)
     if prefix_sharing is True and not shares:
         raise ValueError(
             f"prefix_sharing=True, but {type(model).__name__} cannot decode several responses to one prompt of up to {longest} "

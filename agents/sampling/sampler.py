@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm_env.arguments import as_whole
+from llm_env.arguments import as_int
 
 LARGE = 1024  # tokens of a vocabulary that is sampled in two steps: first a block, then a token in it
 BLOCK = 64  # tokens in a block
@@ -41,7 +41,7 @@ class Sampler:
             raise ValueError(f"temperature={self.temperature} must be positive; for greedy decoding set deterministic=True")
         if not isinstance(self.top_p, (int, float, np.number)) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1] (1 is off)")
-        if (as_whole(self.top_k) or 0) != self.top_k or self.top_k < 0:
+        if (as_int(self.top_k) or 0) != self.top_k or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be a whole number of at least 0 (0 is off)")
         if not isinstance(self.min_p, (int, float, np.number)) or not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1] (0 is off)")

@@ -26,7 +26,7 @@ class SharedDecoding:
     On CUDA the shapes are static between growth and compaction, and a step is a CUDA graph (not measured).
 
     Args:
-        model: a causal language model whose body `shares_prompts`.
+        model: a causal language model whose body `supports_sharing`.
         group_size: G.
         static: compute all W allocated tokens in a step, under a mask, so that shapes are static; by default on CUDA.
 
@@ -62,7 +62,7 @@ class SharedDecoding:
         self._graph: CapturedStep | None = None
 
     @property
-    def reach(self) -> int:
+    def max_distance(self) -> int:
         """The largest distance between a token and one that it attends to."""
         return next(iter(self.prompts.values()))[1].shape[2] + self.max_generated
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from agents.policy import LanguagePolicy
-from llm_env.lm.micro_batches import positions_of
+from llm_env.lm.micro_batches import padded_tokens
 from llm_env.lm.shared_prompt import Rows
-from llm_env.lm.sharing import Extent, groups_of
+from llm_env.lm.sharing import BatchShape, groups_of
 from llm_env.rules import Rules
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # raises a RuntimeError with this name in its message
@@ -38,8 +38,8 @@ def suggest_token_budget(policy: LanguagePolicy, rules: Rules, prompts: Rows, re
         if not isinstance(error, torch.OutOfMemoryError) and CPU_ALLOCATOR not in str(error):
             raise
         policy.zero_grad()
-        extent = Extent.of(*groups_of(prompts, responses))
-        positions = positions_of(policy.lm, extent.longest_prompt + extent.longest, policy.prefix_sharing)(extent)
+        extent = BatchShape.of(*groups_of(prompts, responses))
+        positions = padded_tokens(policy.lm, extent.longest_prompt + extent.longest, policy.prefix_sharing)(extent)
         budget = max(max(map(len, rules.prompts.ids)) + rules.max_new_tokens, positions // 2)
         remedy = f"Set max_tokens_per_batch={budget}"
         if budget >= positions:

@@ -17,8 +17,8 @@ from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
 from agents.validation import check_budget
 from llm_env.constraints import TokenConstraint
-from llm_env.lm.micro_batches import positions_of
-from llm_env.lm.sharing import Extent
+from llm_env.lm.micro_batches import padded_tokens
+from llm_env.lm.sharing import BatchShape
 from llm_env.rules import Rules
 from llm_env.warn import warn
 
@@ -127,9 +127,9 @@ class WorstCaseStep:
     def padded_tokens(self, rows: int, new: int) -> int:
         """Return the tokens of a pass over the first episodes, their responses cut to `new` tokens, with padding."""
         responses = [len(list(run)) for _, run in groupby(self.rollout.prompts[:rows])]
-        extent = Extent(rows, len(responses), max(responses), self.prompt, new)
+        extent = BatchShape(rows, len(responses), max(responses), self.prompt, new)
         policy = self.trainer.policy
-        return positions_of(policy.lm, self.prompt + new, policy.prefix_sharing)(extent)
+        return padded_tokens(policy.lm, self.prompt + new, policy.prefix_sharing)(extent)
 
     def run(self, rows: int, new: int) -> None:
         """Make a pass over the first episodes, their responses cut to `new` tokens, with the memory of a second step.

@@ -18,7 +18,7 @@ from agents.rollout import Rollout
 from agents.training.batching import group_unit, minibatches
 from agents.training.objective import Objective
 from agents.training.out_of_memory import suggest_token_budget
-from llm_env.lm.micro_batches import passes
+from llm_env.lm.micro_batches import micro_batches
 from llm_env.rules import Rules
 
 
@@ -205,7 +205,7 @@ class Trainer:
         """
         lengths, prompts = rollout.lengths[rows].tolist(), [rollout.prompts[row] for row in rows]
         most = min(self.micro_batch_size or len(rows), max_rows or len(rows))
-        parts = passes(self.policy.lm, prompts, lengths, most, self.max_tokens_per_batch, self.policy.prefix_sharing)
+        parts = micro_batches(self.policy.lm, prompts, lengths, most, self.max_tokens_per_batch, self.policy.prefix_sharing)
         return [[int(rows[i]) for i in part] for part in parts]
 
     def _token_weights(self, rollout: Rollout, rows: np.ndarray) -> Tensor:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from llm_env.lm.inputs import evaluation_mode, model_inputs, pad, without_cache
 from llm_env.lm.positions import max_positions
-from llm_env.lm.shared_prompt import Probe, attention_by, window_of
+from llm_env.lm.shared_prompt import WindowProbe, attention_by, window_of
 
 LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # of the rows of a trial, in tokens; for models with few positions
 LONG = 160  # of a row that is longer than most chunks, blocks and windows that a config does not name
@@ -247,7 +247,7 @@ def describable(base: PreTrainedModel) -> bool:
 
 
 def _describes(base: PreTrainedModel) -> bool:
-    probe = Probe()
+    probe = WindowProbe()
     try:
         config = base.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or LAYERS)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from llm_env.lm.capabilities import padding_side, refusing, tells, trial, vocabulary_of, width_of
 from llm_env.lm.inputs import model_inputs, only_last, pad, pad_with_tokens, takes, without_cache
-from llm_env.lm.shared_prompt import NotShareable, Rows, group_states
-from llm_env.lm.sharing import Extent, PrefixSharing, groups_of, way_to_share, ways_to_share
+from llm_env.lm.shared_prompt import PrefixSharingUnsupported, Rows, group_states
+from llm_env.lm.sharing import BatchShape, PrefixSharing, groups_of, sharing_mode, sharing_modes
 
 FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stays finite in the entropy
 CHUNK_BYTES = 2**28  # of logits at a time, in float32
@@ -126,7 +126,7 @@ def score(
         allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
         entropy: also of the distributions' entropies.
         states: also return the hidden states.
-        prefix_sharing: see `way_to_share`.
+        prefix_sharing: see `sharing_mode`.
     """
     targets, mask = pad(responses, "right", model.device)
     at, head = mask.bool(), head_of(model)
@@ -180,11 +180,11 @@ def response_states(
     """
     fed = responses if with_last else [row[:-1] for row in responses]
     groups = groups_of(prompts, fed)
-    way = way_to_share(base, Extent.of(*groups), prefix_sharing)
+    way = sharing_mode(base, BatchShape.of(*groups), prefix_sharing)
     if way is not None:
         try:
             return group_states(base, *groups, way)
-        except NotShareable:
+        except PrefixSharingUnsupported:
             if prefix_sharing is True:
                 raise
     inputs, taken = _laid_out(base, prompts, fed)
@@ -314,4 +314,4 @@ def try_out(model: PreTrainedModel) -> None:
     padding_side(model.base_model if alone else model)
     if alone:
         width_of(model.base_model)
-        ways_to_share(model.base_model, 2)
+        sharing_modes(model.base_model, 2)

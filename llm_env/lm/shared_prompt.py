@@ -32,14 +32,14 @@ OTHER_ATTENTION = ("s_aux", "position_bias")  # arguments of attention that is c
 SCORES_BYTES = 2**24  # of responses at a time, so that they stay in a CPU's cache: twice as many take four times as long
 
 
-class NotShareable(Exception):
+class PrefixSharingUnsupported(Exception):
     """The model's attention is of a kind that this pass does not compute."""
 
     def __init__(self) -> None:
         super().__init__("the model's attention drops out, has a window that is too short, or terms of its own (sinks, biases)")
 
 
-class Probe:
+class WindowProbe:
     """In the place of an attention computes nothing, and notes the layers that go through the interface.
 
     Attributes:
@@ -56,14 +56,14 @@ class Attention(Protocol):
     """What attention computes in a row of a batch that is not one sequence."""
 
     @property
-    def reach(self) -> int:
+    def max_distance(self) -> int:
         """The largest distance between two positions that see each other."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         """Attention of L positions: `query` (N, H, L, D), scaled; `key`, `value` (N, K, L, D), K dividing H; (N, H, L, D)."""
 
 
-_attending: ContextVar[tuple[PreTrainedModel, Attention | Probe] | None] = ContextVar("attending", default=None)
+_attending: ContextVar[tuple[PreTrainedModel, Attention | WindowProbe] | None] = ContextVar("attending", default=None)
 
 
 def attention(
@@ -82,13 +82,13 @@ def attention(
     assert attending is not None
     _, rows = attending
     window = kwargs.get("sliding_window")
-    if isinstance(rows, Probe):
+    if isinstance(rows, WindowProbe):
         rows.layers.append(module.layer_idx)  # type: ignore[arg-type]
         rows.windows.append(window)
         return torch.zeros_like(query).transpose(1, 2), None
-    too_far = window is not None and rows.reach >= window
+    too_far = window is not None and rows.max_distance >= window
     if dropout or too_far or any(kwargs.get(name) is not None for name in OTHER_ATTENTION):
-        raise NotShareable
+        raise PrefixSharingUnsupported
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = (query * scale).to(value.dtype), key.to(value.dtype)  # under autocast the rotation leaves float32
     return rows.attend(module.layer_idx, query, key, value, softcap).transpose(1, 2), None  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ AttentionInterface.register(NAME, attention)
 
 
 @contextmanager
-def attention_by(model: PreTrainedModel, rows: Attention | Probe) -> Iterator[None]:
+def attention_by(model: PreTrainedModel, rows: Attention | WindowProbe) -> Iterator[None]:
     """The model's attention is computed by `rows` within."""
     parts = (getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))
     configs = [model.config, *(part for part in parts if part is not None)]  # setting the first sets them all
@@ -149,7 +149,7 @@ class PackedRows:
     calls: int = 0
 
     @property
-    def reach(self) -> int:
+    def max_distance(self) -> int:
         """The largest distance between two positions that see each other."""
         return self.visible.shape[1] + self.width - 1
 
@@ -250,13 +250,13 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
     """Hidden states (B, T + 1, H) of the B rows of N groups: before each token of a row and after its last.
 
     Args:
-        base: a model without its head that `shares_prompts` in this way.
+        base: a model without its head that `supports_sharing` in this way.
         prompts: N lists of token ids.
         groups: for each prompt the rows that go on from it, B in all.
         way: "flex", "split" or "dense".
 
     Raises:
-        NotShareable: the model's attention is of another kind after all.
+        PrefixSharingUnsupported: the model's attention is of another kind after all.
     """
     size, t = max(map(len, groups)), max(len(row) for rows in groups for row in rows)
     n, p, device = len(prompts), max(map(len, prompts)), base.device
@@ -278,7 +278,7 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
         with attention_by(base, packed):
             out = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         if not packed.calls:
-            raise NotShareable
+            raise PrefixSharingUnsupported
     before = out[:, p - 1 : p].expand(-1, size, -1)[:, :, None]
     states = torch.cat([before, out[:, p:].view(n, size, t, out.shape[-1])], 2)
     return states[torch.tensor([[j < len(rows) for j in range(size)] for rows in groups], device=device)]

@@ -32,7 +32,7 @@ def groups_of(prompts: Rows, fed: Rows) -> tuple[Rows, Sequence[Rows]]:
     return heads, members
 
 
-class Extent(NamedTuple):
+class BatchShape(NamedTuple):
     """The size of a batch that may share prompts.
 
     Attributes:
@@ -50,7 +50,7 @@ class Extent(NamedTuple):
     longest: int = 0
 
     @classmethod
-    def of(cls, prompts: Rows, groups: Sequence[Rows]) -> Extent:
+    def of(cls, prompts: Rows, groups: Sequence[Rows]) -> BatchShape:
         """From N prompts and the rows that go on from each."""
         sizes = [len(rows) for rows in groups]
         return cls(sum(sizes), len(sizes), max(sizes), max(map(len, prompts)), max(len(row) for rows in groups for row in rows))
@@ -61,7 +61,7 @@ class Extent(NamedTuple):
             return self.prompts * (self.longest_prompt + self.group * self.longest)
         return self.rows * (self.longest_prompt + self.longest)
 
-    def work(self, way: str | None, width: int) -> float:
+    def flops(self, way: str | None, width: int) -> float:
         """Multiplications in a layer whose hidden states are `width` wide, in its square.
 
         A position takes 12, of which 4 are for projections and 8 for a feed-forward network of four times the width, and a
@@ -76,7 +76,7 @@ class Extent(NamedTuple):
             pairs = self.prompts * (self.longest_prompt**2 + self.group * self.longest * length)
         return 12 * self.positions(way is not None) + 2 * pairs / width
 
-    def way(self, able: Sequence[str], width: int, always: bool = False) -> str | None:
+    def best_mode(self, able: Sequence[str], width: int, always: bool = False) -> str | None:
         """Which of the ways that a model is able to share prompts in takes least work; None where that is sharing none.
 
         With `always` the first of them, wherever a prompt has several rows.
@@ -85,15 +85,15 @@ class Extent(NamedTuple):
             return None
         if always:
             return able[0]
-        best = min([None, *able], key=lambda way: self.work(way, width))
-        return best if self.work(best, width) < SAVES * self.work(None, width) else None
+        best = min([None, *able], key=lambda way: self.flops(way, width))
+        return best if self.flops(best, width) < SAVES * self.flops(None, width) else None
 
-    def beside(self, other: Extent) -> Extent:
+    def merge(self, other: BatchShape) -> BatchShape:
         """Of both batches in one, which have no prompt in common."""
-        return Extent(self.rows + other.rows, self.prompts + other.prompts, *map(max, self[2:], other[2:]))
+        return BatchShape(self.rows + other.rows, self.prompts + other.prompts, *map(max, self[2:], other[2:]))
 
 
-def ways_to_share(base: PreTrainedModel, length: int, prefix_sharing: PrefixSharing = "auto") -> tuple[str, ...]:
+def sharing_modes(base: PreTrainedModel, length: int, prefix_sharing: PrefixSharing = "auto") -> tuple[str, ...]:
     """How a forward pass can share prompts, of "flex", "split" and "dense", for rows of up to `length` tokens.
 
     Args:
@@ -107,7 +107,7 @@ def ways_to_share(base: PreTrainedModel, length: int, prefix_sharing: PrefixShar
     """
     if prefix_sharing is False:
         return ()
-    able = tuple(way for way in WAYS if shares_prompts(base, length, way))
+    able = tuple(way for way in WAYS if supports_sharing(base, length, way))
     if prefix_sharing is True and not able:
         raise ValueError(
             f"prefix_sharing=True, but {type(base).__name__} cannot compute a prompt once for several responses; set "
@@ -116,18 +116,18 @@ def ways_to_share(base: PreTrainedModel, length: int, prefix_sharing: PrefixShar
     return able
 
 
-def way_to_share(base: PreTrainedModel, extent: Extent, prefix_sharing: PrefixSharing = "auto") -> str | None:
-    """How a forward pass over a batch shares prompts; None where each row has its own. See `ways_to_share`."""
+def sharing_mode(base: PreTrainedModel, extent: BatchShape, prefix_sharing: PrefixSharing = "auto") -> str | None:
+    """How a forward pass over a batch shares prompts; None where each row has its own. See `sharing_modes`."""
     if extent.group < 2:
         return None
-    able = ways_to_share(base, extent.longest_prompt + extent.longest, prefix_sharing)
-    return extent.way(able, width_of(base) if able else 1, prefix_sharing is True)
+    able = sharing_modes(base, extent.longest_prompt + extent.longest, prefix_sharing)
+    return extent.best_mode(able, width_of(base) if able else 1, prefix_sharing is True)
 
 
 _ways: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
 
 
-def shares_prompts(base: PreTrainedModel, length: int, way: str = "split") -> bool:
+def supports_sharing(base: PreTrainedModel, length: int, way: str = "split") -> bool:
     """Whether `group_states` gives what plain rows give, for rows of up to `length` tokens.
 
     It is found out by a trial on a few tokens, once a model, but for windows, which the config tells. Dropped out are state

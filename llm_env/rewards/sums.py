@@ -97,9 +97,9 @@ class Scores:
         outcome: (B,) float64, weighted sum of the plain scores, to be paid with the last token.
         components: (B,) float64 by name, before weighting; NaN for None, the sum of its steps for a process reward.
         steps: B lists of (index of the step's last token, weighted score), of functions that see whole responses.
-        live_steps: the same of functions marked with `process_reward`.
+        immediate_steps: the same of functions marked with `process_reward`.
         errors: by row, what went wrong where a policy put a value in a score's place.
-        lost_steps: rows in which that happened to a function marked with `process_reward`: its steps are not known.
+        failed_rows: rows in which that happened to a function marked with `process_reward`: its steps are not known.
         given_steps: rows of which some function gave steps, if only an empty list.
         given_scores: rows to which some function of a weight other than 0 gave a plain score.
         notes: what functions logged with `log_metric` and `log_extra`, by its key in infos, B values each.
@@ -108,9 +108,9 @@ class Scores:
     outcome: np.ndarray
     components: dict[str, np.ndarray]
     steps: list[Steps]
-    live_steps: list[Steps]
+    immediate_steps: list[Steps]
     errors: dict[int, str]
-    lost_steps: set[int]
+    failed_rows: set[int]
     given_steps: set[int] = field(default_factory=set)
     given_scores: set[int] = field(default_factory=set)
     notes: dict[str, list[Any]] = field(default_factory=dict)
@@ -118,10 +118,10 @@ class Scores:
     @property
     def total(self) -> np.ndarray:
         """(B,) float64: outcome and steps together."""
-        paid = [sum((score for _, score in a + b), 0.0) for a, b in zip(self.steps, self.live_steps, strict=True)]
+        paid = [sum((score for _, score in a + b), 0.0) for a, b in zip(self.steps, self.immediate_steps, strict=True)]
         return self.outcome + np.array(paid)
 
-    def late_steps(self, row: int, before: int, last: int) -> Steps:
+    def final_steps(self, row: int, before: int, last: int) -> Steps:
         """The steps that are known only when token `last` ends the episode, with the token at which they are paid.
 
         Those that end among the first `before` tokens are paid with the last: these tokens have gone.
@@ -130,7 +130,7 @@ class Scores:
 
     def step_ends(self, row: int, before: int, last: int, paid_at_end: bool) -> tuple[int, ...]:
         """The tokens at which a step's reward is paid; the last is one if it is paid a score, even of 0, or a penalty."""
-        ends = {end for end, _ in [*self.live_steps[row], *self.late_steps(row, before, last)]}
+        ends = {end for end, _ in [*self.immediate_steps[row], *self.final_steps(row, before, last)]}
         if paid_at_end or row in self.given_scores:
             ends.add(last)
         return tuple(sorted(map(int, ends)))
@@ -141,7 +141,7 @@ class Scores:
         for row, value in enumerate(called.values):
             if isinstance(value, list):
                 component[row] = sum(score for _, score in value)
-                kept = self.live_steps if live else self.steps
+                kept = self.immediate_steps if live else self.steps
                 kept[row] += [(end, weight * score) for end, score in value]
                 self.given_steps.add(row)
             elif value is not None:
@@ -153,7 +153,7 @@ class Scores:
         for row, error in called.errors.items():
             self.errors[row] = "; ".join(filter(None, [self.errors.get(row), error]))
         if live:
-            self.lost_steps.update(called.errors)
+            self.failed_rows.update(called.errors)
 
 
 class RewardSum:

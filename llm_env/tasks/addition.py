@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
 from llm_env.rewards import exact_match
@@ -14,7 +14,7 @@ class AdditionProblems(PromptSource):
     """Every `a+b=` with a and b from 0 to `largest`, with the column `answer`; row `a * (largest + 1) + b`."""
 
     def __init__(self, largest: int = 99) -> None:
-        self.largest = whole("largest", largest, 0)
+        self.largest = check_int("largest", largest, 0)
 
     def __len__(self) -> int:
         return (self.largest + 1) ** 2

@@ -11,7 +11,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from llm_env.arguments import as_whole, whole
+from llm_env.arguments import as_int, check_int
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
 from llm_env.rewards.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
@@ -59,14 +59,14 @@ class CountdownProblems(PromptSource):
         seed: int = 0,
         template: str = TEMPLATE,
     ) -> None:
-        counts = [as_whole(n) or 0 for n in (count if isinstance(count, (list, tuple)) else [count, count])]
+        counts = [as_int(n) or 0 for n in (count if isinstance(count, (list, tuple)) else [count, count])]
         if len(counts) != 2 or not 2 <= counts[0] <= counts[1]:
             raise ValueError(f"count={count!r} must be at least 2, or two such numbers, the least and the most")
         self.least, self.most = counts
-        self.smallest = whole("smallest", smallest, 0)
-        self.largest = whole("largest", largest, self.smallest)
-        self.largest_target = whole("largest_target", largest_target, 1)
-        self.size, self.seed, self.template = whole("size", size, 1), seed, template
+        self.smallest = check_int("smallest", smallest, 0)
+        self.largest = check_int("largest", largest, self.smallest)
+        self.largest_target = check_int("largest_target", largest_target, 1)
+        self.size, self.seed, self.template = check_int("size", size, 1), seed, template
         self._rows: dict[int, Row] = {}
         self[0]
 

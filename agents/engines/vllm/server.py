@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from agents.policy import LanguagePolicy
-from llm_env.arguments import whole
+from llm_env.arguments import check_int
 from llm_env.rules import Rules
 
 TOGETHER = 64  # requests under way at a time; what there is no room for waits in the server
@@ -46,7 +46,7 @@ class VLLMServer:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ValueError(f"timeout={timeout!r} must be a number of seconds above 0")
         self.url = base_url.rstrip("/").removesuffix("/v1")
-        self.wanted, self.timeout, self.attempts = model, timeout, whole("attempts", attempts, 1)
+        self.wanted, self.timeout, self.attempts = model, timeout, check_int("attempts", attempts, 1)
         key = api_key or os.environ.get("VLLM_API_KEY")
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._model = ""
