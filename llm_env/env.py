@@ -7,12 +7,14 @@ from typing import Any, SupportsIndex
 
 import gymnasium as gym
 import numpy as np
+from typing_extensions import Unpack
 
 from llm_env.arguments import as_int, check_int, reset_options
 from llm_env.episodes import Episodes
+from llm_env.keywords import AGENT_NAMES, check_keywords
 from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
-from llm_env.rules import Rules
+from llm_env.rules import NAMES, Rules, RulesOptions
 from llm_env.vector_env import TextGenerationVectorEnv
 
 
@@ -69,7 +71,21 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
 
     metadata = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012
 
-    def __init__(self, prompts: Any, reward: Any, tokenizer: Any, *, render_mode: str | None = None, **rules: Any) -> None:
+    def __new__(cls, *args: Any, **kwargs: Any) -> TextGenerationEnv:
+        """Refuse unknown keyword arguments in the name of this class."""
+        if cls.__init__ is TextGenerationEnv.__init__:
+            check_keywords(cls.__name__, kwargs, NAMES | {"render_mode"}, AGENT_NAMES)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        prompts: Any,
+        reward: Any,
+        tokenizer: Any,
+        *,
+        render_mode: str | None = None,
+        **rules: Unpack[RulesOptions],
+    ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             # A TypeError: SB3 asks for "rgb_array" first, and then for none.
             raise TypeError(f"render_mode={render_mode!r} must be None or one of {self.metadata['render_modes']}")

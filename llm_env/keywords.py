@@ -65,6 +65,15 @@ OTHER_NAMES = {  # of TRL, Stable-Baselines3, transformers, verl and OpenRLHF: w
 TRANSLATIONS = {other: name for name, others in OTHER_NAMES.items() for other in others}
 
 
+AGENT_NAMES = {  # for the messages of an env: what is given to the agent
+    "the agent": frozenset(
+        "policy learning_rate n_envs n_epochs batch_size micro_batch_size group_size clip_range clip_range_high clip_range_vf "
+        "ent_coef vf_coef gamma gae_lambda max_grad_norm temperature top_k top_p min_p engine tensorboard_log bf16 seed "
+        "gradient_checkpointing aggregation scale device verbose optimizer policy_kwargs".split()
+    )
+}
+
+
 def check_keywords(owner: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, Collection[str]]) -> None:
     """Raise if a keyword argument is unknown, with the name of the one that was probably meant.
 

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -28,6 +28,35 @@ if TYPE_CHECKING:
     from llm_env.reference import KLController, Reference
 
 logger = logging.getLogger("llm_env")
+
+
+class RulesOptions(TypedDict, total=False):
+    """Keyword arguments of every text env; `Rules` documents them."""
+
+    reward_weights: Sequence[float] | None
+    max_prompt_tokens: int
+    max_new_tokens: int
+    stop: str | Sequence[str] | None
+    eos_token_ids: int | Sequence[int] | None
+    chat_template: str | Path | None
+    chat_template_kwargs: dict[str, Any] | None
+    reference: Any
+    kl_coef: float | KLController
+    split: str | None
+    long_prompts: str
+    success: str | None
+    observation: str
+    record: str | Path | None
+    allowed_tokens: Any
+    min_new_tokens: int
+    length_stop: str
+    overlong_buffer: int
+    overlong_penalty: float
+    missing_eos_penalty: float
+
+
+OPTIONS = frozenset(RulesOptions.__annotations__)
+NAMES = frozenset({"prompts", "reward", "tokenizer"}) | OPTIONS
 
 
 class Rules:

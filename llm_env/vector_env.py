@@ -11,12 +11,14 @@ import numpy as np
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from typing_extensions import Unpack
 
 from llm_env.arguments import check_int, finite, integers, one_per_row, reset_options
 from llm_env.episodes import Episodes, StepOutcome
+from llm_env.keywords import AGENT_NAMES, check_keywords
 from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
-from llm_env.rules import Rules
+from llm_env.rules import NAMES, Rules, RulesOptions
 
 
 @dataclass
@@ -58,6 +60,12 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> TextGenerationVectorEnv:
+        """Refuse unknown keyword arguments in the name of this class."""
+        if cls.__init__ is TextGenerationVectorEnv.__init__:
+            check_keywords(cls.__name__, kwargs, NAMES | {"num_envs", "autoreset_mode"}, AGENT_NAMES)
+        return super().__new__(cls)
+
     def __init__(
         self,
         num_envs: int,
@@ -66,7 +74,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         tokenizer: Any,
         *,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        **rules: Any,
+        **rules: Unpack[RulesOptions],
     ) -> None:
         self._set_up(Rules(prompts, reward, tokenizer, **rules), num_envs, autoreset_mode)
 

@@ -1,7 +1,11 @@
 """What users of SB3 and TRL try in their first hour."""
 
+import os
 import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -289,3 +293,51 @@ def test_the_progress_bar_moves_while_sampling_and_counts_every_token_once(monke
     assert seen[0] > 0 and seen == sorted(seen)  # before the first rollout was counted
     rows = agent.env.num_envs
     assert agent.num_timesteps - rows < sum(shown) <= agent.num_timesteps + rows and min(shown) >= 0
+
+
+# --- names of an env's arguments, and types ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_completion_length", "it is called max_new_tokens here"),
+        ("reward_funcs", "it is called reward here"),
+        ("beta", "it is called kl_coef here"),
+        ("ref_model", "it is called reference here"),
+        ("group_size", "group_size is an argument of the agent"),
+        ("lr", "learning_rate is an argument of the agent"),
+        ("max_new_token", "did you mean max_new_tokens?"),
+    ],
+)
+def test_an_unknown_keyword_of_an_env(name, hint):
+    arguments = (["a"], lambda completions: [0.0] * len(completions), llm_env.PUPIL)
+    for kind, more in ((llm_env.TextGenerationEnv, ()), (llm_env.TextGenerationVectorEnv, (2,))):
+        message = re.escape(f"{kind.__name__}() has no argument {name!r}; {hint}")
+        refused(kind, *more, *arguments, **{name: 1}, error=TypeError, match=f"^{message}")
+    with pytest.raises(TypeError, match=re.escape(f"has no argument {name!r}; {hint}")):
+        gym.make(ENV, **{name: 1})
+
+
+SCRIPT = """\
+import llm_env
+from agents import GRPO, PPO, REINFORCE
+
+env = llm_env.TextGenerationEnv(["a"], lambda completions: [0.0], llm_env.PUPIL, max_new_tokens=4, kl_coef=0.1)
+wrong_env = llm_env.TextGenerationEnv(["a"], lambda completions: [0.0], llm_env.PUPIL, max_new_token=4)
+agent = GRPO(llm_env.PUPIL, env, group_size=4, n_envs=8, temperature=1.0, engine=None)
+wrong_agent = GRPO(llm_env.PUPIL, env, n_env=8)
+wrong_type = PPO(llm_env.PUPIL, env, n_envs="8")
+other = REINFORCE(llm_env.PUPIL, env, n_epochs=2, mask_truncated=True).learn(10)
+"""
+
+
+def test_mypy_finds_a_misspelt_keyword_from_outside(tmp_path):
+    """The packages are typed (`py.typed`): a type checker that knows nothing of this repository sees their arguments."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "mypy", "--no-incremental", "--follow-imports=silent", "script.py"]
+    environment = {**os.environ, "MYPYPATH": str(Path(llm_env.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    found = [line for line in done.stdout.splitlines() if line.startswith("script.py:") and ": error:" in line]
+    assert [int(line.split(":")[1]) for line in found] == [5, 7, 8], done.stdout + done.stderr
+    assert 'Unexpected keyword argument "max_new_token"' in found[0] and 'Unexpected keyword argument "n_env"' in found[1]

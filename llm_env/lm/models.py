@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llm_env.lm.capabilities import REMEDY, NotCausal, refusing, takes_left_padding, trial, vocabulary_of
 from llm_env.lm.inputs import model_inputs, without_cache
 from llm_env.model_names import check_model_name
+from llm_env.warn import warn
 
 _OTHER_HEAD = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|ForNextSentencePrediction")
 
@@ -57,10 +57,9 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
             f"{name}={text!r} holds a {kind} without {missing[0]}, which would be random in a {type(model).__name__}; {REMEDY}"
         )
     if not _is_known(kind):
-        warnings.warn(
+        warn(
             f"{name}={text!r} holds a {kind}, which transformers does not know, and is loaded as a {type(model).__name__}; if "
-            "they do not compute the same, load it with its own class and give the object",
-            stacklevel=4,
+            "they do not compute the same, load it with its own class and give the object"
         )
     check_causal(model, name)
     return model
