@@ -28,7 +28,7 @@ class TokenEmbeddingExtractor(BaseFeaturesExtractor):
         embedding_dim: size of an embedding; less than F.
 
     Raises:
-        ValueError: the space is not a text env's, or `embedding_dim` leaves no room.
+        ValueError: If the space is not a text env's, or `embedding_dim` leaves no room.
     """
 
     def __init__(self, observation_space: spaces.Space, features_dim: int = 128, embedding_dim: int = 32) -> None:

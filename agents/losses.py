@@ -143,7 +143,7 @@ def clipped_surrogate(
     length_limit: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """The policy's loss, a scalar: `surrogate_terms` summed with `token_weights`.
+    """Return the policy's loss, a scalar: `surrogate_terms` summed with `token_weights`.
 
     Args:
         logp: (B, T), log pi of the action tokens, in nats.
@@ -176,7 +176,7 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The plain estimate of KL(pi, pi_ref) per token: -d, d = ref_logp - logp.
+    """Return the plain estimate of KL(pi, pi_ref) per token: -d, d = ref_logp - logp.
 
     Both inputs and the result are (B, T), in nats. Unbiased, of either sign; as a loss its expected gradient is zero.
     http://joschu.net/blog/kl-approx.html

@@ -65,14 +65,14 @@ class _TextVecEnvBase(VecEnv):
         """Take note of one token a row.
 
         Raises:
-            ValueError: there are more or fewer, or they are no whole numbers.
+            ValueError: If there are more or fewer, or they are no whole numbers.
         """
         if isinstance(actions, np.ndarray) and actions.shape == (self.num_envs, 1):
             actions = actions[:, 0]
         self._actions = self.venv.checked_actions(actions)
 
     def _end_info(self, row: int, final: Any, length: int, truncated: bool) -> dict[str, Any]:
-        """What SB3 and its `Monitor` add to the last info of an episode, whose return is then counted from 0 again."""
+        """Return what SB3 and its `Monitor` add to the last info of an episode, whose return is then counted from 0 again."""
         seconds = round(time.monotonic() - self._started, 6)
         episode = {"r": float(self._returns[row]), "l": int(length), "t": seconds}
         self._returns[row] = 0
@@ -83,7 +83,7 @@ class _TextVecEnvBase(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The vector env's attribute, once a row; None for `render_mode`."""
+        """Return the vector env's attribute, once a row; None for `render_mode`."""
         value = self.render_mode if attr_name == "render_mode" else getattr(self.venv, attr_name)
         return [value for _ in self._get_indices(indices)]
 
@@ -154,7 +154,7 @@ class WrappedTextVecEnv(_TextVecEnvBase):
         env: the wrapped env, in the autoreset mode SAME_STEP, the one that SB3 has.
 
     Raises:
-        ValueError: it has another mode.
+        ValueError: If it has another mode.
     """
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
@@ -176,7 +176,7 @@ class WrappedTextVecEnv(_TextVecEnvBase):
         """Take a step of the wrapped env.
 
         Raises:
-            ValueError: a wrapper ended an episode whose row it did not reset.
+            ValueError: If a wrapper ended an episode whose row it did not reset.
         """
         observation, paid, terminated, truncated, listed = self.env.step(self._actions)
         rewards, dones = np.asarray(paid, dtype=np.float32), terminated | truncated
@@ -201,7 +201,7 @@ class WrappedTextVecEnv(_TextVecEnvBase):
 
 
 def as_vec_env(env: Any, n_envs: int) -> VecEnv:
-    """The VecEnv an agent works on.
+    """Return the VecEnv an agent works on.
 
     A text env without wrappers that change it becomes a `TextVecEnv` of `n_envs` rows. Any other (one with wrappers, or an
     SB3 VecEnv) is stepped token by token, as it is.
@@ -211,8 +211,8 @@ def as_vec_env(env: Any, n_envs: int) -> VecEnv:
         n_envs: rows of a `TextVecEnv` made here.
 
     Raises:
-        TypeError: it is no text env.
-        ValueError: it is a wrapped vector env whose autoreset mode is not SAME_STEP.
+        TypeError: If it is no text env.
+        ValueError: If it is a wrapped vector env whose autoreset mode is not SAME_STEP.
     """
     if isinstance(env, str):
         env = gym.make(env)
@@ -262,7 +262,7 @@ def _warn_of_token_clock(cause: str) -> None:
 
 
 def _wrappers_that_matter(env: Any) -> list[str]:
-    """Names of the wrappers, or of the subclass, by which an env may differ from its rules."""
+    """Return names of the wrappers, or of the subclass, by which an env may differ from its rules."""
     names = []
     while isinstance(env, (gym.Wrapper, gym.vector.VectorWrapper)):
         # A Monitor without a file only counts, and `TextVecEnv` counts the same.
@@ -276,10 +276,10 @@ def _wrappers_that_matter(env: Any) -> list[str]:
 
 
 def rules_of_vec_env(vec_env: VecEnv) -> Rules:
-    """The rules of the text envs in a VecEnv.
+    """Return the rules of the text envs in a VecEnv.
 
     Raises:
-        TypeError: there are other envs in it.
+        TypeError: If there are other envs in it.
     """
     try:
         rules = vec_env.get_attr("rules")[0]
@@ -304,7 +304,7 @@ def ids_and_mask(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
     """Token ids, and True where they are no padding, of an observation in either form, batched or not.
 
     Raises:
-        ValueError: it is not the observation of a text env.
+        ValueError: If it is not the observation of a text env.
     """
     if isinstance(observation, dict) and {"input_ids", "attention_mask"} <= observation.keys():
         ids, mask = np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"])
@@ -321,10 +321,10 @@ def ids_and_mask(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_of(observation: Observation) -> list[list[int]]:
-    """The token ids of each row of a batched observation, without the padding.
+    """Return the token ids of each row of a batched observation, without the padding.
 
     Raises:
-        ValueError: it is not the observation of a text env, or a row holds no token.
+        ValueError: If it is not the observation of a text env, or a row holds no token.
     """
     ids, mask = ids_and_mask(observation)
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]

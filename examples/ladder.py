@@ -49,7 +49,7 @@ LARGER_EPISODES = 4
 
 
 def train_all(steps: list[Step], seeds: list[int], timesteps: int, logs: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every step's runs, one a seed, as `asdict` gives them."""
+    """Return every step's runs, one a seed, as `asdict` gives them."""
     exam = Exam()
     results: dict[str, list[dict[str, Any]]] = {step.name: [] for step in steps}
     for seed in seeds:
@@ -85,7 +85,7 @@ def costs(length: int, repeats: int) -> dict[str, dict[str, tuple[float, float]]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All numbers, by part; `ladder.json` is written after each."""
+    """Return all numbers, by part; `ladder.json` is written after each."""
     seeds, tokens = list(range(arguments.seeds)), arguments.timesteps
     checkpoints = (0, tokens // 5, 4 * tokens // 5)
     logs = arguments.logs

@@ -25,7 +25,7 @@ CHARACTERS = ["\n", *map(chr, range(32, 127))]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character: newline and printable ASCII, after `<pad>`, `<eos>` and `<unk>`."""
+    """Return one token a character: newline and printable ASCII, after `<pad>`, `<eos>` and `<unk>`."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -42,7 +42,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 1.06M parameters, head dimension 32, input and output embeddings tied."""
+    """Return a Llama of 1.06M parameters, head dimension 32, input and output embeddings tied."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -66,7 +66,7 @@ def without_carry(a: int, b: int) -> int:
 
 
 def encode_all(tokenizer: PreTrainedTokenizerFast, width: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every training problem with its right (row 0) and its forgetful answer (row 1).
+    """Return every training problem with its right (row 0) and its forgetful answer (row 1).
 
     Returns `input_ids` and `labels` of shape (problems, 2, width), labels being -100 outside the answer and its end token,
     and the probability of the forgetful answer, (problems,).

@@ -78,7 +78,7 @@ def read_pairs(path: Path) -> list[Pair]:
     """Pairs from a `.jsonl` file.
 
     Raises:
-        ValueError: a row lacks `prompt`, `chosen` or `rejected`, or one of them is no text.
+        ValueError: If a row lacks `prompt`, `chosen` or `rejected`, or one of them is no text.
     """
     rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
@@ -92,7 +92,7 @@ def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on and held-out ones, a tenth by a hash of the prompt: no prompt is on both sides.
 
     Raises:
-        ValueError: one of the sides is empty.
+        ValueError: If one of the sides is empty.
     """
     sides = [[pair for pair in pairs if split_of(pair["prompt"]) == side] for side in ("train", "test")]
     if not all(sides):
@@ -101,14 +101,14 @@ def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def scored_together(pairs: list[Pair]) -> tuple[list[str], list[str]]:
-    """Prompts and completions of a batch: all chosen answers, then all rejected ones."""
+    """Return prompts and completions of a batch: all chosen answers, then all rejected ones."""
     return [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
 
 
 def train(
     base: str, pairs: list[Pair], seed: int, epochs: int = 4, learning_rate: float = 3e-4, batch_size: int = 64
 ) -> RewardModel:
-    """A reward model from a base model, by the Bradley-Terry loss; dropout is off.
+    """Return a reward model from a base model, by the Bradley-Terry loss; dropout is off.
 
     Args:
         base: path or hub id of a causal language model or a classifier with one label.
@@ -137,7 +137,7 @@ def train(
 
 
 def accuracy(reward: RewardModel, pairs: list[Pair]) -> float:
-    """The share of pairs whose chosen answer scores higher than the rejected one."""
+    """Return the share of pairs whose chosen answer scores higher than the rejected one."""
     scores = reward(*scored_together(pairs))
     return sum(map(gt, scores[: len(pairs)], scores[len(pairs) :])) / len(pairs)
 

@@ -38,13 +38,13 @@ def about_dogs(completions: list[str], **_: Any) -> list[float]:
 
 
 def own_words(completions: list[str], **_: Any) -> list[float]:
-    """The share of different words, so that "dog dog dog" does not pay."""
+    """Return the share of different words, so that "dog dog dog" does not pay."""
     words = [re.findall(r"\w+", text.lower()) for text in completions]
     return [len(set(found)) / len(found) if found else 0.0 for found in words]
 
 
 def make_agent(algorithm: str, model: str, seed: int, logs: str | None, n_envs: int = 64) -> LanguageAgent:
-    """An agent on the stories env, with the KL to the untrained model where the algorithm has it."""
+    """Return an agent on the stories env, with the KL to the untrained model where the algorithm has it."""
     kl_in_reward = {"kl_coef": 0.02} if algorithm == "ppo" else {}
     env = TextGenerationEnv(
         BEGINNINGS,

@@ -23,7 +23,7 @@ def check_int(name: str, value: Any, least: int, most: int | None = None) -> int
     """`value` as an int.
 
     Raises:
-        ValueError: it is no whole number from `least` to `most`.
+        ValueError: If it is no whole number from `least` to `most`.
     """
     number = as_int(value)
     if number is None or number < least or (most is not None and number > most):
@@ -41,7 +41,7 @@ def integers(values: Any, what: str, expected: str) -> np.ndarray:
         expected: what must be given instead; goes on with it.
 
     Raises:
-        ValueError: they are no such thing.
+        ValueError: If they are no such thing.
     """
     try:
         found = np.asarray(values)
@@ -58,7 +58,7 @@ def finite(values: Any, what: str) -> np.ndarray:
     """`values` as a float64 array.
 
     Raises:
-        ValueError: they are no numbers, or not finite ones.
+        ValueError: If they are no numbers, or not finite ones.
     """
     try:
         found = np.asarray(values, dtype=np.float64)
@@ -70,11 +70,11 @@ def finite(values: Any, what: str) -> np.ndarray:
 
 
 def one_per_row(given: Any, name: str, num_envs: int) -> list[Any]:
-    """The entries of `given`, one for each row of a vector env.
+    """Return the entries of `given`, one for each row of a vector env.
 
     Raises:
-        TypeError: it is nothing to walk through in order.
-        ValueError: there are more or fewer.
+        TypeError: If it is nothing to walk through in order.
+        ValueError: If there are more or fewer.
     """
     if isinstance(given, (str, bytes, dict, set, frozenset)) or not hasattr(given, "__iter__"):
         raise TypeError(f"{name} is a {type(given).__name__}; give a list, one entry for each of {num_envs} rows")
@@ -88,7 +88,7 @@ def check_text(text: str, what: str) -> None:
     """Refuse a str with half of a surrogate pair, as JSON can hold it: no valid text, which tokenizers cannot read.
 
     Raises:
-        ValueError: there is one; the message says where.
+        ValueError: If there is one; the message says where.
     """
     try:
         text.encode("utf-8")
@@ -100,11 +100,11 @@ def check_text(text: str, what: str) -> None:
 
 
 def reset_options(options: Any, known: Sequence[str]) -> dict[str, Any]:
-    """The options of a reset, none for None.
+    """Return the options of a reset, none for None.
 
     Raises:
-        TypeError: they are no dict.
-        ValueError: one of them is not known: a misspelt one would go unnoticed.
+        TypeError: If they are no dict.
+        ValueError: If one of them is not known: a misspelt one would go unnoticed.
     """
     if options is None:
         return {}

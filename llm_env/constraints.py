@@ -25,7 +25,7 @@ class TokenConstraint:
         eos_ids: the end tokens; a single one may be given as an int.
 
     Raises:
-        ValueError, TypeError: `allowed` holds no token, or what is no token id.
+        ValueError, TypeError: If `allowed` holds no token, or what is no token id.
     """
 
     def __init__(self, allowed: Any, min_new_tokens: int, vocab_size: int, eos_ids: int | Collection[int]) -> None:
@@ -54,7 +54,7 @@ class TokenConstraint:
         """(V,) bool, True for the tokens that may follow `response`.
 
         Raises:
-            ValueError: no token may.
+            ValueError: If no token may.
         """
         return self.along(prompt, [*response, self._eos_ids[0]], len(response))[0]
 

@@ -107,7 +107,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             options: `{"index": i}` takes prompt i.
 
         Raises:
-            ValueError: the seed, an option or the index is unusable. Nothing has changed then.
+            ValueError: If the seed, an option or the index is unusable. Nothing has changed then.
         """
         index = reset_options(options, ("index",)).get("index")
         if index is not None:
@@ -125,7 +125,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         """Append one token.
 
         Raises:
-            ValueError: the action is no token id or not allowed, the episode has ended, or a reward function failed. Nothing
+            ValueError: If the action is no token id or not allowed, the episode has ended, or a reward function failed. Nothing
                 has changed then.
         """
         token = as_int(action)
@@ -169,7 +169,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         return "\n".join(lines)
 
     def _token_lines(self) -> list[str]:
-        """One line a token: its text, log pi, log pi_ref and their difference; `-` where log pi was not told."""
+        """Return one line a token: its text, log pi, log pi_ref and their difference; `-` where log pi was not told."""
         lines = [f"{'token':>12} {'log pi':>9} {'log pi_ref':>11} {'kl':>9}"]
         for token, logp, ref_logp in zip(self._episodes.response(0).tolist(), *self._episodes.log_probs(0), strict=True):
             known = [f"{x:.4f}" if np.isfinite(x) else "-" for x in (logp, ref_logp, logp - ref_logp)]

@@ -81,19 +81,19 @@ class Episodes:
         self._paid_steps[rows] = 0.0
 
     def observation(self) -> Any:
-        """What the agent sees of all rows, new arrays at every call; see `llm_env.observations`."""
+        """Return what the agent sees of all rows, new arrays at every call; see `llm_env.observations`."""
         return observe(self.rules.observation, self.ids, self.prompt_lengths + self.response_lengths)
 
     def prompt(self, row: int) -> np.ndarray:
-        """The prompt's token ids, (P,)."""
+        """Return the prompt's token ids, (P,)."""
         return self.ids[row, : self.prompt_lengths[row]]
 
     def response(self, row: int) -> np.ndarray:
-        """The action tokens so far, (T,)."""
+        """Return the action tokens so far, (T,)."""
         return self.ids[row, self.prompt_lengths[row] :][: self.response_lengths[row]]
 
     def log_probs(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Log pi and log pi_ref of the action tokens so far, (T,) each, in nats; NaN where not known."""
+        """Return Log pi and log pi_ref of the action tokens so far, (T,) each, in nats; NaN where not known."""
         at = slice(0, self.response_lengths[row])
         return self._logp[row, at], self._ref_logp[row, at]
 
@@ -115,7 +115,7 @@ class Episodes:
             score_reference: ask the reference about all tokens now, not only when an episode ends or a KL is paid.
 
         Raises:
-            ValueError: a row has ended, or a token is out of range, comes after the end token, or exceeds the limit; or a
+            ValueError: If a row has ended, or a token is out of range, comes after the end token, or exceeds the limit; or a
                 reward function failed, or the record could not be written. No row has changed then.
         """
         written = np.arange(tokens.shape[1]) < lengths[:, None]
@@ -201,7 +201,7 @@ class Episodes:
     def _ends(
         self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, before: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where the tokens just written end an episode: (terminated, truncated), both (R,) bool."""
+        """Return where the tokens just written end an episode: (terminated, truncated), both (R,) bool."""
         position = np.arange(tokens.shape[1])
         is_end: Any = self.rules.are_end_tokens(tokens) & (position < lengths[:, None])
         if self.rules.stop:

@@ -29,7 +29,7 @@ def spaces_of(form: str, max_tokens: int, vocab_size: int) -> tuple[spaces.Space
 
 
 def observe(form: str, ids: np.ndarray, lengths: np.ndarray) -> Any:
-    """What the agent sees of B rows, in new arrays.
+    """Return what the agent sees of B rows, in new arrays.
 
     Args:
         form: `"dict"`: `input_ids` (B, L) int64 and `attention_mask` (B, L) int8; `"flat"`: the ids, (B, L) int64, -1 at

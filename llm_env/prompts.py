@@ -26,7 +26,7 @@ class PromptSource(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return how many rows there are."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Row:
@@ -50,11 +50,11 @@ def check_split(split: str | None) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """One JSON object a line.
+    """Return one JSON object a line.
 
     Raises:
-        ValueError: a line is empty, is not JSON or is not an object; the message names file and line.
-        FileNotFoundError: there is no such file.
+        ValueError: If a line is empty, is not JSON or is not an object; the message names file and line.
+        FileNotFoundError: If there is no such file.
     """
     rows = []
     lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -87,7 +87,7 @@ def as_rows(prompts: Any) -> Sequence[Row]:
             indexing that yields either (a Hugging Face `Dataset` or one of its columns).
 
     Raises:
-        TypeError, ValueError: it is none of these, or empty.
+        TypeError, ValueError: If it is none of these, or empty.
     """
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
@@ -197,7 +197,7 @@ class PromptTable:
         return len(self.ids)
 
     def column(self, name: str, indexes: Sequence[int]) -> list[Any]:
-        """The values of column `name` in the prompts `indexes`."""
+        """Return the values of column `name` in the prompts `indexes`."""
         return [self._rows[self._kept[i]].get(name) for i in indexes]
 
     def reward_inputs(
@@ -227,7 +227,7 @@ class PromptTable:
         return None if index is None else self.ids[index].tolist()
 
     def row(self, index: int) -> Row:
-        """The columns of prompt `index` that it has, "prompt" aside."""
+        """Return the columns of prompt `index` that it has, "prompt" aside."""
         return {name: value for name, value in self._rows[self._kept[index]].items() if name != "prompt"}
 
     def _survey(self) -> tuple[list[str], dict[str, int]]:
@@ -259,7 +259,7 @@ class PromptCursor:
         self._moved: dict[int, int] = {}
 
     def next(self) -> int:
-        """The next index."""
+        """Return the next index."""
         if self._drawn == self._size:
             self.restart()
         chosen = int(self._rng().integers(self._drawn, self._size))
@@ -269,14 +269,14 @@ class PromptCursor:
         return index
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on with the same order; the generator's state is the env's to keep."""
+        """Return what `load_state_dict` needs to go on with the same order; the generator's state is the env's to keep."""
         return {"size": self._size, "drawn": self._drawn, "moved": dict(self._moved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: the state belongs to another number of prompts.
+            ValueError: If the state belongs to another number of prompts.
         """
         if state["size"] != self._size:
             raise ValueError(f"the saved cursor runs over {state['size']} prompts, this env has {self._size}")

@@ -35,8 +35,8 @@ class Recorder:
         rows: the columns of all prompts, to see before any episode has ended that they can be written.
 
     Raises:
-        TypeError: a prompt's column holds what JSON cannot.
-        ValueError: the file ends in the middle of a line that is no record.
+        TypeError: If a prompt's column holds what JSON cannot.
+        ValueError: If the file ends in the middle of a line that is no record.
     """
 
     def __init__(self, path: str | Path, rows: Iterable[dict[str, Any]] = ()) -> None:
@@ -52,7 +52,7 @@ class Recorder:
             self._mend(last)
 
     def beside(self, name: str) -> Recorder:
-        """A recorder that writes to `<file>.<name>.<ending>` beside this one's file; this one, if it does already."""
+        """Return a recorder that writes to `<file>.<name>.<ending>` beside this one's file; this one, if it does already."""
         if self.path.stem.endswith(f".{name}"):
             return self
         return Recorder(self.path.with_suffix(f".{name}{self.path.suffix}"))
@@ -80,7 +80,7 @@ class Recorder:
 
 
 def _unfinished_line(path: Path) -> bytes:
-    """What stands after the last line break of a file, of which no more is read than is needed."""
+    """Return what stands after the last line break of a file, of which no more is read than is needed."""
     last = b""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
@@ -116,7 +116,7 @@ def rescore(
         old reward is gone.
 
     Raises:
-        ValueError: the file is no record of episodes, or a function fails; the message says where.
+        ValueError: If the file is no record of episodes, or a function fails; the message says where.
 
     Examples:
         >>> import tempfile, llm_env

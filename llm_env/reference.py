@@ -83,7 +83,7 @@ class Reference:
         """Refuse a model that cannot score all token ids of the env.
 
         Raises:
-            ValueError: the model's vocabulary is smaller.
+            ValueError: If the model's vocabulary is smaller.
         """
         size = vocabulary_of(self.model)
         if size < vocab_size:
@@ -185,7 +185,7 @@ class BaseReference(Reference):
         """See `Reference`.
 
         Raises:
-            ValueError: no agent has had the env yet.
+            ValueError: If no agent has had the env yet.
         """
         if not self.has_model:
             raise ValueError(
@@ -244,12 +244,12 @@ class AdaptiveKLController(KLController):
 
 
 def coefficient(kl_coef: float | KLController) -> float:
-    """The number that a coefficient is now."""
+    """Return the number that a coefficient is now."""
     return kl_coef.value if isinstance(kl_coef, KLController) else kl_coef
 
 
 def as_kl_controller(kl_coef: float | KLController) -> KLController | None:
-    """A controller from a number or a controller; None for 0, which means no shaping."""
+    """Return a controller from a number or a controller; None for 0, which means no shaping."""
     if isinstance(kl_coef, KLController):
         return kl_coef
     return KLController(kl_coef) if kl_coef != 0 else None

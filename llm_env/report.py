@@ -32,7 +32,7 @@ class Report:
         return not any(row.result == FAILED for row in self.rows)
 
     def __getitem__(self, check: str) -> CheckRow:
-        """The row of that name."""
+        """Return the row of that name."""
         return next(row for row in self.rows if row.check == check)
 
     def __str__(self) -> str:

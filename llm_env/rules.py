@@ -94,7 +94,7 @@ class Rules:
             `is_success` appear in the last info.
 
     Raises:
-        ValueError, TypeError: any of them is unusable; the message names the value and the remedy.
+        ValueError, TypeError: If any of them is unusable; the message names the value and the remedy.
 
     Attributes:
         eos_ids: the tokens that end an episode.
@@ -194,7 +194,7 @@ class Rules:
             self.recorder = self.recorder.beside(f"process{process}")
 
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
-        """The responses as text, without special tokens: what reward functions and people read."""
+        """Return the responses as text, without special tokens: what reward functions and people read."""
         return [
             self.tokenizer.decode(
                 [token for token in ids if token not in self.eos_ids],
@@ -205,10 +205,10 @@ class Rules:
         ]
 
     def prompt_index(self, index: Any) -> int:
-        """Which prompt `index` is, as an int.
+        """Return which prompt `index` is, as an int.
 
         Raises:
-            ValueError: it is no whole number, or there is no such prompt.
+            ValueError: If it is no whole number, or there is no such prompt.
         """
         number = as_int(index)
         if number is None:

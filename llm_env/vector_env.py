@@ -82,7 +82,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def from_rules(
         cls, rules: Rules, num_envs: int, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP
     ) -> TextGenerationVectorEnv:
-        """An env with the given rules, which are shared, not copied."""
+        """Return an env with the given rules, which are shared, not copied."""
         env = cls.__new__(cls)
         env._set_up(rules, num_envs, autoreset_mode)
         return env
@@ -121,7 +121,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 `{"reset_mask": mask}`, (B,) bool, leaves the rows outside the mask as they are.
 
         Raises:
-            ValueError: G does not divide the number of rows; seeds, mask or indexes do not fit; an option is not known.
+            ValueError: If G does not divide the number of rows; seeds, mask or indexes do not fit; an option is not known.
                 Nothing has changed then.
         """
         options = reset_options(options, ("index", "group_size", "reset_mask"))
@@ -155,7 +155,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             Observation, rewards (B,) float64, terminations and truncations (B,) bool, infos in Gymnasium's vector form.
 
         Raises:
-            ValueError: another number of actions than rows, or what `advance_tokens` refuses. Nothing has changed then.
+            ValueError: If there are more or fewer actions than rows, or `advance_tokens` refuses one. Nothing has changed then.
         """
         tokens = self.checked_actions(actions)
         renewed = np.flatnonzero(self._pending)
@@ -193,7 +193,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             logprobs: B float sequences of the same lengths, log pi of the tokens in nats; with them the KL penalty is exact.
 
         Raises:
-            ValueError: another number of responses than rows; lengths that differ; a token out of range, after the end or
+            ValueError: If there are more or fewer responses than rows, lengths differ, or there is a token out of range, after the end or
                 past the limit; a row that has ended already. No row has changed then.
         """
         rows = one_per_row(responses, "responses", self.num_envs)
@@ -233,7 +233,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """(B,) int64, one action a row.
 
         Raises:
-            ValueError: it is anything else.
+            ValueError: If it is anything else.
         """
         tokens = integers(actions, "actions", f"{self.num_envs} integers, one a row")
         if len(tokens) != self.num_envs:
@@ -261,7 +261,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return self.episodes.action_masks()
 
     def state_dict(self) -> dict[str, Any]:
-        """The random streams and the order of the prompts, for `load_state_dict`; episodes under way are not in it."""
+        """Return the random streams and the order of the prompts, for `load_state_dict`; episodes under way are not in it."""
         return {
             "np_random": self.np_random.bit_generator.state,
             "group_cursor": self._group_cursor.state_dict(),
@@ -272,14 +272,14 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         }
 
     def fits(self, state: dict[str, Any]) -> bool:
-        """Whether a saved state is of as many rows and prompts as this env has."""
+        """Return whether a saved state is of as many rows and prompts as this env has."""
         return len(state["rows"]) == self.num_envs and state["group_cursor"]["size"] == len(self.rules.prompts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the prompts where `state_dict` was taken.
 
         Raises:
-            ValueError: the state belongs to another number of rows or prompts.
+            ValueError: If the state belongs to another number of rows or prompts.
         """
         if not self.fits(state):
             raise ValueError(
@@ -308,7 +308,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return (self._row_cursors[row] if group_size is None else self._group_cursor).next()
 
     def _wanted_indexes(self, index: Any, count: int) -> list[int | None]:
-        """One prompt a head, None where the head is to take its next one."""
+        """Return one prompt a head, None where the head is to take its next one."""
         many = isinstance(index, (list, tuple)) or (isinstance(index, np.ndarray) and index.ndim > 0)
         wanted = list(index) if many else [index] * count
         if len(wanted) != count:

@@ -82,7 +82,7 @@ def room(new: int) -> int:
 
 
 def cache_bytes(model: Model, prompts: int, prompt: int, rows: int, new: int, number: int = 2) -> int:
-    """Keys and values of prompts, once for a group, and of `new` tokens of each response; `number` bytes each."""
+    """Return keys and values of prompts, once for a group, and of `new` tokens of each response; `number` bytes each."""
     return 2 * model.layers * model.kinds * model.size * (prompts * prompt + rows * room(new)) * number
 
 
@@ -115,7 +115,7 @@ class Sharding:
     lora: bool = False
 
     def held(self, model: Model) -> dict[str, float]:
-        """Bytes on each GPU by what they are, all the time."""
+        """Return bytes on each GPU by what they are, all the time."""
         parts = self.gpus if self.sharded else 1
         trained = model.adapter(RANK) if self.lora else model.parameters
         weights = 4 * (model.parameters + (trained if self.lora else 0))
@@ -133,12 +133,12 @@ class Sharding:
         return 2 * (2 * layer + (1 if model.tied else 2) * model.vocabulary * model.hidden) + 4 * layer  # and a gradient
 
     def update(self, model: Model) -> float:
-        """Bytes on each GPU at the peak of an update, one group at a time."""
+        """Return bytes on each GPU at the peak of an update, one group at a time."""
         passed = self.working(model) + activation_bytes(model, PROMPT + GROUP * NEW)
         return sum(self.held(model).values()) + passed + TABLES * CHUNK
 
     def gathered(self, model: Model) -> float:
-        """Bytes of weights in bfloat16 beside those held, while sampling: all; sharded, those of a second model too."""
+        """Return bytes of weights in bfloat16 beside those held, while sampling: all; sharded, those of a second model too."""
         if self.sharded:
             return 2 * model.parameters * (1 if self.lora else 2)
         return self.working(model) if self.lora else 2 * model.parameters
@@ -149,7 +149,7 @@ class Sharding:
         return max(0, min(PROMPTS // self.gpus, int(left // cache_bytes(model, 1, PROMPT, GROUP, NEW))))
 
     def sampling(self, model: Model) -> float:
-        """Bytes on each GPU while sampling, with as many groups at a time as there is room for, or one."""
+        """Return bytes on each GPU while sampling, with as many groups at a time as there is room for, or one."""
         groups = max(1, self.at_a_time(model))
         return sum(self.held(model).values()) + self.gathered(model) + groups * cache_bytes(model, 1, PROMPT, GROUP, NEW)
 
@@ -206,7 +206,7 @@ def seconds(model: Model, sharding: Sharding) -> dict[str, float]:
 
 
 def verdict(model: Model, sharding: Sharding) -> str:
-    """Whether it fits, and with what."""
+    """Return whether it fits, and with what."""
     groups, limit = sharding.at_a_time(model), GPU * USABLE
     if sharding.update(model) > limit:
         return "no"
@@ -246,7 +246,7 @@ def tables(model: Model) -> list[str]:
 
 
 def page() -> str:
-    """All of it."""
+    """Return all of it."""
     return "\n".join([HEAD, *(line for model in MODELS for line in tables(model))]).rstrip() + "\n"
 
 

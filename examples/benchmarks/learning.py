@@ -53,7 +53,7 @@ def compare(task: Task, rollouts: int, seeds: int) -> Runs:
 
 
 def quarters(run: Run) -> list[float]:
-    """Mean reward of each quarter of a run, and of all of it."""
+    """Return mean reward of each quarter of a run, and of all of it."""
     return [*(float(np.mean(part)) for part in np.array_split(run.rewards, 4)), float(np.mean(run.rewards))]
 
 
@@ -68,7 +68,7 @@ def reached(task: Task, run: Run) -> tuple[float, float]:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Return mean and standard deviation over the seeds."""
     deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
@@ -81,7 +81,7 @@ def middle(values: list[float]) -> str:
 
 
 def table(task: Task, runs: Runs, before: float | None) -> str:
-    """The numbers of one task in Markdown: mean ± standard deviation over the seeds, or the median and the range."""
+    """Return the numbers of one task in Markdown: mean ± standard deviation over the seeds, or the median and the range."""
     rows: list[tuple[str, list[str]]] = []
     parts = {side: np.array([quarters(run) for run in runs[side]]).T.tolist() for side in SIDES}
     for i, name in enumerate(["first quarter", "second quarter", "third quarter", "last quarter", "whole run"]):

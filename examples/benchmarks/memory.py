@@ -79,7 +79,7 @@ class Measured:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("prompt", 256), ("group", 8), ("new-tokens", 64), ("problems", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_agent(work: Work, keywords: dict[str, Any]) -> GRPO:
-    """An agent that writes its logs nowhere."""
+    """Return an agent that writes its logs nowhere."""
     env = TextGenerationEnv(
         work.texts(),
         even_words,
@@ -138,7 +138,7 @@ def measure_time(agent: GRPO, rollout: Rollout, measured: Measured) -> None:
 
 
 def measure(work: Work, repeats: int) -> list[Measured]:
-    """All keywords, in turns."""
+    """Return all keywords, in turns."""
     agents = [make_agent(work, keywords) for keywords in ROWS]
     results = [Measured(keywords) for keywords in ROWS]
     rollout = agents[0].sample_rollout()
@@ -156,7 +156,7 @@ def measure(work: Work, repeats: int) -> list[Measured]:
 
 
 def report(results: list[Measured], title: str) -> str:
-    """The table."""
+    """Return the table."""
     lines = ["# Memory of an update", "", title, ""]
     lines += ["| keywords | weights | reference | optimizer | update | peak, MiB | of (none) | time of (none) | by CPU time |"]
     lines += ["| :--- |" + " ---: |" * 8]
@@ -174,14 +174,14 @@ def report(results: list[Measured], title: str) -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 by itself, a CPU as Linux tells."""
+    """Return whether the device multiplies bfloat16 by itself, a CPU as Linux tells."""
     flags = Path("/proc/cpuinfo")
     knows = flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
     return device.type != "cpu" or knows
 
 
 def title_of(work: Work, parameters: int, repeats: int) -> str:
-    """What was measured, and how."""
+    """Return what was measured, and how."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
     place = (
         f"{work.threads} thread{'s' * (work.threads > 1)} of a machine with {os.cpu_count()} CPU cores ({platform.machine()})"

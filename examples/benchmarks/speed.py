@@ -44,7 +44,7 @@ SETTINGS = ("new_tokens", "problems", "vocabulary", "hidden", "layers", "heads",
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = parser.add_argument_group("the work")
     shape.add_argument("--prompts", type=int, nargs="+", default=[16, 256, 1024], help="tokens of a prompt")
@@ -82,7 +82,7 @@ def write(numbers: Numbers, folder: Path) -> str:
 
 
 def title(arguments: argparse.Namespace, parameters: int) -> str:
-    """What was measured, and how."""
+    """Return what was measured, and how."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
     place = f"{arguments.threads} CPU thread{'s' * (arguments.threads > 1)} ({platform.machine()})"
     if arguments.device.startswith("cuda"):
@@ -120,10 +120,10 @@ def run(arguments: argparse.Namespace, folder: str) -> str:
 
 
 def joined(files: list[Path]) -> Numbers:
-    """The numbers of several runs; where two have measured the same, the later one's count.
+    """Return the numbers of several runs; where two have measured the same, the later one's count.
 
     Raises:
-        SystemExit: they have not measured the same kind of work, or a shape with different passes.
+        SystemExit: If they have not measured the same kind of work, or a shape with different passes.
     """
     runs = [json.loads(file.read_text()) for file in files]
     for run, file in zip(runs, files, strict=True):

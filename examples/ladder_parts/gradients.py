@@ -15,12 +15,12 @@ from agents.rollout import Rollout
 
 
 def evaluate(agent: LanguageAgent, rollout: Rollout) -> Evaluation:
-    """What the training path says of a rollout."""
+    """Return what the training path says of a rollout."""
     return agent.policy.evaluate_actions(rollout.prompts, rollout.responses, agent.temperature)
 
 
 def with_advantages(agent: LanguageAgent, rollout: Rollout, values: Tensor | None) -> Rollout:
-    """A copy of a fresh rollout with the agent's advantages of its tokens.
+    """Return a copy of a fresh rollout with the agent's advantages of its tokens.
 
     Args:
         agent: says what an advantage is.

@@ -29,7 +29,7 @@ CRITICS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {
 
 
 def larger_llama(vocab_size: int) -> LlamaForCausalLM:
-    """A Llama of 12M parameters with random weights."""
+    """Return a Llama of 12M parameters with random weights."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 384, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 6}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=256, tie_word_embeddings=True, **sizes))

@@ -74,7 +74,7 @@ class Run:
             self.curves.setdefault(name, []).append((tokens, number))
 
     def values(self, name: str) -> np.ndarray:
-        """A curve's numbers without their tokens."""
+        """Return a curve's numbers without their tokens."""
         return np.array([number for _, number in self.curves[name]])
 
     def tokens_to(self, accuracy: float) -> float:

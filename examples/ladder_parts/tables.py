@@ -15,7 +15,7 @@ Numbers = dict[str, Any]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds; a single value stands alone."""
+    """Return mean ± standard deviation over seeds; a single value stands alone."""
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
 
@@ -29,12 +29,12 @@ def tokens_to(runs: list[Run], accuracy: float) -> str:
 
 
 def last(run: Run, name: str) -> float:
-    """Mean over the last rollouts."""
+    """Return mean over the last rollouts."""
     return float(run.values(name)[-LAST:].mean())
 
 
 def collapsed(run: Run) -> bool:
-    """Whether the run ended worse than it had begun."""
+    """Return whether the run ended worse than it had begun."""
     accuracy = run.values("accuracy")
     return bool(accuracy[-1] < accuracy[0])
 
@@ -46,7 +46,7 @@ def noise_to_signal(runs: Sequence[Run]) -> float:
 
 
 def jackknife(estimate: Callable[[Sequence[Any]], float], seeds: Sequence[Any]) -> tuple[float, float]:
-    """An estimate from all seeds together, and its standard error, from the estimates that leave one of them out.
+    """Return an estimate from all seeds together, and its standard error, from the estimates that leave one of them out.
 
     The error is NaN with a single seed, and infinite where one of the estimates is not finite.
     """
@@ -72,12 +72,12 @@ def runs_of(part: dict[str, list[dict[str, Any]]]) -> dict[str, list[Run]]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def ladder_table(numbers: Numbers) -> str:
-    """The five agents."""
+    """Return the five agents."""
     header = ["step", "agent", "tokens to 90%", "tokens to 95%", "accuracy at the end", "best"]
     header += ["KL per update, median (nats)", "largest", "noise / signal", "processor s"]
     rows = []
@@ -179,7 +179,7 @@ last five.""",
 
 
 def tables(numbers: Numbers) -> str:
-    """The whole of `ladder.md`."""
+    """Return the whole of `ladder.md`."""
     seeds, tokens, rounds = (numbers["settings"][name] for name in ("seeds", "timesteps", "rounds"))
     titles = {
         ladder_table: f"The ladder: {tokens} tokens each, mean ± standard deviation over {seeds} seeds",

@@ -66,7 +66,7 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many token ids a language model, or one without its head, embeds.
+    """Return how many token ids a language model, or one without its head, embeds.
 
     Raises:
         NotCausal: If it embeds no ids, or several codebooks of them.
@@ -84,7 +84,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 
 def trial_rows(model: PreTrainedModel, short: bool = False) -> list[list[int]]:
-    """Rows of different lengths, of tokens from the middle of the vocabulary: special tokens stand at its ends."""
+    """Return rows of different lengths, of tokens from the middle of the vocabulary: special tokens stand at its ends."""
     lengths = LENGTHS if _room(model) > LENGTHS[0] and not short else SHORT
     rows = [[token(model, 5 * i + 3 * row) for i in range(length)] for row, length in enumerate(lengths)]
     padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
@@ -94,7 +94,7 @@ def trial_rows(model: PreTrainedModel, short: bool = False) -> list[list[int]]:
 
 
 def _room(model: PreTrainedModel) -> int:
-    """How many tokens a row of a trial may have; some models use up to four positions for other things (ProphetNet)."""
+    """Return how many tokens a row of a trial may have; some models use up to four positions for other things (ProphetNet)."""
     return min(LONG, (max_positions(model) or LONG + 4) - 4)
 
 
@@ -106,7 +106,7 @@ def token(model: PreTrainedModel, number: int) -> int:
 
 
 def agree(outputs: Sequence[Tensor], expected: Sequence[Tensor], noise: float | Tensor = 0.0) -> bool:
-    """Whether outputs (n, H) a row are those expected, up to rounding.
+    """Return whether outputs (n, H) a row are those expected, up to rounding.
 
     The measure is how much the expected outputs differ from token to token, so that a fault shows in nearly uniform
     distributions, too. A model in half precision rounds more.
@@ -152,7 +152,7 @@ Verdicts = WeakKeyDictionary[PreTrainedModel, bool]
 
 
 def passes_once(model: PreTrainedModel, verdicts: Verdicts, passes: Callable[[PreTrainedModel], bool]) -> bool:
-    """Whether a model passes a trial, which is made once; an error within it, but for a lack of memory, is a failure.
+    """Return whether a model passes a trial, which is made once; an error within it, but for a lack of memory, is a failure.
 
     Without a verdict, see the module, it does not for the time being.
     """
@@ -266,7 +266,7 @@ def _describes(base: PreTrainedModel) -> bool:
 
 
 def padding_side(model: PreTrainedModel) -> Literal["left", "right"]:
-    """The layout of a forward pass that scores rows; see the module.
+    """Return the layout of a forward pass that scores rows; see the module.
 
     "left" takes a trial and a model that describes what it sees, since the trial's padding is short.
     """

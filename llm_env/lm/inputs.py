@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one int64 tensor (B, longest row), and the 0/1 mask of the same shape and type.
+    """Return rows of token ids as one int64 tensor (B, longest row), and the 0/1 mask of the same shape and type.
 
     The padding is token 0; nothing may depend on its value.
     """
@@ -32,7 +32,7 @@ def pad_with_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> Tens
 
 
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
+    """Return keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
 
     GPT-2's absolute positions need them; models without `position_ids` (ALiBi) count by the mask themselves. A model whose
     `forward` takes no mask gets none, and a trial finds that it takes no padding on the left (`llm_env.lm.capabilities`).
@@ -44,17 +44,17 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 def only_last(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """Keyword arguments of a forward pass that makes logits at the last positions alone, if the model knows how to."""
+    """Return keyword arguments of a forward pass that makes logits at the last positions alone, if the model knows how to."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """Keyword arguments of a forward pass that keeps no cache, if the model knows any (GPT-1 does not)."""
+    """Return keyword arguments of a forward pass that keeps no cache, if the model knows any (GPT-1 does not)."""
     return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether a model's `forward` takes a keyword argument, by name or among `**kwargs`."""
+    """Return whether a model's `forward` takes a keyword argument, by name or among `**kwargs`."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 

@@ -31,7 +31,7 @@ def micro_batches(
     max_tokens_per_batch: int | None,
     prefix_sharing: PrefixSharing,
 ) -> list[list[int]]:
-    """Rows as forward passes, in each of which the rows of a prompt stand together.
+    """Return rows as forward passes, in each of which the rows of a prompt stand together.
 
     All go into one pass where that keeps to the bounds. Else passes are filled from the longest rows to the shortest, once with
     the rows of a prompt kept together where they fit, and once row by row, where prompts are computed again but short rows are

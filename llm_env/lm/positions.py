@@ -50,7 +50,7 @@ def _position_tables(module: nn.Module, config: Any) -> Iterator[nn.Embedding]:
 
 
 def _usable(table: nn.Embedding) -> int:
-    """The positions of a table that tokens can have."""
+    """Return the positions of a table that tokens can have."""
     reserved = 0 if table.padding_idx is None else table.padding_idx + 1
     return table.weight.shape[0] - int(getattr(table, "offset", 0)) - reserved
 

@@ -79,7 +79,7 @@ class _LogProbsAndEntropies(torch.autograd.Function):
 
 
 def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
-    """Logits of the distribution over the allowed tokens, in float32; unchanged where `allowed` (bool) is None."""
+    """Return logits of the distribution over the allowed tokens, in float32; unchanged where `allowed` (bool) is None."""
     if allowed is None:
         return logits
     return logits.float().masked_fill(torch.as_tensor(~allowed, device=logits.device), FORBIDDEN)
@@ -113,7 +113,7 @@ def score(
     states: bool = False,
     prefix_sharing: PrefixSharing = "auto",
 ) -> Scored:
-    """Log-probs of all response tokens, from one pass in which prompts that follow each other are computed once.
+    """Return log-probs of all response tokens, from one pass in which prompts that follow each other are computed once.
 
     Logits are made of some tokens at a time (`CHUNK_BYTES`) and made again in the backward pass, never of all.
 
@@ -174,7 +174,7 @@ def _in_chunks(
 def response_states(
     base: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool = True, prefix_sharing: PrefixSharing = "auto"
 ) -> Tensor:
-    """The hidden states (B, T + 1, H) before each response token and after the last, of a model without its head.
+    """Return the hidden states (B, T + 1, H) before each response token and after the last, of a model without its head.
 
     Without the last token's (B, T, H): nothing but V of the state after it depends on it.
     """
@@ -192,7 +192,7 @@ def response_states(
 
 
 def _last_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """The last hidden states, of a model that has no head, or whose head is a part of it (Llama 4)."""
+    """Return the last hidden states, of a model that has no head, or whose head is a part of it (Llama 4)."""
     if model.get_output_embeddings() is None:
         states = getattr(model(**inputs, **without_cache(model)), "last_hidden_state", None)
         if states is None:
@@ -238,7 +238,7 @@ def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[st
     at = (first[:, None] + torch.arange(width + 1, device=ids.device)).clamp(max=ids.shape[1] - 1)
 
     def taken(outputs: Tensor) -> Tensor:
-        """Where a model gives only the last outputs, the others come before them."""
+        """Return where a model gives only the last outputs, the others come before them."""
         places = at - (ids.shape[1] - outputs.shape[1])
         return outputs.gather(1, places[..., None].expand(-1, -1, outputs.shape[-1]))
 
@@ -272,7 +272,7 @@ _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def head_of(model: PreTrainedModel) -> Head | None:
-    """The map from last hidden states to logits, if it is the output embedding alone; None where a model does more.
+    """Return the map from last hidden states to logits, if it is the output embedding alone; None where a model does more.
 
     Which of the two is found out by a trial, once a model. Logits that tell nothing (see `llm_env.lm.capabilities`) are no
     verdict: what is done to them, such as a soft cap, would not show.

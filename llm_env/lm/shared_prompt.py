@@ -77,7 +77,7 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What is registered with transformers: shapes as in `Attention.attend`, but for the result, (N, L, H, D)."""
+    """Return what is registered with transformers: shapes as in `Attention.attend`, but for the result, (N, L, H, D)."""
     attending = _attending.get()
     assert attending is not None
     _, rows = attending
@@ -125,7 +125,7 @@ def scores_of(query: Tensor, key: Tensor, softcap: float | None) -> Tensor:
 
 
 def weights_of(*scores: Tensor) -> Tensor:
-    """One softmax over all the scores, which differ in their last dimension only."""
+    """Return one softmax over all the scores, which differ in their last dimension only."""
     both = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
     return both.softmax(-1, dtype=torch.float32).to(both.dtype)
 
@@ -256,7 +256,7 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
         way: "flex", "split" or "dense".
 
     Raises:
-        PrefixSharingUnsupported: the model's attention is of another kind after all.
+        PrefixSharingUnsupported: If the model's attention is of another kind after all.
     """
     size, t = max(map(len, groups)), max(len(row) for rows in groups for row in rows)
     n, p, device = len(prompts), max(map(len, prompts)), base.device
@@ -308,7 +308,7 @@ def _dense_masks(base: PreTrainedModel, visible: Tensor, positions: Tensor, size
 
 
 def window_of(base: PreTrainedModel) -> int | None:
-    """How many positions a token sees, itself included, in layers with a sliding window; None without such layers."""
+    """Return how many positions a token sees, itself included, in layers with a sliding window; None without such layers."""
     config = base.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds

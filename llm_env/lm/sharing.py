@@ -21,7 +21,7 @@ PrefixSharing = bool | Literal["auto"]
 
 
 def groups_of(prompts: Rows, fed: Rows) -> tuple[Rows, Sequence[Rows]]:
-    """Rows of one prompt that follow each other as N prompts and N lists of rows."""
+    """Return rows of one prompt that follow each other as N prompts and N lists of rows."""
     heads: list[Sequence[int]] = []
     members: list[list[Sequence[int]]] = []
     for prompt, row in zip(prompts, fed, strict=True):
@@ -77,7 +77,7 @@ class BatchShape(NamedTuple):
         return 12 * self.positions(way is not None) + 2 * pairs / width
 
     def best_mode(self, able: Sequence[str], width: int, always: bool = False) -> str | None:
-        """Which of the ways that a model is able to share prompts in takes least work; None where that is sharing none.
+        """Return which of the ways that a model is able to share prompts in takes least work; None where that is sharing none.
 
         With `always` the first of them, wherever a prompt has several rows.
         """
@@ -103,7 +103,7 @@ def sharing_modes(base: PreTrainedModel, length: int, prefix_sharing: PrefixShar
             never.
 
     Raises:
-        ValueError: `prefix_sharing=True` and the model cannot.
+        ValueError: If `prefix_sharing=True` and the model cannot.
     """
     if prefix_sharing is False:
         return ()
@@ -128,7 +128,7 @@ _ways: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
 
 
 def supports_sharing(base: PreTrainedModel, length: int, way: str = "split") -> bool:
-    """Whether `group_states` gives what plain rows give, for rows of up to `length` tokens.
+    """Return whether `group_states` gives what plain rows give, for rows of up to `length` tokens.
 
     It is found out by a trial on a few tokens, once a model, but for windows, which the config tells. Dropped out are state
     spaces, attention with biases by distance and the like.

@@ -161,7 +161,7 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _marked(text: str) -> list[tuple[str, str]]:
-    """Every answer mark's kind and content, in the order of the text; where one mark ends another begins."""
+    """Return every answer mark's kind and content, in the order of the text; where one mark ends another begins."""
     found: list[tuple[int, int, str, str | None]] = [
         (match.start(), match.end(), kind, match[1] if mark.groups else None)
         for kind, mark in _MARKS.items()
@@ -453,7 +453,7 @@ def _with_sign(content: str) -> str:
 
 
 def _is_heading(kind: str, content: str) -> bool:
-    """Whether `#### ...` is Markdown for a heading ("#### Step 1", "#### 2. The rest") and no answer."""
+    """Return whether `#### ...` is Markdown for a heading ("#### Step 1", "#### 2. The rest") and no answer."""
     return kind == "####" and (content.lstrip("*_$ ")[:1].isalpha() or re.match(r"\**[0-9]+[.)]\s+\S", content) is not None)
 
 
@@ -481,7 +481,7 @@ def _marked_values(kind: str, content: str) -> list[Fraction | None]:
 
 
 def _value_in(clause: str) -> Fraction | None:
-    """The value of the last side of an equation that has a number; a number before "≈" is exact, and comes first."""
+    """Return the value of the last side of an equation that has a number; a number before "≈" is exact, and comes first."""
     for side in reversed(_RESULT.split(clause)):
         sides = [number for number in (next(_numbers(part), None) for part in side.split("≈")) if number]
         if sides:
@@ -499,13 +499,13 @@ def _tuples(text: str) -> Iterator[re.Match[str]]:
 
 
 def _lists_numbers(text: str) -> bool:
-    """Whether the text is several numbers and nothing else: no word but "or" and "and", no calculation with a result."""
+    """Return whether the text is several numbers and nothing else: no word but "or" and "and", no calculation with a result."""
     rest, count = _NUMBER.subn(" ", text)
     return count > 1 and _WORDING.search(re.sub(r"\b(?:or|and)\b", " ", rest)) is None
 
 
 def _last_number(text: str) -> Fraction | None:
-    """The value of the last number of a text without answer marks."""
+    """Return the value of the last number of a text without answer marks."""
     stated = _ASIDE.sub("", text)
     if _lists_numbers(text) or _lists_numbers(_NAMED.sub(" ", stated)):
         return None
@@ -520,7 +520,7 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _is_negated(number: re.Match[str]) -> bool:
-    """Whether a text says that the answer is not this number."""
+    """Return whether a text says that the answer is not this number."""
     return _NEGATED.search(number.string, max(0, number.start() - _CONTEXT), number.start()) is not None
 
 
@@ -533,7 +533,7 @@ def _numbers(text: str) -> Iterator[re.Match[str]]:
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
-    """The value of a number that stands for itself, exactly; None if it is a part of an expression, or too large."""
+    """Return the value of a number that stands for itself, exactly; None if it is a part of an expression, or too large."""
     text, begin = number.string, number.start()
     context = max(0, begin - _CONTEXT), begin
     if _GOES_ON.match(text, number.end()) or _LEADS_IN.search(text, *context) or _is_negated(number):

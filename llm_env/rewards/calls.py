@@ -47,7 +47,7 @@ def call(
         timeout: seconds after which an asynchronous one is cancelled.
 
     Raises:
-        BadValue: what it returned is not one finite number, list of steps or None a completion.
+        BadValue: If what it returned is not one finite number, list of steps or None a completion.
     """
     values = function(**given)
     if inspect.isawaitable(values):
@@ -75,13 +75,13 @@ def time_out_message(timeout: float | None) -> str:
 
 
 def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
-    """The result of an awaitable, which is cancelled after `timeout` seconds and where the wait is interrupted.
+    """Return the result of an awaitable, which is cancelled after `timeout` seconds and where the wait is interrupted.
 
     All are awaited in one loop, in a thread of its own, so that a client may be shared between calls and a notebook, whose own
     loop is running, is no special case. A coroutine that blocks holds up the others.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: If it took longer.
     """
 
     async def result() -> Any:
@@ -99,17 +99,17 @@ def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
 
 @cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """The loop of a process; a forked one has no use for its parent's, whose thread it did not get."""
+    """Return the loop of a process; a forked one has no use for its parent's, whose thread it did not get."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=f"rewards-{process}", daemon=True).start()
     return loop
 
 
 def checked(values: Any, lengths: Sequence[int]) -> list[Value]:
-    """One value a completion, numbers as floats.
+    """Return one value a completion, numbers as floats.
 
     Raises:
-        BadValue: it is not one finite number, list of steps or None a completion; the message names the row.
+        BadValue: If it is not one finite number, list of steps or None a completion; the message names the row.
     """
     if values is None:
         raise BadValue(f"returned None for all {len(lengths)} completions; it must return one number each")

@@ -111,7 +111,7 @@ class PooledReward:
         self._start()
 
     def __call__(self, **given: Any) -> list[Value]:
-        """The scores, as the function itself would return them."""
+        """Return the scores, as the function itself would return them."""
         count = len(next(iter(given.values())))
         return self.run(given, [()] * count, [LONG] * count).values
 
@@ -124,7 +124,7 @@ class PooledReward:
             lengths: B numbers of tokens, for the steps of process rewards.
 
         Raises:
-            ValueError: a call failed and `on_error` is `"raise"`.
+            ValueError: If a call failed and `on_error` is `"raise"`.
         """
         self._start_if_forked()
         keys = self._keys(given, states)
@@ -209,7 +209,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _within(timeout: float, work: Callable[[], Any]) -> Any:
-    """The result of `work`, run in a thread that is left behind when it takes longer than `timeout` seconds."""
+    """Return the result of `work`, run in a thread that is left behind when it takes longer than `timeout` seconds."""
     results: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
     def run() -> None:

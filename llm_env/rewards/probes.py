@@ -26,7 +26,7 @@ class Sample:
     completions: list[str]
 
     def take(self, order: Sequence[int]) -> Sample:
-        """The entries `order`, in that order."""
+        """Return the entries `order`, in that order."""
         return Sample([self.indexes[i] for i in order], [self.completions[i] for i in order])
 
 
@@ -38,7 +38,7 @@ def known_answers(table: PromptTable, gold: Gold) -> dict[int, str]:
         gold: the name of a column, a function from a row to the completion, or None for the first of `GOLD_COLUMNS`.
 
     Raises:
-        ValueError: there is no column `gold`.
+        ValueError: If there is no column `gold`.
     """
     everything = range(len(table))
     if callable(gold):
@@ -66,7 +66,7 @@ def choose_prompts(table: PromptTable, golds: dict[int, str], n: int, rng: np.ra
 
 
 def make_probes(table: PromptTable, golds: dict[int, str], indexes: list[int], rng: np.random.Generator) -> dict[str, Sample]:
-    """What must not pay, by the name of its check, and the gold answers under "gold"."""
+    """Return what must not pay, by the name of its check, and the gold answers under "gold"."""
     texts = table.texts
     known = [i for i in indexes if i in golds]
     bare = {i: final_answer(golds[i]) for i in known}

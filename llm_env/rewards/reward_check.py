@@ -54,8 +54,8 @@ def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, thr
         quiet: do not print.
 
     Raises:
-        TypeError: `env` is no text env.
-        ValueError: `n` or `threads` is less than 1, or there is no column `gold`.
+        TypeError: If `env` is no text env.
+        ValueError: If `n` or `threads` is less than 1, or there is no column `gold`.
 
     Examples:
         >>> import llm_env
@@ -121,7 +121,7 @@ class _Lint:
         self.mixed = Sample([i for i, _ in mixed[::step]], [text for _, text in mixed[::step]])
 
     def given(self, sample: Sample) -> tuple[Any, ...]:
-        """What the reward is called with: prompts, completions, their ids and the columns."""
+        """Return what the reward is called with: prompts, completions, their ids and the columns."""
         prompts, completions, columns = self.rules.prompts.reward_inputs(sample.indexes, sample.completions)
         texts = [self.rules.prompts.texts[i] for i in sample.indexes]
         return prompts, completions, [self._ids(text) for text in sample.completions], columns, texts
@@ -141,7 +141,7 @@ class _Lint:
         return [*self.rules.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self.rules.eos_id]
 
     def numbers(self) -> list[CheckRow]:
-        """Whether every sample gets one finite number, in batches of one, of one kind and of all kinds."""
+        """Return whether every sample gets one finite number, in batches of one, of one kind and of all kinds."""
         counts: list[str] = []
         others: list[str] = []
         singles = [self.mixed.take([i]) for i in range(0, len(self.mixed.indexes), -(-len(self.mixed.indexes) // 8))]
@@ -159,7 +159,7 @@ class _Lint:
         ]
 
     def _run(self, check: str, examine: Callable[[], str]) -> CheckRow:
-        """The row of a check that returns what is wrong."""
+        """Return the row of a check that returns what is wrong."""
         try:
             detail = examine()
         except Exception as error:
@@ -180,7 +180,7 @@ class _Lint:
         return f"prompt {short(repr(prompt))}, completion {short(repr(sample.completions[i]))}"
 
     def equality(self) -> list[CheckRow]:
-        """Whether the score of a sample depends on anything but the sample."""
+        """Return whether the score of a sample depends on anything but the sample."""
         sample, size = self.mixed, len(self.mixed.indexes)
 
         def again() -> str:
@@ -206,7 +206,7 @@ class _Lint:
         ]
 
     def threads(self, threads: int) -> CheckRow:
-        """Whether several threads with different batches get the scores that one gets."""
+        """Return whether several threads with different batches get the scores that one gets."""
         sample, size = self.mixed, len(self.mixed.indexes)
 
         def examine() -> str:
@@ -231,7 +231,7 @@ class _Lint:
         return self._run("safe under threads", examine)
 
     def answers(self) -> list[CheckRow]:
-        """Whether gold answers pay, and what is none does not."""
+        """Return whether gold answers pay, and what is none does not."""
         checks = [check for check in self.probes if check != "gold"]
         if not self.golds:
             why = f"no answers known: no column {' or '.join(map(repr, GOLD_COLUMNS))}; give gold="
@@ -275,7 +275,7 @@ class _Lint:
         return f"{wrong.sum()} of {len(wrong)} {what}, such as {self._example(sample, i)}: {scores[i]:g} (gold {gold})"
 
     def lengths(self) -> CheckRow:
-        """Whether the gold answers, with their end token, fit into the longest response."""
+        """Return whether the gold answers, with their end token, fit into the longest response."""
         check, limit = "gold fits max_new_tokens", self.rules.max_new_tokens
         if not self.golds:
             return CheckRow(check, NOT_APPLICABLE, "no answers known")

@@ -64,8 +64,8 @@ class RewardModel:
         std: see above.
 
     Raises:
-        TypeError: the model is no sequence classifier.
-        ValueError: the checkpoint has no (or not the whole) classification head, several labels and no `index`, a tokenizer
+        TypeError: If the model is no sequence classifier.
+        ValueError: If the checkpoint has no (or not the whole) classification head, several labels and no `index`, a tokenizer
             that does not fit, or an argument is unusable.
 
     Limits: a model whose head reads at the last position whether it is padding or not (XLNet) needs `batch_size=1`.
@@ -120,7 +120,7 @@ class RewardModel:
         self._try_out()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """One score a completion.
+        """Return one score a completion.
 
         Args:
             prompts: B texts or chats.
@@ -128,13 +128,13 @@ class RewardModel:
             columns: not looked at.
 
         Raises:
-            ValueError: a chat cannot be rendered; or a text has no tokens, or more than `max_tokens` and `truncation` is None;
+            ValueError: If a chat cannot be rendered; or a text has no tokens, or more than `max_tokens` and `truncation` is None;
                 the message names the row.
         """
         return [(logit - self.mean) / self.std for logit in self._score(prompts, completions)]
 
     def logits(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        """The logits before normalization, (B,), from one forward pass in the mode the model is in, with gradients.
+        """Return the logits before normalization, (B,), from one forward pass in the mode the model is in, with gradients.
 
         For training the model: it reads its texts here exactly as it does when it pays.
         """
@@ -150,7 +150,7 @@ class RewardModel:
             The reward model itself.
 
         Raises:
-            ValueError: fewer than two completions, a score that is not finite, or scores that are all the same.
+            ValueError: If there are fewer than two completions, a score is not finite, or all scores are equal.
         """
         logits = np.array(self._score(prompts, completions))
         if len(logits) < 2 or not np.isfinite(logits).all():
@@ -210,7 +210,7 @@ class RewardModel:
         return results
 
     def _forward(self, rows: list[list[int]]) -> Any:
-        """The model's outputs for texts as token ids."""
+        """Return the model's outputs for texts as token ids."""
         model, padding = self.model, self.model.config.get_text_config().pad_token_id
         if padding is None or not 0 <= padding < self._vocab_size:
             model, padding = _twin_that_skips(model, _unused_end(rows, self._vocab_size))
@@ -219,7 +219,7 @@ class RewardModel:
 
 
 def _unused_end(rows: list[list[int]], vocab_size: int) -> int:
-    """A token id that no row ends with."""
+    """Return a token id that no row ends with."""
     ends = {row[-1] for row in rows}
     unused = next((token for token in range(vocab_size) if token not in ends), None)
     if unused is None:
@@ -231,7 +231,7 @@ def _unused_end(rows: list[list[int]], vocab_size: int) -> int:
 
 
 def _twin_that_skips(model: PreTrainedModel, pad_id: int) -> tuple[PreTrainedModel, int]:
-    """The model, sharing its weights, under a config of its own whose padding is `pad_id`; and `pad_id`."""
+    """Return the model, sharing its weights, under a config of its own whose padding is `pad_id`; and `pad_id`."""
     twin = copy.copy(model)
     twin.config = copy.deepcopy(model.config)
     twin.config.get_text_config().pad_token_id = pad_id

@@ -122,7 +122,7 @@ class Scores:
         return self.outcome + np.array(paid)
 
     def final_steps(self, row: int, before: int, last: int) -> Steps:
-        """The steps that are known only when token `last` ends the episode, with the token at which they are paid.
+        """Return the steps that are known only when token `last` ends the episode, with the token at which they are paid.
 
         Those that end among the first `before` tokens are paid with the last: these tokens have gone.
         """
@@ -172,8 +172,8 @@ class RewardSum:
         trainer_state: how far training is; agents keep it.
 
     Raises:
-        TypeError: a function is not callable.
-        ValueError: no function, another number of weights, or a column that the prompts do not have.
+        TypeError: If a function is not callable.
+        ValueError: If no function, another number of weights, or a column that the prompts do not have.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class RewardSum:
             prompt_texts: the prompts as they are rendered; by default those that are text, and "" for chats.
 
         Raises:
-            ValueError: a function raised, or returned another number of values, a NaN or an infinity, or no function
+            ValueError: If a function raised, or returned another number of values, a NaN or an infinity, or no function
                 scored some completion. The message names the function and the row.
         """
         given = _given(prompts, completions, completion_ids, columns, prompt_texts)
@@ -257,7 +257,7 @@ class RewardSum:
         columns: dict[str, list[Any]],
         prompt_texts: list[str] | None = None,
     ) -> Scores:
-        """What the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
+        """Return what the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
         given = _given(prompts, completions, completion_ids, columns, prompt_texts)
         return self._ask(np.flatnonzero(self._live).tolist(), given)
 
@@ -267,7 +267,7 @@ class RewardSum:
         return taken
 
     def _ask(self, which: Iterable[int], given: dict[str, Any]) -> Scores:
-        """What the functions number `which` say of a batch."""
+        """Return what the functions number `which` say of a batch."""
         rows = given["prompts"]
         scores = Scores(np.zeros(len(rows)), {}, [[] for _ in rows], [[] for _ in rows], {}, set())
         notes = _Notes(len(rows))
@@ -332,7 +332,7 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
 
 
 def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str], incomplete: dict[str, int]) -> list[str]:
-    """The keywords to call `function` with: all on offer if it takes `**kwargs`, else those that it names."""
+    """Return the keywords to call `function` with: all on offer if it takes `**kwargs`, else those that it names."""
     batches = [*ALWAYS_GIVEN, *(column for column in columns if column not in (*ALWAYS_GIVEN, *ON_REQUEST, *NOT_A_BATCH))]
     on_offer = batches if isinstance(function, PooledReward) else [*batches, *NOT_A_BATCH]
     try:

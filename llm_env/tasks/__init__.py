@@ -25,12 +25,12 @@ def _arguments(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_env(task: str, render_mode: str | None = None, **arguments: Any) -> TextGenerationEnv:
-    """The entry point of `gym.make`: `arguments` are those of the task's function."""
+    """Return the entry point of `gym.make`: `arguments` are those of the task's function."""
     return TextGenerationEnv(**_arguments(task, arguments), render_mode=render_mode)
 
 
 def make_vec(task: str, num_envs: int, autoreset_mode: Any = None, **arguments: Any) -> TextGenerationVectorEnv:
-    """The entry point of `gym.make_vec`: the native vector env."""
+    """Return the entry point of `gym.make_vec`: the native vector env."""
     mode = {} if autoreset_mode is None else {"autoreset_mode": autoreset_mode}
     return TextGenerationVectorEnv(num_envs=num_envs, **_arguments(task, arguments), **mode)
 

@@ -25,7 +25,7 @@ class AdditionProblems(PromptSource):
 
 
 def addition(split: str | None = "train", largest: int = 99, **overrides: Any) -> dict[str, Any]:
-    """Arguments of `TextGenerationEnv` for `llm_env/Addition-v0`.
+    """Return arguments of `TextGenerationEnv` for `llm_env/Addition-v0`.
 
     Args:
         split: `"train"`, `"test"` (a tenth of the problems, by a hash of their text) or None for all.

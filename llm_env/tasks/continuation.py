@@ -9,12 +9,12 @@ from llm_env.rewards.answers import Texts, completion_text
 
 
 def word_count(completions: Texts, **_: Any) -> list[float]:
-    """The number of words of each completion: a reward to start from, to be replaced by one's own."""
+    """Return the number of words of each completion: a reward to start from, to be replaced by one's own."""
     return [float(len(completion_text(completion).split())) for completion in completions]
 
 
 def continuation(**overrides: Any) -> dict[str, Any]:
-    """Arguments of `TextGenerationEnv` for `llm_env/Continuation-v0`.
+    """Return arguments of `TextGenerationEnv` for `llm_env/Continuation-v0`.
 
     Args:
         overrides: any argument of `TextGenerationEnv`: `prompts`, `reward` and `tokenizer` are the ones to set.

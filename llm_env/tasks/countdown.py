@@ -46,7 +46,7 @@ class CountdownProblems(PromptSource):
         template: the prompt; `{numbers}` and `{target}` stand for the row's.
 
     Raises:
-        ValueError: an argument is out of range, or the numbers hardly ever reach a target.
+        ValueError: If an argument is out of range, or the numbers hardly ever reach a target.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class CountdownProblems(PromptSource):
         )
 
     def prompt(self, numbers: Sequence[int], target: int) -> str:
-        """The prompt's text."""
+        """Return the prompt's text."""
         return self.template.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
 
 
 def _random_expression(numbers: Sequence[int], random: Random) -> tuple[int | None, str]:
-    """The value and the text of a random binary tree over all the numbers; None where a division in it is not exact."""
+    """Return the value and the text of a random binary tree over all the numbers; None where a division in it is not exact."""
     parts = [(number, str(number)) for number in numbers]
     while len(parts) > 1:
         (left, left_text), (right, right_text) = (parts.pop(random.randrange(len(parts))) for _ in range(2))
@@ -215,7 +215,7 @@ def countdown_task(
     template: str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Arguments of `TextGenerationEnv` for `llm_env/Countdown-v0`.
+    """Return arguments of `TextGenerationEnv` for `llm_env/Countdown-v0`.
 
     Args:
         split: `"train"`, `"test"` (a tenth of the problems, by a hash of their text) or None for all.

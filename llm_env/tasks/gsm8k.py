@@ -13,7 +13,7 @@ TEMPLATE = "{question}\nThink step by step and end with `#### ` and the answer.\
 
 
 def gsm8k(path: str | Path | None = None, template: str = TEMPLATE, chat: bool = False, **overrides: Any) -> dict[str, Any]:
-    """Arguments of `TextGenerationEnv` for `llm_env/GSM8K-v0`.
+    """Return arguments of `TextGenerationEnv` for `llm_env/GSM8K-v0`.
 
     Args:
         path: required; a `.jsonl` file of rows with `question` and `answer`, the latter ending in `#### <number>`.
@@ -22,7 +22,7 @@ def gsm8k(path: str | Path | None = None, template: str = TEMPLATE, chat: bool =
         overrides: any argument of `TextGenerationEnv`, to replace those set here; `tokenizer` is the one to set.
 
     Raises:
-        ValueError: no path, or a row lacks `question` or `answer`.
+        ValueError: If no path, or a row lacks `question` or `answer`.
     """
     if path is None:
         raise ValueError("llm_env/GSM8K-v0 needs path=..., the path of a GSM8K-format .jsonl file (columns question, answer)")

@@ -32,7 +32,7 @@ class ReasoningGymProblems(PromptSource):
         dropped: how many questions had been there before.
 
     Raises:
-        ValueError: the split is unknown, or no question falls into it.
+        ValueError: If the split is unknown, or no question falls into it.
     """
 
     def __init__(self, dataset: Any, split: str | None = None, template: str = TEMPLATE) -> None:
@@ -83,7 +83,7 @@ class ReasoningGymScore:
         prompt_texts: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float]:
-        """The scores, each from 0 to 1, of B texts or lists of chat messages."""
+        """Return the scores, each from 0 to 1, of B texts or lists of chat messages."""
         texts = answer_texts(completions, prompts, self.think_tags, prompt_texts)
         scores = [
             float(self.dataset.score_answer(tagged_answer(text, ()), row)) for text, row in zip(texts, entry, strict=True)
@@ -92,11 +92,11 @@ class ReasoningGymScore:
 
 
 def create_dataset(dataset: str, size: int, seed: int, config: dict[str, Any] | None) -> Any:
-    """A data set of reasoning-gym.
+    """Return a data set of reasoning-gym.
 
     Raises:
-        ImportError: reasoning-gym is not installed.
-        ValueError: there is no such data set, or it does not take the configuration.
+        ImportError: If reasoning-gym is not installed.
+        ValueError: If there is no such data set, or it does not take the configuration.
     """
     try:
         package = importlib.import_module("reasoning_gym")
@@ -121,7 +121,7 @@ def reasoning_gym(
     template: str = TEMPLATE,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Arguments of `TextGenerationEnv` for `llm_env/ReasoningGym-v0`.
+    """Return arguments of `TextGenerationEnv` for `llm_env/ReasoningGym-v0`.
 
     Args:
         dataset: the name of the data set.
@@ -134,8 +134,8 @@ def reasoning_gym(
         overrides: any argument of `TextGenerationEnv`, to replace those set here; `tokenizer` is the one to set.
 
     Raises:
-        ImportError: reasoning-gym is not installed.
-        ValueError: there is no such data set, or it does not take the configuration.
+        ImportError: If reasoning-gym is not installed.
+        ValueError: If there is no such data set, or it does not take the configuration.
     """
     source = create_dataset(dataset, size, seed, config)
     defaults = {

@@ -49,7 +49,7 @@ class VLLM(Protocol):
         """Empty the prefix cache."""
 
     def complete(self, requests: list[dict[str, Any]]) -> list[list[tuple[list[int], list[float]]]]:
-        """Token ids and their log-probs: for each request `n` responses."""
+        """Return token ids and their log-probs: for each request `n` responses."""
 
     def close(self) -> None:
         """Let go of it."""
@@ -76,8 +76,8 @@ class VLLMEngine:
         vllm: arguments of `vllm.LLM`, without a `base_url`, for instance `gpu_memory_utilization` or `enforce_eager`.
 
     Raises:
-        ImportError: vLLM is to run in this process and is not installed.
-        ValueError: arguments of `vllm.LLM` for a server, or of a server without one; or more processes than servers.
+        ImportError: If vLLM is to run in this process and is not installed.
+        ValueError: If arguments do not go with a server (or its absence), or there are more processes than servers.
     """
 
     takes_uniforms = False
@@ -95,9 +95,9 @@ class VLLMEngine:
         """Have vLLM run a model of the policy's kind, and check that it is.
 
         Raises:
-            ImportError: vLLM is not installed, or too old.
-            ValueError: vLLM refuses the model, or serves another one; or an adapter's base is quantized.
-            ConnectionError: there is no server.
+            ImportError: If vLLM is not installed, or too old.
+            ValueError: If vLLM refuses the model, or serves another one; or an adapter's base is quantized.
+            ConnectionError: If there is no server.
         """
         self._version = None
         if policy.adapter is not None:
@@ -126,8 +126,8 @@ class VLLMEngine:
         """Copy the weights into the running model, and empty its prefix cache.
 
         Raises:
-            ValueError: some of vLLM's parameters got no weights.
-            ConnectionError: the server cannot be reached.
+            ValueError: If some of vLLM's parameters got no weights.
+            ConnectionError: If the server cannot be reached.
         """
         self._version = None
         for chunk in chunks_of(policy, self._dtype):
@@ -187,10 +187,10 @@ class VLLMEngine:
 
 
 def own_url(base_url: str | Sequence[str], communicator: Communicator) -> str:
-    """The url of this process's server.
+    """Return the url of this process's server.
 
     Raises:
-        ValueError: there are more processes, each of which gives a server its weights, or fewer.
+        ValueError: If there are more processes, each of which gives a server its weights, or fewer.
     """
     urls: list[Any] = list(base_url) if isinstance(base_url, (list, tuple)) else [base_url]
     count = communicator.size
@@ -207,10 +207,10 @@ def _device(sampler: Sampler) -> torch.device | str:
 
 
 def sampling_settings(rules: Rules, sampler: Sampler) -> dict[str, Any]:
-    """What all requests of a rollout have in common, by the names of vLLM's `SamplingParams`.
+    """Return what all requests of a rollout have in common, by the names of vLLM's `SamplingParams`.
 
     Raises:
-        ValueError: vLLM has no such temperature; it takes 0.01 in the place of lower ones.
+        ValueError: If vLLM has no such temperature; it takes 0.01 in the place of lower ones.
     """
     if not 0.01 <= sampler.temperature <= 2:
         raise ValueError(f"temperature={sampler.temperature} is not possible with vLLM, which takes 0.01 to 2")
@@ -239,8 +239,8 @@ def extend(
     """Add tokens and log-probs to a response up to its end; whether it has come.
 
     Raises:
-        RuntimeError: there are no tokens.
-        ValueError: a log-prob is no finite number.
+        RuntimeError: If there are no tokens.
+        ValueError: If a log-prob is no finite number.
     """
     if not len(ids):
         raise RuntimeError(f"vLLM added no token to a response of {len(response)} that had not ended")

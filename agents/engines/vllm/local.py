@@ -33,7 +33,7 @@ class LocalVLLM:
             has room for the longest prompt and response; on a CPU 1 GiB of keys and values, elsewhere 0.3 of the memory.
 
     Raises:
-        ImportError: vLLM is not installed.
+        ImportError: If vLLM is not installed.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -47,8 +47,8 @@ class LocalVLLM:
         """Start it, unless it runs with such a model already.
 
         Raises:
-            ImportError: vLLM is too old.
-            ValueError: vLLM refuses the model.
+            ImportError: If vLLM is too old.
+            ValueError: If vLLM refuses the model.
         """
         length = max(map(len, rules.prompts.ids)) + rules.max_new_tokens
         config = copy.deepcopy(policy.lm.config)
@@ -96,13 +96,13 @@ class LocalVLLM:
         """Empty the prefix cache.
 
         Raises:
-            RuntimeError: it is in use.
+            RuntimeError: If it is in use.
         """
         if not self._running().reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use and was not emptied: a request is under way")
 
     def complete(self, requests: list[dict[str, Any]]) -> list[list[tuple[list[int], list[float]]]]:
-        """Token ids and their log-probs: for each request `n` responses."""
+        """Return token ids and their log-probs: for each request `n` responses."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": request["prompt"]} for request in requests]
@@ -134,10 +134,10 @@ def _drawn(ids: Any, logprobs: Any) -> list[float]:
 
 
 def import_vllm() -> Any:
-    """The package vllm.
+    """Return the package vllm.
 
     Raises:
-        ImportError: it is too old.
+        ImportError: If it is too old.
     """
     import vllm
 

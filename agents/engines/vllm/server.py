@@ -56,8 +56,8 @@ class VLLMServer:
         """Find out which model is served.
 
         Raises:
-            ConnectionError: nobody answers.
-            ValueError: another model is served, or it is no vLLM server.
+            ConnectionError: If nobody answers.
+            ValueError: If another model is served, or it is no vLLM server.
         """
         answer = self._ask("/v1/models")
         names = [entry.get("id") for entry in answer.get("data", [])]
@@ -69,7 +69,7 @@ class VLLMServer:
         """Call a method of the workers.
 
         Raises:
-            ValueError: the server was not started for this.
+            ValueError: If the server was not started for this.
         """
         return list(self._ask("/collective_rpc", {"method": method, "args": list(args)})["results"])
 
@@ -82,13 +82,13 @@ class VLLMServer:
         """Empty the prefix cache.
 
         Raises:
-            RuntimeError: it is in use.
+            RuntimeError: If it is in use.
         """
         if not self._ask("/reset_prefix_cache", {}).get("success"):
             raise RuntimeError(f"the prefix cache of {self.url} is in use and was not emptied: another run has requests there")
 
     def complete(self, requests: list[dict[str, Any]]) -> list[list[tuple[list[int], list[float]]]]:
-        """Token ids and their log-probs: for each request `n` responses."""
+        """Return token ids and their log-probs: for each request `n` responses."""
         self._gave_up.clear()
         with ThreadPoolExecutor(TOGETHER) as threads:
             try:
@@ -108,11 +108,11 @@ class VLLMServer:
         """Nothing: the server is its starter's."""
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The server's answer to a GET, or to a POST of `body`.
+        """Return the server's answer to a GET, or to a POST of `body`.
 
         Raises:
-            ConnectionError: none came, as often as it was tried.
-            ValueError: the server refused, or what it said is no JSON.
+            ConnectionError: If none came, as often as it was tried.
+            ValueError: If the server refused, or what it said is no JSON.
         """
         data = None if body is None else json.dumps(body).encode()
         problem: Exception | str = ""
@@ -148,5 +148,5 @@ class VLLMServer:
 
 
 def in_trouble(path: str, code: int, said: str) -> bool:
-    """Whether an error is the server's state, rather than what was asked: a worker's own errors are 500 as well."""
+    """Return whether an error is the server's state, rather than what was asked: a worker's own errors are 500 as well."""
     return code > 500 or (code == 500 and (path != "/collective_rpc" or "EngineDead" in said or "EngineCore" in said))

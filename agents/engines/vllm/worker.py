@@ -94,5 +94,5 @@ class PolicyWeights:
         return {"missing": missing}
 
     def llm_env_version(self) -> dict[str, Any]:
-        """The name of the last push; None where there was none, or one was not ended."""
+        """Return the name of the last push; None where there was none, or one was not ended."""
         return {"version": self._llm_env_version}

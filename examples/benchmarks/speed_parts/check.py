@@ -80,7 +80,7 @@ def compare(work: Work, folder: str) -> dict[str, float]:
     """Loss and gradient on both sides.
 
     Raises:
-        SystemExit: they are not the same.
+        SystemExit: If they are not the same.
     """
     agent = grpo_agent(work)
     agent.max_grad_norm = float("inf")  # as it comes

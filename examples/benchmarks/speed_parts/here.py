@@ -13,7 +13,7 @@ from speed_parts.work import BETA, LEARNING_RATE, Work, even_words, work_of_this
 
 
 def grpo_task(work: Work) -> Task:
-    """The work as `sides.py` takes it."""
+    """Return the work as `sides.py` takes it."""
     env = {
         "prompts": work.texts(),
         "reward": even_words,
@@ -26,7 +26,7 @@ def grpo_task(work: Work) -> Task:
 
 
 def grpo_agent(work: Work) -> GRPO:
-    """The agent, with its env."""
+    """Return the agent, with its env."""
     task = grpo_task(work)
     settings = {"group_size": task.group_size, "n_envs": task.batch, "kl_coef": task.kl_coef}
     settings |= {"micro_batch_size": work.batch // work.passes, "bf16": work.dtype == "bfloat16"}

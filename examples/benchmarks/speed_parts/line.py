@@ -113,7 +113,7 @@ class Line:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process's memory, now (`VmRSS`) or at most so far (`VmHWM`), as Linux counts them."""
+    """Return bytes of this process's memory, now (`VmRSS`) or at most so far (`VmHWM`), as Linux counts them."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])

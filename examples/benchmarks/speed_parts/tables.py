@@ -19,7 +19,7 @@ class Results:
         self._series = {(s.job, s.side, s.prompt, s.group): s for s in series}
 
     def get(self, job: str, side: str, prompt: int, group: int) -> Series | None:
-        """The series, where there are turns in it."""
+        """Return the series, where there are turns in it."""
         found = self._series.get((job, side, prompt, group))
         return found if found is not None and found.seconds else None
 
@@ -28,12 +28,12 @@ class Results:
         return sorted({(s.prompt, s.group) for s in self._series.values() if s.job == job})
 
     def died(self) -> list[Series]:
-        """Those whose worker a signal ended."""
+        """Return those whose worker a signal ended."""
         return [s for s in self._series.values() if s.died is not None]
 
 
 def rows(head: Cells, lines: Iterable[Cells]) -> str:
-    """A table."""
+    """Return a table."""
     head = list(head)
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [head, ["---:"] * len(head), *lines])
 
@@ -44,12 +44,12 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
-    """A quotient, where there are both."""
+    """Return a quotient, where there are both."""
     return None if above is None or below is None else above / below
 
 
 def of(series: Series | None, name: str) -> float | None:
-    """An attribute, where there is a series."""
+    """Return an attribute, where there is a series."""
     return None if series is None else float(getattr(series, name))
 
 
@@ -124,7 +124,7 @@ def growth(results: Results) -> str:
 
 
 def checks(found: list[dict[str, float]]) -> str:
-    """What was compared before the timing."""
+    """Return what was compared before the timing."""
     lines = (
         [
             *(int(c[name]) for name in ("prompt", "group")),

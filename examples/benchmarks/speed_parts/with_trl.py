@@ -19,7 +19,7 @@ EPOCH = 64  # rollouts; the data loader is made anew after them
 
 
 def grpo_trainer(work: Work, folder: str, callbacks: list[TrainerCallback]) -> GRPOTrainer:
-    """The trainer, with its models and prompts."""
+    """Return the trainer, with its models and prompts."""
     task = grpo_task(work)
     trainer = GRPOTrainer(
         model=task.model,

@@ -59,17 +59,17 @@ class Work:
         return self.batch * self.new_tokens
 
     def texts(self) -> list[str]:
-        """The prompts: P words each, drawn evenly."""
+        """Return the prompts: P words each, drawn evenly."""
         numbers = np.random.default_rng(self.prompt).integers(self.vocabulary - 1, size=(self.problems, self.prompt))
         return [" ".join(f"w{number}" for number in row) for row in numbers]
 
     def autocast(self) -> torch.autocast:
-        """What turns are taken in."""
+        """Return what turns are taken in."""
         dtype = getattr(torch, self.dtype)
         return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not torch.float32)
 
     def smaller(self, problems: int) -> Work:
-        """The same with fewer prompts, in one pass."""
+        """Return the same with fewer prompts, in one pass."""
         return replace(self, problems=min(problems, self.problems), passes=1)
 
     def to_argument(self) -> str:
@@ -78,7 +78,7 @@ class Work:
 
 
 def work_of_this_process() -> Work:
-    """The work that the command line names."""
+    """Return the work that the command line names."""
     work = Work(**json.loads(sys.argv[1]))
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out it is this process that ends, no other
     torch.set_num_threads(work.threads)
@@ -87,7 +87,7 @@ def work_of_this_process() -> Work:
 
 
 def even_words(completions: list[str], **_: Any) -> list[float]:
-    """The reward: the share of words with an even number."""
+    """Return the reward: the share of words with an even number."""
     return [float(np.mean([word[-1] in "02468" for word in completion.split()])) for completion in completions]
 
 

@@ -73,7 +73,7 @@ class Killed(Exception):
 
 
 def start(module: str, work: Work) -> subprocess.Popen[str]:
-    """A side's process."""
+    """Return a side's process."""
     folder = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -88,11 +88,11 @@ def start(module: str, work: Work) -> subprocess.Popen[str]:
 
 
 def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The next thing that a worker says.
+    """Return the next thing that a worker says.
 
     Raises:
-        Killed: a signal has ended it.
-        SystemExit: it has failed; what it said of that is on standard error.
+        Killed: If a signal has ended it.
+        SystemExit: If it has failed; what it said of that is on standard error.
     """
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -125,8 +125,8 @@ class Worker:
         """Do the job once and add it to the series, if it counts.
 
         Raises:
-            Killed: a signal ended the worker.
-            SystemExit: it has not done all the work.
+            Killed: If a signal ended the worker.
+            SystemExit: If it has not done all the work.
         """
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # the answer, or that there is none, says why
@@ -147,13 +147,13 @@ class Worker:
 
 
 def measure(work: Work, sides: list[str], repeats: int, warm_ups: int) -> tuple[dict[str, float] | None, list[Series]]:
-    """All jobs at one shape; the sides of a job take turns.
+    """Return all jobs at one shape; the sides of a job take turns.
 
     Returns:
         What `speed_parts.check` says, where both sides of a step are there, and the series.
 
     Raises:
-        SystemExit: the sides do not compute the same, or one has failed.
+        SystemExit: If the sides do not compute the same, or one has failed.
     """
     checking = start("speed_parts.check", work.smaller(CHECKED)) if set(JOBS["step"]) <= set(sides) else None
     workers = {side: Worker(side, work) for side in sides}
@@ -177,7 +177,7 @@ def measure(work: Work, sides: list[str], repeats: int, warm_ups: int) -> tuple[
 
 
 def turns(job: str, workers: list[Worker], repeats: int, warm_ups: int) -> list[Series]:
-    """One job, A B A B; a worker that is killed is left out from there on."""
+    """Return one job, A B A B; a worker that is killed is left out from there on."""
     series = [worker.series(job) for worker in workers]
     for i in range(warm_ups + repeats):
         for worker, mine in zip(workers, series, strict=True):
