@@ -58,7 +58,7 @@ class TrainingState:
         self._waiting = dict(waiting or {})
 
     def add(self, **parts: Stateful) -> None:
-        """Add parts, in the place of those with the same names."""
+        """Add parts; one with the name of another replaces it."""
         for name, part in parts.items():
             self._parts[name] = part
             if name in self._waiting:
@@ -133,7 +133,7 @@ class Attributes:
 
 
 class TorchGenerator:
-    """A torch generator as a part of the training state; on another kind of device it goes on with other numbers."""
+    """A torch generator as a part of the training state; a state of another kind of device is left out."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator

@@ -193,8 +193,8 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             logprobs: B float sequences of the same lengths, log pi of the tokens in nats; with them the KL penalty is exact.
 
         Raises:
-            ValueError: If there are more or fewer responses than rows, lengths differ, or there is a token out of range, after the end or
-                past the limit; a row that has ended already. No row has changed then.
+            ValueError: If there are more or fewer responses than rows, lengths differ, a token is out of range, after the end
+                or past the limit, or a row has ended already. No row has changed then.
         """
         rows = one_per_row(responses, "responses", self.num_envs)
         rows = [integers(row, f"response {i}", "a flat sequence of token ids") for i, row in enumerate(rows)]

@@ -128,8 +128,8 @@ class RewardModel:
             columns: not looked at.
 
         Raises:
-            ValueError: If a chat cannot be rendered; or a text has no tokens, or more than `max_tokens` and `truncation` is None;
-                the message names the row.
+            ValueError: If a chat cannot be rendered, or a text has no tokens, or more than `max_tokens` and `truncation` is
+                None. The message names the row.
         """
         return [(logit - self.mean) / self.std for logit in self._score(prompts, completions)]
 
