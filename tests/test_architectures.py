@@ -349,7 +349,7 @@ def test_a_loss_of_routers_by_another_name_is_refused():
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_a_loss_of_routers_that_nothing_adds_is_refused(name):
     """TRL adds `router_aux_loss_coef` times it; without weight there is nothing to add."""
-    with pytest.raises(ValueError, match=r"config\.output_router_logits=True.*set config\.output_router_logits=False"):
+    with pytest.raises(ValueError, match=r"config\.output_router_logits=True.*Set config\.output_router_logits=False"):
         LanguagePolicy(build(name, output_router_logits=True), TOKENIZER)
     LanguagePolicy(build(name, output_router_logits=True, router_aux_loss_coef=0.0), TOKENIZER)
     policy = LanguagePolicy(build(name), TOKENIZER)
