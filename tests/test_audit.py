@@ -27,10 +27,10 @@ TOKENIZER.pad_token = TOKENIZER.eos_token
 RATIO, TRAINER = "ratio on fresh data", "sampler against trainer"
 SAMPLED, TRAINED = "sampler against a plain forward", "trainer against a plain forward"
 END, ONLY = "end token in the loss", "only response tokens in the loss"
-TURN = "end of a turn"
+TURN, WORDS = "end of a turn", "tokenizer"
 VALUES, DROPOUT, GROUPS = "values before each token", "dropout is off", "groups with equal rewards"
 KL, ENV = "KL to the reference", "env left as it was"
-ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, END, TURN, ONLY, VALUES, DROPOUT, GROUPS, KL, ENV]
+ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, END, WORDS, TURN, ONLY, VALUES, DROPOUT, GROUPS, KL, ENV]
 
 
 def lengths_and_letters(completions, **kwargs):
@@ -65,9 +65,28 @@ def test_clean_agents_pass(kind, family, capsys):
     assert capsys.readouterr().out == f"{report}\n"
     results = {row.check: row.result for row in report.rows}
     without_groups = {GROUPS: "not applicable"} if kind is not GRPO else {VALUES: "not applicable"}
-    assert results == {**dict.fromkeys(ROWS, "passed"), TURN: "not applicable", KL: "not applicable", **without_groups}, str(
-        report
-    )
+    assert results == {
+        **dict.fromkeys(ROWS, "passed"),
+        WORDS: "note",
+        TURN: "not applicable",
+        KL: "not applicable",
+        **without_groups,
+    }, str(report)
+
+
+def test_the_tokenizer_is_compared_with_the_one_beside_the_model():
+    agent = make_agent()
+
+    def row():
+        return agent.audit(n=8, quiet=True)[WORDS]
+
+    assert row().result == "note" and "is not known" in row().detail
+    agent.policy.original_tokenizer = TOKENIZER
+    assert row().result == "passed" and row().detail == f"the model's own, {len(TOKENIZER)} tokens"
+    agent.policy.original_tokenizer = make_tokenizer("abcdefg", pad=False)
+    assert row().result == "note" and row().detail == f"the model's own {len(TOKENIZER) - 1} tokens and 1 more"
+    agent.policy.original_tokenizer = make_tokenizer("bacdefgh", pad=False)  # a and b have changed places
+    assert row().result == "FAILED" and row().detail.startswith(f"2 of the model's {len(TOKENIZER)} tokens have other ids")
 
 
 @pytest.mark.parametrize("kind", [GRPO, PPO])

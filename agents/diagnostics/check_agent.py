@@ -12,6 +12,7 @@ from agents.diagnostics.compare import LOGP_TOLERANCE, largest_gap, likely_cause
 from agents.diagnostics.conditions import dropout_row, groups_row, kl_row, values_row
 from agents.diagnostics.dry_run import Agent, DryStep, collect_episodes, dry_run_copy, take_dry_step, unrecorded
 from agents.diagnostics.naive_forward import naive_log_probs
+from agents.policy import LanguagePolicy
 from agents.rollout import Rollout
 from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
@@ -29,6 +30,7 @@ def check_agent(agent: Agent, *, n: int = 64, seed: int = 0, quiet: bool = False
     | sampler against trainer | largest gap of log-probs, in nats | > 1e-3 |
     | sampler, trainer against a plain forward | the same against one forward a response, alone and unpadded | > 1e-3 |
     | end token in the loss | its weight in responses that it ended | 0 |
+    | tokenizer | whether the env's tokenizer is the one beside the model's files | it is not, or it is unknown: a note |
     | end of a turn | whether the token with which the chat template closes a turn ends an episode | it does not |
     | only response tokens in the loss | weights of response tokens and of padding | 0, not 0 |
     | values before each token | largest gap to a plain forward, of the largest value, with a random head | > 1e-3 |
@@ -77,6 +79,7 @@ def check_agent(agent: Agent, *, n: int = 64, seed: int = 0, quiet: bool = False
             ratio_row(step),
             *_gap_rows(trainer, rollout, step),
             end_token_row(rules, rollout, step),
+            tokenizer_row(trainer.policy, rules),
             turn_row(rules),
             response_tokens_row(rules, rollout, step, trainer.mask_truncated),
             values_row(trainer, rollout, generator),
@@ -197,6 +200,21 @@ def _padded_weights(step: DryStep, episode: int, n: int) -> Tensor:
     """Return the weights of an episode's tokens, zero where the loss was given fewer than its n tokens."""
     weights = step.weights[episode]
     return torch.cat([weights, weights.new_zeros(max(0, n - len(weights)))])
+
+
+def tokenizer_row(policy: LanguagePolicy, rules: Rules) -> CheckRow:
+    """Check that the env's token ids are those that the model was trained with, as far as its files tell."""
+    check, original = "tokenizer", policy.original_tokenizer
+    if original is None:
+        return CheckRow(check, NOTE, "which tokenizer the model was trained with is not known: it was given as an object")
+    own, other = original.get_vocab(), rules.tokenizer.get_vocab()
+    if own == other:
+        return CheckRow(check, PASSED, f"the model's own, {len(own)} tokens")
+    differing = sorted(set(own.items()) - set(other.items()))
+    if not differing:
+        return CheckRow(check, NOTE, f"the model's own {len(own)} tokens and {len(other) - len(own)} more")
+    detail = f"{len(differing)} of the model's {len(own)} tokens have other ids, for instance {differing[:3]}"
+    return CheckRow(check, FAILED, f"{detail}; make the env with tokenizer=<the model's path>")
 
 
 def turn_row(rules: Rules) -> CheckRow:
