@@ -1120,7 +1120,7 @@ class LanguageAgent(BaseAlgorithm):
 
         Args:
             path: the zip file.
-            env: the env to resume with; its order of prompts goes on where it was if it has as many prompts and rows.
+            env: the env to resume with; its order of prompts continues if it has as many prompts and rows.
             device: where to put it.
             policy: the model to load the weights into, a path, a hub id or a `PreTrainedModel`: one of the saved class and
                 config, where these do not come back from the file (see `save`), or the base of a saved adapter, where it was a

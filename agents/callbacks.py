@@ -22,7 +22,7 @@ ON_NEW_BEST = "callback_on_new_best"  # the callback that EvalCallback calls aft
 def remaining_timesteps(requested: int, done: int, requested_before: int, is_reset: bool) -> int:
     """Return how many action tokens a call of `learn` is to train from now on.
 
-    Rollouts are whole, so that a call overshoots what was requested. Where counting goes on, the overshoot of the last call
+    Rollouts are whole, so that a call overshoots what was requested. Where counting continues, the overshoot of the last call
     counts towards the next one; where that would leave it nothing to do, it counts from now, as in SB3.
 
     Args:

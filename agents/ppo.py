@@ -31,13 +31,13 @@ class PPO(LanguageAgent):
         gamma: discount per token.
         gae_lambda: lambda of the advantage estimate.
         clip_range: eps of the ratio, a number or an SB3 schedule.
-        clip_range_vf: eps of the value, likewise; None for no clipping.
+        clip_range_vf: eps of the value, a number or an SB3 schedule; None for no clipping.
         normalize_advantage: to mean 0 and standard deviation 1 over all action tokens of the rollout; all 0 where every
             episode of the rollout had the same return.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
-        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's. Where
-            the policy is an adapter, an adapter of its own on the same base; the head is trained in full in either case.
+        separate_critic: V has a separate network, initialized as a copy of the policy's, instead of a head on the policy's.
+            Where the policy is an adapter, V has a second adapter on the same base. The head is always trained in full.
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
         bootstrap_truncated: add gamma * V of the state after the last token where the length limit ended an episode, as SB3
             does. Off by default: its score was paid, so its end is an end.

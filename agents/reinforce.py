@@ -48,7 +48,7 @@ class REINFORCE(LanguageAgent):
         gamma: discount per token.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
-        separate_critic: V has a network of its own, begun as a copy of the policy's, instead of a head on the policy's; for
+        separate_critic: V has a separate network, initialized as a copy of the policy's, instead of a head on it; for
             adapters see `PPO`.
         n_epochs: passes over a rollout.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.

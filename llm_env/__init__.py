@@ -39,7 +39,7 @@ def _warn_of_name_collision() -> None:
         return
     warnings.warn(
         "the distribution openai-agents is installed, too. It and llm-env both have a top-level package `agents`, and one has "
-        "overwritten the other's files: use an environment of its own for each (python -m venv), with llm-env installed anew",
+        "overwritten files of the other: use a separate virtual environment for each (python -m venv), and reinstall llm-env",
         stacklevel=3,
     )
 

@@ -38,7 +38,7 @@ def integers(values: Any, what: str, expected: str) -> np.ndarray:
     Args:
         values: a flat sequence of whole numbers; an empty one may have any type.
         what: begins the error message.
-        expected: what must be given instead; goes on with it.
+        expected: what must be given instead; the second half of the message.
 
     Raises:
         ValueError: If they are no such thing.

@@ -24,7 +24,7 @@ class StepOutcome:
     Attributes:
         rewards: (R, n) float64, one number per action token, 0 at padding.
         terminated: (R,) bool, ended by the end token or a stop string.
-        truncated: (R,) bool, ended by the length limit. Where neither holds, the episode goes on.
+        truncated: (R,) bool, ended by the length limit. Where both are False, the episode continues.
         ref_logp: (R, n) float32, log pi_ref of the tokens in nats, NaN where the reference was not asked; None without one.
         infos: the last infos by row number, of the rows that ended.
     """
@@ -213,7 +213,7 @@ class Episodes:
         if early.any():
             i, t = np.argwhere(early)[0]
             raise ValueError(
-                f"the response in row {rows[i]} goes on for {lengths[i] - 1 - t} tokens after its end at token "
+                f"the response in row {rows[i]} has {lengths[i] - 1 - t} tokens after its end at token "
                 f"{before[i] + t} ({tokens[i, t]}); cut it after the end token or stop string"
             )
         terminated = is_end.any(axis=1)

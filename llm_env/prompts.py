@@ -269,7 +269,7 @@ class PromptCursor:
         return index
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on with the same order; the generator's state is the env's to keep."""
+        """Return the state of the order, for `load_state_dict`; the env keeps the generator's state."""
         return {"size": self._size, "drawn": self._drawn, "moved": dict(self._moved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

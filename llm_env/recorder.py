@@ -22,7 +22,7 @@ BEGINNING = b'{"prompt_index": '  # of every record
 
 
 class Recorder:
-    """Appends one JSON object an episode to a file; give evaluation an env of its own, or its episodes are recorded as well.
+    """Appends one JSON object an episode to a file; give evaluation a separate env, or its episodes are recorded, too.
 
     Every object has `prompt_index`, `prompt` and `completion` as reward functions get them, `prompt_text` (of a chat, as it is
     rendered), `prompt_ids`, `completion_ids`, `columns` (the prompt's), `components` (by name, before weighting), `score` (what

@@ -39,8 +39,8 @@ class Reference:
     Attributes:
         max_positions: tokens that it can read, prompt and response together; None without a limit.
         temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
-        bf16, prefix_sharing: how it is computed, set by the agent likewise; see `agents.policy.LanguagePolicy`.
-        max_tokens_per_batch: positions per forward pass, set by the agent likewise; see `llm_env.lm.micro_batches`.
+        bf16, prefix_sharing: how it is computed, set by the agent, too; see `agents.policy.LanguagePolicy`.
+        max_tokens_per_batch: tokens per forward pass with padding, set by the agent, too; see `llm_env.lm.micro_batches`.
     """
 
     max_positions: int | None = None

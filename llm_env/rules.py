@@ -253,7 +253,7 @@ class Rules:
             return ""
         return (
             f"the chat template closes a turn with {name!r}, which ends no episode of this env (end tokens are "
-            f"{sorted(self.eos_ids)}): answers go on after it; set {remedy}"
+            f"{sorted(self.eos_ids)}): answers continue after it; set {remedy}"
         )
 
     def warn_of_endless_turn(self) -> None:

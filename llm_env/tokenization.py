@@ -26,7 +26,7 @@ def encode_texts(
         texts: N texts.
         special: add the tokenizer's special tokens: those before a text, unless it begins with them (a rendered chat that has a
             BOS); and with `end` those after it.
-        end: whether the texts are whole. Without it nothing is added after a text: a prompt goes on.
+        end: whether the texts are whole. Without it nothing is added after a text, because a prompt is continued.
         kwargs: further arguments of the tokenizer.
     """
     if not len(texts):

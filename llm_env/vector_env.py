@@ -28,9 +28,9 @@ class ResponseStep:
     Attributes:
         rewards: B float64 arrays of length n_i, one number per action token.
         terminated: (B,) bool, ended by the end token or a stop string.
-        truncated: (B,) bool, ended by the length limit. Where neither holds, the episode goes on.
+        truncated: (B,) bool, ended by the length limit. Where both are False, the episode continues.
         ref_logprobs: B float32 arrays of length n_i, log pi_ref of the action tokens, in nats; None without a reference.
-        infos: B dicts, empty where the episode goes on.
+        infos: B dicts, empty where the episode continues.
     """
 
     rewards: list[np.ndarray]

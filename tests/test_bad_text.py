@@ -149,7 +149,7 @@ def test_characters_cut_into_byte_tokens(parts, stop):
     responses = TextGenerationVectorEnv.from_rules(env.rules, 1)
     responses.reset()
     if expected <= len(ids):
-        refused(responses.step_responses, [[*ids[:expected], 0]], match="goes on for 1 tokens after its end")
+        refused(responses.step_responses, [[*ids[:expected], 0]], match="has 1 tokens after its end")
     assert responses.step_responses([[*ids, END][:expected]]).infos[0]["completion"] == text
 
 

@@ -281,7 +281,7 @@ def test_an_open_response_goes_on_and_an_empty_one_waits():
     ("responses", "logprobs", "message"),
     [
         ([[3]], None, "1 responses for num_envs=2"),
-        ([[3, EOS, 4], [3]], None, "row 0 goes on for 1 tokens after its end at token 1"),
+        ([[3, EOS, 4], [3]], None, "row 0 has 1 tokens after its end at token 1"),
         ([[3], [3, 3, 3, 3]], None, "row 1 has 4 tokens, more than max_new_tokens=3"),
         ([[3], [99]], None, "action 99 in row 1 is not a token id"),
         ([[3], [[3]]], None, "response 1 must be a flat sequence"),

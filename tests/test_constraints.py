@@ -110,7 +110,7 @@ def test_what_comes_after_the_end_is_refused_as_that():
 
     venv = make_env(TOKENIZER, prompts=("a",), max_new_tokens=4, allowed_tokens=only_before_the_end).vectorize(1)
     venv.reset(seed=0)
-    with pytest.raises(ValueError, match="goes on for 1 tokens after its end at token 1"):
+    with pytest.raises(ValueError, match="has 1 tokens after its end at token 1"):
         venv.step_responses([[A, EOS, A]])
     with pytest.raises(ValueError, match="has 5 tokens, more than max_new_tokens=4"):
         venv.step_responses([[A, EOS, A, A, A]])

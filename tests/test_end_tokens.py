@@ -191,7 +191,7 @@ def test_a_rollout_counts_them_as_ends(tmp_path):
     assert outcome.terminated.tolist() == [True, False] and outcome.truncated.tolist() == [False, True]
     assert [info["reward/missing_eos"] for info in outcome.infos] == [0.0, -7.0]
     venv.reset(seed=0)
-    with pytest.raises(ValueError, match=r"goes on for 1 tokens after its end at token 0 \(4\)"):
+    with pytest.raises(ValueError, match=r"has 1 tokens after its end at token 0 \(4\)"):
         venv.step_responses([[END, X], [X, END]])
 
 

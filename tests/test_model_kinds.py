@@ -112,9 +112,7 @@ def test_files_with_code_of_their_own_or_of_an_unknown_class(tmp_path):
     for changes in ({"model_type": "x_llama", "auto_map": code}, {"auto_map": code}):
         file.write_text(json.dumps({**config, **changes}))
         for make in (LanguagePolicy, Reference):
-            refused(
-                make, path, error=ValueError, match=r"code of its own.*AutoModelForCausalLM.from_pretrained\(.*trust_remote"
-            )
+            refused(make, path, error=ValueError, match=r"Python code.*AutoModelForCausalLM.from_pretrained\(.*trust_remote")
     # Code for what transformers has by now as well, as in the files of many models, is not needed.
     file.write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}}))
     assert type(LanguagePolicy(path).lm) is type(AutoModelForCausalLM.from_pretrained(path))

@@ -35,13 +35,13 @@ def micro_batches(
 
     All go into one pass where that keeps to the bounds. Else passes are filled from the longest rows to the shortest, once with
     the rows of a prompt kept together where they fit, and once row by row, where prompts are computed again but short rows are
-    not padded to the longest of their group; that which has fewer positions in all is taken. Which passes there are decides
+    not padded to the longest of their group; the plan with fewer tokens is taken. The passes decide
     about time and memory and nothing else.
 
     Args:
         model: says whether prompts can be computed once.
         prompts: B lists of token ids.
-        lengths: B numbers of tokens that go on from them.
+        lengths: B lengths of the responses, in tokens.
         most: rows of a pass.
         max_tokens_per_batch: positions of a pass; None is `DEFAULT_TOKENS_CPU`, or as many as the longest group needs, on a
             CPU, and no limit elsewhere.

@@ -28,7 +28,7 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
 
     Raises:
         TypeError: If the files hold another kind of model (encoder-decoder, classifier, no head, bidirectional).
-        ValueError: If the files hold code of their own, which is not run.
+        ValueError: If the files hold Python code, which is not run.
         OSError: If there is no model.
     """
     text = str(path)
@@ -71,7 +71,7 @@ def _is_known(kind: str) -> bool:
 
 def _with_code(path: str, name: str) -> str:
     return (
-        f"{name}={path!r} holds Python code of its own, which is not run from a path; load the model yourself and give the "
+        f"{name}={path!r} holds Python code, which is not run from a path; load the model yourself and give the "
         f"object: AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)"
     )
 

@@ -1,14 +1,14 @@
 """One forward pass over groups of responses to one prompt, with each prompt computed once.
 
 A row of the batch is `[prompt | response 1 | ... | response G]`. Responses attend to the prompt and, causally, to themselves,
-not to each other, and their positions go on from the prompt's end: what comes out is what G rows `[prompt | response]` would
-give, for P + G * T tokens in the place of G * (P + T). There are three ways to it:
+not to each other, and their positions continue from the prompt's end: the result is that of G rows `[prompt | response]`,
+for P + G * T tokens instead of G * (P + T). There are three modes:
 
 - "flex", on CUDA: through transformers' `AttentionInterface`, by torch's compiled `flex_attention`, which skips the blocks of
   pairs that do not see each other (not measured);
 - "split": through transformers' `AttentionInterface`, scores of the prompt in one product for the group, and scores of the
   responses' own tokens, under one softmax;
-- "dense": the model's own attention under a mask of all pairs of positions, for models with windows or terms of their own.
+- "dense": the model's own attention under a mask of all pairs of positions, for models with windows or additional terms.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PrefixSharingUnsupported(Exception):
     """The model's attention is of a kind that this pass does not compute."""
 
     def __init__(self) -> None:
-        super().__init__("the model's attention drops out, has a window that is too short, or terms of its own (sinks, biases)")
+        super().__init__("the model's attention drops out, has a window that is too short, or additional terms (sinks, biases)")
 
 
 class WindowProbe:
@@ -154,7 +154,7 @@ class PackedRows:
         return self.visible.shape[1] + self.width - 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
-        """Prompts attend to what they hold before each token, responses to all of the prompt and to that of their own."""
+        """Let prompt tokens attend to earlier ones, and response tokens to the prompt and their own past."""
         self.calls += 1
         (n, heads, _, _), p, g, t = query.shape, self.visible.shape[1], self.group, self.width
         keys, values = key[:, :, :p], value[:, :, :p]
@@ -252,7 +252,7 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
     Args:
         base: a model without its head that `supports_sharing` in this way.
         prompts: N lists of token ids.
-        groups: for each prompt the rows that go on from it, B in all.
+        groups: for each prompt the rows that continue it, B in all.
         way: "flex", "split" or "dense".
 
     Raises:

@@ -51,7 +51,7 @@ class BatchShape(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Rows, groups: Sequence[Rows]) -> BatchShape:
-        """From N prompts and the rows that go on from each."""
+        """Return the shape of N prompts and the rows that continue each."""
         sizes = [len(rows) for rows in groups]
         return cls(sum(sizes), len(sizes), max(sizes), max(map(len, prompts)), max(len(row) for rows in groups for row in rows))
 
@@ -98,7 +98,7 @@ def sharing_modes(base: PreTrainedModel, length: int, prefix_sharing: PrefixShar
 
     Args:
         base: a model without its head.
-        length: of a prompt and what goes on from it.
+        length: tokens of a prompt and its response.
         prefix_sharing: "auto" shares where the model can and it takes less work, True wherever a prompt has several rows, False
             never.
 

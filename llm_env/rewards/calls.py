@@ -77,7 +77,7 @@ def time_out_message(timeout: float | None) -> str:
 def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
     """Return the result of an awaitable, which is cancelled after `timeout` seconds and where the wait is interrupted.
 
-    All are awaited in one loop, in a thread of its own, so that a client may be shared between calls and a notebook, whose own
+    All are awaited in one loop, in a separate thread, so that a client may be shared between calls and a notebook, whose own
     loop is running, is no special case. A coroutine that blocks holds up the others.
 
     Raises:

@@ -231,7 +231,7 @@ def _unused_end(rows: list[list[int]], vocab_size: int) -> int:
 
 
 def _twin_that_skips(model: PreTrainedModel, pad_id: int) -> tuple[PreTrainedModel, int]:
-    """Return the model, sharing its weights, under a config of its own whose padding is `pad_id`; and `pad_id`."""
+    """Return the model, sharing its weights, under a copied config whose padding is `pad_id`; and `pad_id`."""
     twin = copy.copy(model)
     twin.config = copy.deepcopy(model.config)
     twin.config.get_text_config().pad_token_id = pad_id
@@ -331,7 +331,7 @@ class _Renderer:
                 "give template= a callable (prompt, completion) -> str"
             )
         messages = [*prompt, *completion]
-        if prompt[-1]["role"] == "assistant":  # which the completion goes on from
+        if prompt[-1]["role"] == "assistant":  # the completion continues it
             content = completion_text(prompt[-1:]) + completion_text(completion)
             messages = [*prompt[:-1], {**prompt[-1], "content": content}]
         return Prompt(self._tokenizer.apply_chat_template(messages, tokenize=False), messages)

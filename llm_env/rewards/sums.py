@@ -40,7 +40,7 @@ def process_reward(function: RewardFunction) -> RewardFunction:
     def marked(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    marked.__name__ = type(function).__name__  # of an object, which has no name of its own to be taken over
+    marked.__name__ = type(function).__name__  # an object has no name
     functools.update_wrapper(marked, function)
     marked.stepwise = True  # type: ignore[attr-defined]
     return marked
@@ -309,7 +309,7 @@ def _given(
 
 
 def _own(value: Any) -> Any:
-    """`value` with lists and dicts of its own, all the way down: a function may change what it is given."""
+    """Return a copy of nested lists and dicts: a reward function may change its arguments."""
     if type(value) is list:
         return [_own(v) if type(v) in (list, dict) else v for v in value]
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""Continuation: go on with a text. The user brings the reward, and the tokenizer of the model to be trained."""
+"""Continuation: continue a text. The user gives the reward, and the tokenizer of the model to be trained."""
 
 from __future__ import annotations
 

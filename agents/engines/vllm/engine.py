@@ -149,7 +149,7 @@ class VLLMEngine:
         """Generate `group_size` responses to each prompt; see `agents.engines.base.Engine.generate`.
 
         A response ends where the rules say. vLLM looks for stop strings by other means and may stop too early, or late: tokens
-        beyond the end are cut off, and a response that has not ended goes on in another request.
+        beyond the end are cut off, and a response that has not ended continues in another request.
         """
         rules, sampler, limit = decoding.rules, decoding.sampler, decoding.max_new_tokens
         settings = sampling_settings(rules, sampler)
@@ -181,7 +181,7 @@ class VLLMEngine:
         return Completions(responses, logprobs)
 
     def close(self) -> None:
-        """Shut down the vLLM in this process; a server goes on running."""
+        """Shut down the vLLM in this process; a server keeps running."""
         self._version = None
         self.vllm.close()
 
@@ -210,7 +210,7 @@ def sampling_settings(rules: Rules, sampler: Sampler) -> dict[str, Any]:
     """Return what all requests of a rollout have in common, by the names of vLLM's `SamplingParams`.
 
     Raises:
-        ValueError: If vLLM has no such temperature; it takes 0.01 in the place of lower ones.
+        ValueError: If vLLM has no such temperature; it replaces lower ones by 0.01.
     """
     if not 0.01 <= sampler.temperature <= 2:
         raise ValueError(f"temperature={sampler.temperature} is not possible with vLLM, which takes 0.01 to 2")

@@ -19,7 +19,7 @@ from vllm.v1.sample.sampler import Sampler
 def keep_weight(layer: Any, remove_weight: bool) -> None:
     """Let a linear layer compute with its weight as it stands.
 
-    On a CPU vLLM packs the weight into a copy of its own, and throws the weight away. Then there is nothing left to load
+    On a CPU vLLM packs the weight into a copy, and discards the weight. Then there is nothing left to load
     into, and whoever packs anew does not reach a graph that was compiled with the first copy.
     """
     layer.cpu_linear = torch.nn.functional.linear
@@ -85,7 +85,7 @@ class PolicyWeights:
         self.llm_env_take(list(load(base64.b64decode(text)).items()))
 
     def llm_env_commit(self, version: str) -> dict[str, Any]:
-        """End a push, under a name of its own: which of the model's parameters it left as they were."""
+        """End an update of the weights, and name it; return which parameters it did not reach."""
         if version == self._llm_env_version:  # asked again by somebody who did not get the answer
             return {"missing": []}
         names = {name for name, _ in self.model_runner.get_model().named_parameters()}
