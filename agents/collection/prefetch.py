@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from agents.collection.collector import ResponseCollector, gather_rollout
@@ -30,13 +30,13 @@ class PrefetchedRollout:
         self.began = {key: began[key] for key in RNG_KEYS}
         self._collector = collector
         request = collector.prepare()
-        executor = ThreadPoolExecutor(1, "sampling")
-        self._future = executor.submit(collector.collect_local, request)
-        executor.shutdown(wait=False)
+        self._executor = ThreadPoolExecutor(1, "sampling")
+        self._future = self._executor.submit(collector.collect_local, request)
+        self._executor.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Wait until the rollout is there, or has failed."""
-        wait([self._future])
+        """Wait until the rollout is there, or has failed, and its thread has ended."""
+        self._executor.shutdown(wait=True)
 
     def result(self) -> Rollout:
         """Return the episodes of all processes; where the call is interrupted, it returns once no env is stepped any more."""
