@@ -886,7 +886,7 @@ class LanguageAgent(BaseAlgorithm):
                     rules.reference.batch_size = self.micro_batch_size or self.batch_size or self.n_envs  # as in the update
         reference = self.rules.reference
         if reference is not None:
-            reference.place(self.device)
+            reference.set_device(self.device)
             reference.temperature, reference.bf16 = self.temperature, self.bf16
             reference.prefix_sharing, reference.max_tokens_per_batch = self.prefix_sharing, self.max_tokens_per_batch
 

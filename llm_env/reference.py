@@ -75,7 +75,7 @@ class Reference:
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_tokens_per_batch: int | None = None
 
-    def place(self, device: torch.device) -> None:
+    def set_device(self, device: torch.device) -> None:
         """Move the model to a device."""
         self.model.to(device)
 
@@ -167,7 +167,7 @@ class BaseReference(Reference):
         self.max_positions = max_positions(model)
         super().check_vocabulary(self._vocab_size)
 
-    def place(self, device: torch.device) -> None:
+    def set_device(self, device: torch.device) -> None:
         """Do nothing: the model is on the agent's device already."""
 
     def check_vocabulary(self, vocab_size: int) -> None:

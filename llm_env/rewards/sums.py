@@ -232,7 +232,7 @@ class RewardSum:
             ValueError: If a function raised, or returned another number of values, a NaN or an infinity, or no function
                 scored some completion. The message names the function and the row.
         """
-        given = _given(prompts, completions, completion_ids, columns, prompt_texts)
+        given = _reward_inputs(prompts, completions, completion_ids, columns, prompt_texts)
         scores = self._ask(range(len(self.names)), given)
         unscored = np.flatnonzero(np.isnan(np.stack(list(scores.components.values()))).all(axis=0))
         if len(unscored):
@@ -258,7 +258,7 @@ class RewardSum:
         prompt_texts: list[str] | None = None,
     ) -> Scores:
         """Return what the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
-        given = _given(prompts, completions, completion_ids, columns, prompt_texts)
+        given = _reward_inputs(prompts, completions, completion_ids, columns, prompt_texts)
         return self._ask(np.flatnonzero(self._live).tolist(), given)
 
     def take_seconds(self) -> dict[str, float]:
@@ -300,7 +300,7 @@ class RewardSum:
             self._seconds[name] += time.perf_counter() - begin
 
 
-def _given(
+def _reward_inputs(
     prompts: list[Any], completions: list[Any], completion_ids: list[Any], columns: dict[str, Any], texts: list[str] | None
 ) -> dict[str, Any]:
     texts = [prompt if isinstance(prompt, str) else "" for prompt in prompts] if texts is None else texts
