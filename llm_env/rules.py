@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llm_env")
 
 
-class RulesOptions(TypedDict, total=False):
-    """Keyword arguments of every text env; `Rules` documents them."""
-
+class _CommonOptions(TypedDict, total=False):
     reward_weights: Sequence[float] | None
     max_prompt_tokens: int
     max_new_tokens: int
@@ -42,7 +40,6 @@ class RulesOptions(TypedDict, total=False):
     chat_template_kwargs: dict[str, Any] | None
     reference: Any
     kl_coef: float | KLController
-    split: str | None
     long_prompts: str
     success: str | None
     observation: str
@@ -55,7 +52,27 @@ class RulesOptions(TypedDict, total=False):
     missing_eos_penalty: float
 
 
-OPTIONS = frozenset(RulesOptions.__annotations__)
+class RulesOptions(_CommonOptions, total=False):
+    """Keyword arguments of every text env; `Rules` documents them."""
+
+    split: str | None
+
+
+class TaskOptions(_CommonOptions, total=False):
+    """Keyword arguments of an env that a task sets and a user may override; without `split`, which tasks name."""
+
+    prompts: Any
+    reward: Any
+    tokenizer: Any
+
+
+class SplitTaskOptions(TaskOptions, total=False):
+    """`TaskOptions` with `split`, for tasks that do not name it."""
+
+    split: str | None
+
+
+OPTIONS = RulesOptions.__optional_keys__
 NAMES = frozenset({"prompts", "reward", "tokenizer"}) | OPTIONS
 
 

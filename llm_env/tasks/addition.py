@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import Unpack
+
 from llm_env.arguments import check_int
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
 from llm_env.rewards import exact_match
+from llm_env.rules import TaskOptions
 
 
 class AdditionProblems(PromptSource):
@@ -24,17 +27,17 @@ class AdditionProblems(PromptSource):
         return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
 
 
-def addition(split: str | None = "train", largest: int = 99, **overrides: Any) -> dict[str, Any]:
+def addition(split: str | None = "train", largest: int = 99, **overrides: Unpack[TaskOptions]) -> dict[str, Any]:
     """Return arguments of `TextGenerationEnv` for `llm_env/Addition-v0`.
 
     Args:
         split: `"train"`, `"test"` (a tenth of the problems, by a hash of their text) or None for all.
         largest: the largest summand.
-        overrides: any argument of `TextGenerationEnv`, to replace those set here.
+        overrides: arguments of `TextGenerationEnv` that replace the ones set here.
     """
     problems = AdditionProblems(largest)
     digits = len(str(2 * largest))
-    defaults = {
+    defaults: dict[str, Any] = {
         "prompts": problems,
         "reward": exact_match,
         "tokenizer": PUPIL,

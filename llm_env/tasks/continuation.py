@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import Unpack
+
 from llm_env.pupil import PUPIL
 from llm_env.rewards.answers import Texts, completion_text
+from llm_env.rules import SplitTaskOptions
 
 
 def word_count(completions: Texts, **_: Any) -> list[float]:
@@ -13,13 +16,13 @@ def word_count(completions: Texts, **_: Any) -> list[float]:
     return [float(len(completion_text(completion).split())) for completion in completions]
 
 
-def continuation(**overrides: Any) -> dict[str, Any]:
+def continuation(**overrides: Unpack[SplitTaskOptions]) -> dict[str, Any]:
     """Return arguments of `TextGenerationEnv` for `llm_env/Continuation-v0`.
 
     Args:
         overrides: any argument of `TextGenerationEnv`: `prompts`, `reward` and `tokenizer` are the ones to set.
     """
-    defaults = {
+    defaults: dict[str, Any] = {
         "prompts": ["Once upon a time"],
         "reward": word_count,
         "tokenizer": PUPIL,

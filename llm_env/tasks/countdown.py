@@ -11,10 +11,13 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
+from typing_extensions import Unpack
+
 from llm_env.arguments import as_int, check_int
 from llm_env.prompts import PromptSource, Row
 from llm_env.pupil import PUPIL
 from llm_env.rewards.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
+from llm_env.rules import TaskOptions
 
 TEMPLATE = "Use each of {numbers} exactly once, with + - * / and parentheses, to make {target}.\n"
 TEMPLATE_AT_MOST_ONCE = "Use any of {numbers}, each at most once, with + - * / and parentheses, to make {target}.\n"
@@ -213,7 +216,7 @@ def countdown_task(
     seed: int = 0,
     at_most_once: bool = False,
     template: str | None = None,
-    **overrides: Any,
+    **overrides: Unpack[TaskOptions],
 ) -> dict[str, Any]:
     """Return arguments of `TextGenerationEnv` for `llm_env/Countdown-v0`.
 
@@ -227,12 +230,12 @@ def countdown_task(
         seed: another seed gives other problems.
         at_most_once: numbers may be left out, and the prompt says so.
         template: another prompt.
-        overrides: any argument of `TextGenerationEnv`, to replace those set here.
+        overrides: arguments of `TextGenerationEnv` that replace the ones set here.
     """
     text = template or (TEMPLATE_AT_MOST_ONCE if at_most_once else TEMPLATE)
     problems = CountdownProblems(size, count, smallest, largest, largest_target, seed, text)
     reward = countdown_at_most_once if at_most_once else countdown
-    defaults = {
+    defaults: dict[str, Any] = {
         "prompts": problems,
         "reward": reward,
         "tokenizer": PUPIL,

@@ -5,21 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
 from llm_env.prompts import read_jsonl
 from llm_env.pupil import PUPIL
 from llm_env.rewards import numeric_answer
+from llm_env.rules import SplitTaskOptions
 
 TEMPLATE = "{question}\nThink step by step and end with `#### ` and the answer.\n"
 
 
-def gsm8k(path: str | Path | None = None, template: str = TEMPLATE, chat: bool = False, **overrides: Any) -> dict[str, Any]:
+def gsm8k(
+    path: str | Path | None = None, template: str = TEMPLATE, chat: bool = False, **overrides: Unpack[SplitTaskOptions]
+) -> dict[str, Any]:
     """Return arguments of `TextGenerationEnv` for `llm_env/GSM8K-v0`.
 
     Args:
         path: required; a `.jsonl` file of rows with `question` and `answer`, the latter ending in `#### <number>`.
         template: the prompt; `{question}` stands for the question.
         chat: give the prompt as a user's message through the tokenizer's chat template.
-        overrides: any argument of `TextGenerationEnv`, to replace those set here; `tokenizer` is the one to set.
+        overrides: arguments of `TextGenerationEnv` that replace the ones set here; `tokenizer` is the one to set.
 
     Raises:
         ValueError: If no path, or a row lacks `question` or `answer`.
@@ -32,7 +37,7 @@ def gsm8k(path: str | Path | None = None, template: str = TEMPLATE, chat: bool =
             raise ValueError(f"{path}:{number} has no text under {missing}; a GSM8K row has 'question' and 'answer'")
         prompt = template.replace("{question}", row["question"])
         rows.append({"prompt": [{"role": "user", "content": prompt}] if chat else prompt, "answer": row["answer"]})
-    defaults = {
+    defaults: dict[str, Any] = {
         "prompts": rows,
         "reward": numeric_answer,
         "tokenizer": PUPIL,

@@ -6,9 +6,12 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from typing_extensions import Unpack
+
 from llm_env.prompts import PromptSource, Row, check_split, split_of
 from llm_env.pupil import PUPIL
 from llm_env.rewards.answers import THINK_TAGS, Texts, ThinkTags, answer_texts, tagged_answer
+from llm_env.rules import TaskOptions
 
 TEMPLATE = "{question}\nGive the final answer between <answer> and </answer>.\n"
 
@@ -119,7 +122,7 @@ def reasoning_gym(
     config: dict[str, Any] | None = None,
     strict: bool = True,
     template: str = TEMPLATE,
-    **overrides: Any,
+    **overrides: Unpack[TaskOptions],
 ) -> dict[str, Any]:
     """Return arguments of `TextGenerationEnv` for `llm_env/ReasoningGym-v0`.
 
@@ -131,14 +134,14 @@ def reasoning_gym(
         config: further arguments of the data set, such as `{"max_animals": 4}`.
         strict: pay for full scores only; see `ReasoningGymScore`.
         template: the prompt; `{question}` stands for the question.
-        overrides: any argument of `TextGenerationEnv`, to replace those set here; `tokenizer` is the one to set.
+        overrides: arguments of `TextGenerationEnv` that replace the ones set here; `tokenizer` is the one to set.
 
     Raises:
         ImportError: If reasoning-gym is not installed.
         ValueError: If there is no such data set, or it does not take the configuration.
     """
     source = create_dataset(dataset, size, seed, config)
-    defaults = {
+    defaults: dict[str, Any] = {
         "prompts": ReasoningGymProblems(source, split, template),
         "reward": ReasoningGymScore(source, strict),
         "tokenizer": PUPIL,
