@@ -329,7 +329,7 @@ _LEADS_IN = re.compile(  # text before a number that shows it to be part of a la
     r"(?![A-Za-z]))[A-Za-z]{1,20}\s?[{(\[]{0,2}\s?"
     r")\Z"
 )
-_SECOND_PART = (re.compile(rf"[0-9]\s?{_UNIT}[, ]{{1,2}}(?:and\s)?\Z"), re.compile(rf"\s?{_LAST_UNIT}"))  # text before and after the number
+_SECOND_PART = (re.compile(rf"[0-9]\s?{_UNIT}[, ]{{1,2}}(?:and\s)?\Z"), re.compile(rf"\s?{_LAST_UNIT}"))  # text before, after
 _NEGATED = re.compile(
     r"(?:\bnot|n't|n\u2019t)\s(?:(?:equal to|exactly|just|simply|actually)\s)?(?:[A-Za-z]\s?[=≠]\s?)?[$(*_\s]{0,5}\Z",
     re.IGNORECASE,
