@@ -81,7 +81,7 @@ def numeric_answer(
     for reference, gold in zip(answer, golds, strict=True):
         if gold is None:
             raise ValueError(
-                f"the column 'answer' holds {reference!r}, whose answer is not a number; try math_answer or exact_match"
+                f"the column 'answer' holds {reference!r}, which ends in no number; try math_answer or exact_match"
             )
     texts = answer_texts(completions, prompts, think_tags, prompt_texts)
     return [float(parse_number(text, ()) == gold) for text, gold in zip(texts, golds, strict=True)]
