@@ -1,15 +1,21 @@
-"""Reward functions in TRL's convention, and how several become one number.
+"""Reward functions in TRL's convention, and their weighted sum.
 
-A reward function is any callable `f(prompts, completions, **columns) -> list[float]`: `prompts` and `completions` are
-lists of one length, every column of the prompts comes as a keyword with a list of that length, and so does
-`completion_ids` (lists of token ids). Of a prompt that is text both are str; of one that is a chat the prompt is its list of
-messages and the completion `[{"role": "assistant", "content": ...}]`. As in TRL there are `trainer_state` (see `TrainerState`),
-`log_metric(name, value)`, whose mean is logged as `rollout/<name>`, and `log_extra(column, values)`, which goes into the last
-infos and the record. A function that names `prompt_texts` gets the prompts as text, chats as their template renders them. Of
-all else a function is given what its signature names, or all of them with `**kwargs`.
-It returns one number a completion; None says "not applicable to this one". A process reward returns, for a completion, a list
-of steps `(end, score)`, `end` being the index of the step's last token among `completion_ids`; each is paid with that token.
-Functions may be asynchronous. Slow or failing ones are put into a `llm_env.rewards.pool.PooledReward`.
+A reward function is any callable `f(prompts, completions, **columns) -> list[float]`. All arguments are passed by keyword:
+
+- `prompts`, `completions`: lists of length B. If a prompt is text, it and its completion are str. If it is a chat, the prompt
+  is its list of messages and the completion is `[{"role": "assistant", "content": ...}]`.
+- `completion_ids`: B lists of token ids.
+- every column of the prompts: a list of B values.
+- `prompt_texts`: the prompts as text, with chats rendered by the chat template. Passed only if the signature names it.
+- `trainer_state`: see `TrainerState`.
+- `log_metric(name, value)`: the mean is logged as `rollout/<name>`.
+- `log_extra(column, values)`: the values are added to the infos of the last step and to the record.
+
+A function receives the arguments that its signature names. With `**kwargs` it receives all except `prompt_texts`.
+
+A reward function returns one number per completion, or None if it does not apply to a completion. A process reward returns a
+list of steps `(end, score)` per completion. `end` is the index of the step's last token in `completion_ids`; the score is paid
+at that token. Functions may be asynchronous. Wrap slow or failing functions in `llm_env.rewards.pool.PooledReward`.
 """
 
 from llm_env.rewards.answers import final_answer, parse_number

@@ -1,4 +1,4 @@
-"""Read the final answer of a completion: without its thoughts, as text or as an exact number."""
+"""Extract the final answer of a completion, without its thoughts, as text or as an exact number."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fractions import Fraction
 from itertools import groupby
 from typing import Any
 
-# Every pattern here is linear in the length of the text: it was written by a policy that is paid for the result.
+# Every pattern must match in linear time: a policy that is trained on the result could write text that exploits backtracking.
 
 Message = dict[str, Any]
-Texts = Sequence[str | Sequence[Message]]  # one a row: text, or chat messages
+Texts = Sequence[str | Sequence[Message]]  # one per row: text or chat messages
 ThinkTags = Sequence[str] | Sequence[Sequence[str]]
 
 THINK_TAGS = (  # opening and closing tag
@@ -25,14 +25,15 @@ THINK_TAGS = (  # opening and closing tag
     ("<|channel|>analysis", "<|channel|>final<|message|>"),  # gpt-oss
     ("<|channel>thought", "<channel|>"),  # Gemma 4
 )
-MOST_REPEATS = 10  # of one kind of answer mark; more is no solution
+MOST_REPEATS = 10  # of one kind of answer mark; a text with more has no answer
 
 
 def completion_text(completion: str | Sequence[Message]) -> str:
-    """Return the text of a completion: a str as it is, of chat messages the content of the last assistant message.
+    """Return the text of a completion.
 
-    Content may be a str, None (empty) or a list of parts, of which those with text count. A message without a role is the
-    assistant's. Messages of other roles (user, tool) are never read. Without an assistant message the text is empty.
+    A str is returned unchanged. For chat messages, this is the content of the last assistant message. Content may be a str,
+    None (empty) or a list of parts; the texts of the parts are joined. A message without a role counts as the assistant's.
+    Messages of other roles (user, tool) are ignored. Without an assistant message the text is empty.
 
     Raises:
         TypeError: If the completion is neither text nor a list of messages.
@@ -55,16 +56,17 @@ def completion_text(completion: str | Sequence[Message]) -> str:
 
 
 def strip_thoughts(text: str, think_tags: ThinkTags = THINK_TAGS, in_thought: bool = False) -> str:
-    """Return what a text says outside its thoughts: what follows the last closing tag, up to a tag that opens another.
+    """Remove the thoughts (reasoning between think tags) from a text.
 
-    A chat template may put the opening tag into the prompt, so a closing tag alone ends a thought, too. A thought that is not
-    closed reaches to the end of the text.
+    The result is the text after the last closing tag, up to the next opening tag. A closing tag without an opening tag also
+    ends a thought, since a chat template may put the opening tag into the prompt. A thought that is not closed extends to the
+    end of the text.
 
     Args:
         text: a completion.
-        think_tags: (opening, closing) tag, or several such pairs; an empty opening tag says that every completion begins
-            inside a thought. `()` for texts without thoughts.
-        in_thought: the text begins inside a thought: without a closing tag, all of it is thought.
+        think_tags: (opening, closing) tag, or several such pairs. An empty opening tag means that every completion begins
+            inside a thought. `()` removes nothing.
+        in_thought: whether the text begins inside a thought. If so, a text without a closing tag is all thought.
 
     Raises:
         ValueError: If a tag pair is not two str, or its closing tag is empty.
@@ -95,11 +97,13 @@ def answer_text(
     prompt: str | Sequence[Message] | None = None,
     think_tags: ThinkTags = THINK_TAGS,
 ) -> str:
-    r"""Return the text of a completion (see `completion_text`) outside its thoughts (see `strip_thoughts`).
+    r"""Return the text of a completion without its thoughts.
+
+    See `completion_text` and `strip_thoughts`.
 
     Args:
         completion: text or chat messages.
-        prompt: text or chat messages; where it ends in an opening tag, the completion begins inside a thought.
+        prompt: text or chat messages. If it ends with an opening tag, the completion begins inside a thought.
         think_tags: (opening, closing) tag, or several such pairs.
 
     >>> answer_text("So it is 8.", prompt="<|im_start|>assistant\n<think>\n")
@@ -117,13 +121,14 @@ def answer_texts(
     think_tags: ThinkTags = THINK_TAGS,
     prompt_texts: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return `answer_text` of B completions, each with its prompt where there are prompts.
+    """Return the texts of B completions without their thoughts; see `answer_text`.
 
     Args:
         completions: B texts or lists of chat messages.
-        prompts: B texts or lists of chat messages.
+        prompts: B texts or lists of chat messages, or None.
         think_tags: (opening, closing) tag, or several such pairs.
-        prompt_texts: B prompts as the model reads them. They replace `prompts`: a chat template may open the thought.
+        prompt_texts: B prompts as the model reads them. If given, they replace `prompts`, since a chat template may add the
+            opening think tag.
 
     >>> answer_texts(["So it is 8."], [[{"role": "user", "content": "3+5"}]], prompt_texts=["<user>3+5<assistant><think>"])
     ['']
@@ -135,7 +140,7 @@ def answer_texts(
 
 # --- answers as text --------------------------------------------------------------------------------------------------
 
-_MARKS = {  # one that has no group marks the rest of its line
+_MARKS = {  # the content of a mark without a group is the rest of its line
     "####": re.compile(r"####\s*"),
     "tag": re.compile(r"<answer>([^<]*)</answer>"),
     "answer": re.compile(
@@ -147,7 +152,7 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s?\{|[{}]")
 
 
 def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
-    r"""Start, end and content of every `\boxed{...}` whose braces are closed and that has no other inside."""
+    r"""Yield start, end and content of every innermost `\boxed{...}` with closed braces."""
     opened: list[tuple[int, int, bool]] = []
     latest = -1
     for brace in _BRACES.finditer(text):
@@ -161,7 +166,7 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _marked(text: str) -> list[tuple[str, str]]:
-    """Return every answer mark's kind and content, in the order of the text; where one mark ends another begins."""
+    """Return kind and content of every answer mark in text order; a mark ends where the next one begins."""
     found: list[tuple[int, int, str, str | None]] = [
         (match.start(), match.end(), kind, match[1] if mark.groups else None)
         for kind, mark in _MARKS.items()
@@ -177,9 +182,9 @@ def _marked(text: str) -> list[tuple[str, str]]:
 
 
 def tagged_answer(text: str, think_tags: ThinkTags = THINK_TAGS) -> str:
-    """Return the content of the last `<answer>...</answer>`, or all of the text where there is none, without thoughts.
+    """Return the content of the last `<answer>...</answer>` outside of thoughts.
 
-    White space around it is stripped.
+    Without such a tag, this is the whole text without thoughts. Leading and trailing white space is stripped.
 
     >>> tagged_answer("<think>1+2, or 2+1?</think> <answer> 1+2 </answer>"), tagged_answer(" 1+2 ")
     ('1+2', '1+2')
@@ -191,9 +196,10 @@ def tagged_answer(text: str, think_tags: ThinkTags = THINK_TAGS) -> str:
 
 
 def final_answer(text: str, think_tags: ThinkTags = THINK_TAGS) -> str:
-    r"""Return the final answer of a solution: the content of its last answer mark, or all of it, without thoughts.
+    r"""Return the final answer of a solution: the content of its last answer mark.
 
-    Marks are `#### ...`, `\boxed{...}`, `<answer>...</answer>`, "answer is ...", "answer: ..." and a line "A: ...".
+    Thoughts are removed first. Answer marks are `#### ...`, `\boxed{...}`, `<answer>...</answer>`, "answer is ...",
+    "answer: ..." and a line "A: ...". Without an answer mark, the whole text is the answer.
 
     >>> final_answer("48/2 = 24 clips in May. 48+24 = 72.\n#### 72")
     '72'
@@ -230,12 +236,12 @@ def _follows_word(match: re.Match[str]) -> bool:
     return match.string[max(0, match.start() - 1) : match.start()].isalnum()
 
 
-_UNIT = (  # of measures that are given in two parts: 2 hours 30 minutes, 5 ft 3 in
+_UNIT = (  # of measures with two parts: 2 hours 30 minutes, 5 ft 3 in
     r"(?:(?:year|month|week|day|hour|hr|minute|min|second|sec|mile|yard|foot|feet|ft|inch(?:es)?|kilometer|meter|centimeter"
     r"|km|cm|mm|stone|pound|lb|ounce|oz|kilogram|gram|kg|dollar|cent|euro|degree)s?|[hms])(?![A-Za-z])\.?"
 )
 _LAST_UNIT = rf"(?:{_UNIT}|in(?![A-Za-z]))"
-_MINUS_LEADS = r"-[\s~]{0,9}(?=[({$€£¥₹]{0,3}[.0-9])"  # a minus that may stand apart from its number
+_MINUS_LEADS = r"-[\s~]{0,9}(?=[({$€£¥₹]{0,3}[.0-9])"  # a minus sign, possibly separated from its number
 _BRACKETED_NUMBER: tuple[re.Pattern[str], Callable[[re.Match[str]], str]] = (  # -(5)
     re.compile(
         r"(?<![\w)%\]}])(?<![0-9)%]\s)-[({\[]\s{0,3}(?P<sign>-?)(?P<number>[$€£¥₹]?[0-9.][0-9.,/ ]*%?[A-Za-z ]{0,30})[)}\]]"
@@ -248,7 +254,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (
     (re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), lambda m: "^" + m[0].translate(_SUPERSCRIPTS)),
     (re.compile(r"\\\\(?=\s{1,9}\S|[-0-9])"), " & "),  # the end of a row
     (re.compile(r"\{-\}"), "-"),
-    (re.compile(r"(\\[(\[]|(?<!\S)\${1,2})\s{0,9}-\s{1,9}(?=[0-9.({\\])"), r"\1-"),  # formulas open with the minus
+    (re.compile(r"(\\[(\[]|(?<!\S)\${1,2})\s{0,9}-\s{1,9}(?=[0-9.({\\])"), r"\1-"),  # a formula that begins with a minus sign
     (re.compile(r"\\[!,]|\\(?=[$%])|\\(?:left|right)(?![A-Za-z])\.?"), ""),
     (re.compile(r"\\[;:>()\[\] ]|\\(?:displaystyle|textstyle|q?quad|therefore|because)(?![A-Za-z])"), " "),
     (re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\s?\{([^{}]*)\}"), r" \1 "),
@@ -272,7 +278,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], Any], ...] = (
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
 _EXPONENT = r" ?\^ ?(?:\{ ?(?P<{0}_braced>[-+]?[0-9]+) ?\}|(?P<{0}>[-+]?[0-9]+))"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)%])(?<![0-9)%]\s)(?P<sign>[-+]))?"  # between two numbers it is no sign
+    r"(?:(?<![\w)%])(?<![0-9)%]\s)(?P<sign>[-+]))?"  # between two numbers it is an operator, not a sign
     r"(?P<money>[$€£¥₹]\s?(?P<inner_sign>-)?)?"
     rf"(?:(?P<whole>[0-9]+) (?=[0-9]+\s?/\s?[0-9]))?(?P<numerator>{_DIGITS})"
     r"(?:"
@@ -287,11 +293,11 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 LARGEST_EXPONENT = 1000  # of a number in scientific notation, and of a power
 LONGEST_POWER = 4300  # digits
 
-_VARIABLE = r"(?:[xyz]{1,3}|[ne]|a[bc]|bc|abc|[α-ω]|i(?!\s[a-z]))(?!\w|-[A-Za-z]{2})"  # but 5 x-rays
+_VARIABLE = r"(?:[xyz]{1,3}|[ne]|a[bc]|bc|abc|[α-ω]|i(?!\s[a-z]))(?!\w|-[A-Za-z]{2})"  # not "5 x-rays"
 _FUNCTION = r"(?:log|ln|lg|exp|sin|cos|tan|sec|csc|cot|sinh|cosh|tanh|arcsin|arccos|arctan|sqrt|cbrt|mod)"
-_GOES_ON = re.compile(  # what follows a number that is only a part of something
+_GOES_ON = re.compile(  # text after a number that shows it to be part of a larger expression
     r"!|:[0-9]|\s:\s?[0-9]|,[0-9]|,\s?[-+]?∞|\.[0-9]|\.\\[a-z]"
-    r"|[a-fijknopqrtuvwxyzBDEGHIJKMNOPQRSTUXYZ](?![A-Za-z])"  # 2n; but 5 m, g, s, h, l, L, A, C, F, V, W
+    r"|[a-fijknopqrtuvwxyzBDEGHIJKMNOPQRSTUXYZ](?![A-Za-z])"  # 2n, but not the units in 5 m, g, s, h, l, L, A, C, F, V, W
     r"|\((?=[-0-9a-zπ√])(?![a-z]{3})"
     r"|[-+]a(?!\w)"
     rf"|\s?{_UNIT}(?:[, ]{{1,2}}(?:and )?|(?<=[hms]))[0-9]+(?:\.[0-9]+)?\s?{_LAST_UNIT}"
@@ -308,7 +314,7 @@ _GOES_ON = re.compile(  # what follows a number that is only a part of something
     r")"
     r"|\)\s?\(|\s?[A-Za-z]+\s?[-+×÷*]\s?[$(]?[0-9]"  # 5 apples + 3 apples
 )
-_LEADS_IN = re.compile(  # what precedes such a number
+_LEADS_IN = re.compile(  # text before a number that shows it to be part of a larger expression
     r"(?:"
     r"\S\s?[+/×÷·][ \t($\[{]*|(?:[0-9)%\]}$]|(?<![A-Za-z])[A-Za-z])\s?[+/×÷·][\s($\[{]*|&\s*"
     r"|[√∛±∑∫^|≤≥≠][\s($\[{]*(?<![|]\s)"
@@ -323,13 +329,13 @@ _LEADS_IN = re.compile(  # what precedes such a number
     r"(?![A-Za-z]))[A-Za-z]{1,20}\s?[{(\[]{0,2}\s?"
     r")\Z"
 )
-_SECOND_PART = (re.compile(rf"[0-9]\s?{_UNIT}[, ]{{1,2}}(?:and\s)?\Z"), re.compile(rf"\s?{_LAST_UNIT}"))  # before and after it
+_SECOND_PART = (re.compile(rf"[0-9]\s?{_UNIT}[, ]{{1,2}}(?:and\s)?\Z"), re.compile(rf"\s?{_LAST_UNIT}"))  # text before, after
 _NEGATED = re.compile(
     r"(?:\bnot|n't|n\u2019t)\s(?:(?:equal to|exactly|just|simply|actually)\s)?(?:[A-Za-z]\s?[=≠]\s?)?[$(*_\s]{0,5}\Z",
     re.IGNORECASE,
 )
 _DENIES = re.compile(r"[\s*_$({\[]*(?:no(?!\.\s?[0-9])|none|not|never|neither|undefined|impossible)\b", re.IGNORECASE)
-_CONTEXT = 40  # characters before a number that are looked at
+_CONTEXT = 40  # number of characters before a number that are searched
 _PART_OF_WORD = re.compile(r"[A-Za-z_][-_{]?\Z|[A-Za-z]_\{\Z")  # CO2, x_1, covid-19
 
 _END_OF_CLAUSE = re.compile(r"[.,;]\s|\bbecause\b|\bsince\b")
@@ -337,7 +343,7 @@ _EXPLANATION = re.compile(
     r"\b(?:where|given|when|if|i\.e)\b|\b(?:for|at|with)\s(?=\$?[A-Za-z]\s?=)"
     r"|\bas\s(?=\$?(?:[0-9.,]{1,20}\s?[-+*/×÷]|[A-Za-z]\s?=))"
 )
-_EXPLANATION_OF_FIRST = re.compile(rf":\s|\bwhich\b|{_EXPLANATION.pattern}")  # of a number that nothing is said before
+_EXPLANATION_OF_FIRST = re.compile(rf":\s|\bwhich\b|{_EXPLANATION.pattern}")  # for a number without words before it
 _RESULT = re.compile(r"=|→|->")
 _OR = re.compile(r"\bor\s(?=(?:[A-Za-z]\s?=\s?)?[-$]{0,2}[.0-9])")
 _NAME = r"(?:[A-Z]{2,3}|[A-Za-z](?:_\{?\w{1,9}\}?)?)"
@@ -352,21 +358,28 @@ _WORDING = re.compile(r"[^\W\d_]|[=≈→>]")
 
 
 def parse_number(text: str, think_tags: ThinkTags = THINK_TAGS) -> Fraction | None:
-    r"""Return the number that a text answers with, exactly; or None.
+    r"""Parse the exact number that a text gives as its answer.
 
-    Thoughts are removed first (see `strip_thoughts`). The answer is the content of the last answer mark (see `final_answer`):
-    its first clause, without explanations in parentheses or after "as", "where", ..., on the right of an equals sign. In a
-    text without a mark it is the last number.
+    Thoughts are removed first (see `strip_thoughts`). The answer is the content of the last answer mark (see `final_answer`).
+    From this content the first clause is read, without explanations in parentheses or after "as", "where" and the like. If the
+    clause has an equals sign, the right side is read. In a text without an answer mark, the last number is the answer.
 
-    Read are integers and decimals with thousands commas, fractions, mixed numbers (`3 1/2`, `3½`), scientific notation
-    (`1e-05`, `1.5E+10`, `3 \times 10^8`, `3 × 10⁸`), powers of a number (`10^6`), scales ("5 million"), percent ("50%" is 50),
-    a sign (hyphen, minus, en dash, "negative"), money and units ("$18", "72 clips", "5 km/h", "20 cm^2"), and their LaTeX
-    (`\frac12`, `\dfrac{1}{2}`, `1{,}072`, `\text{...}`).
+    These forms are accepted:
 
-    None is returned for what merely contains a number: `2\sqrt{3}`, `3\pi`, `2x`, `x^2+1`, `5!`, `log 5`, a calculation without
-    result (`3+4`), a range (`10–15`), a ratio or time (`3:30`). And for texts that give several answers: nothing but numbers
-    ("71, 72"), different numbers joined by "or", one kind of mark with more than two different values in a row, or set more
-    than ten times. Repeats of an equal value are one answer.
+    - integers and decimals, with or without thousands commas
+    - fractions and mixed numbers (`3 1/2`, `3½`)
+    - scientific notation (`1e-05`, `1.5E+10`, `3 \times 10^8`, `3 × 10⁸`) and powers of a number (`10^6`)
+    - scales ("5 million") and percent ("50%" is 50)
+    - a sign (hyphen, minus, en dash, "negative")
+    - money and units ("$18", "72 clips", "5 km/h", "20 cm^2")
+    - the LaTeX of these (`\frac12`, `\dfrac{1}{2}`, `1{,}072`, `\text{...}`)
+
+    None is returned for an expression of which a number is only a part: `2\sqrt{3}`, `3\pi`, `2x`, `x^2+1`, `5!`, `log 5`, a
+    calculation without a result (`3+4`), a range (`10–15`), a ratio or a time (`3:30`).
+
+    None is also returned for a text with several answers: only numbers ("71, 72"), different numbers joined by "or", one kind
+    of mark whose value changes more than once, or one kind of mark that occurs more than ten times. Repeats of the same value
+    count as one answer.
 
     >>> parse_number("It costs $1,234.50."), parse_number("-3/4"), parse_number("3 1/2 cups"), parse_number("none")
     (Fraction(2469, 2), Fraction(-3, 4), Fraction(7, 2), None)
@@ -392,14 +405,14 @@ def parse_number(text: str, think_tags: ThinkTags = THINK_TAGS) -> Fraction | No
                 return None
     if any(sum(1 for _ in groupby(repeats)) > 2 for repeats in answers.values()):
         return None
-    return next((repeats[0] for repeats in answers.values()), None)  # the first kind met is the last mark's
+    return next((repeats[0] for repeats in answers.values()), None)  # the first key is the kind of the last mark
 
 
 def reference_text(reference: Any) -> str:
-    """Return a reference as text.
+    """Convert a reference answer to text.
 
     Raises:
-        ValueError: If it is a number with more digits than Python converts to text.
+        ValueError: If the reference is a number with more digits than Python converts to text.
 
     >>> from decimal import Decimal
     >>> reference_text(Decimal("0.50")), reference_text(72), reference_text("#### 72")
@@ -410,17 +423,17 @@ def reference_text(reference: Any) -> str:
     except ValueError as error:
         raise ValueError(
             f"the column 'answer' holds a number ({type(reference).__name__}) of more than {sys.get_int_max_str_digits()} "
-            "digits, which no answer that is read can have; use a smaller number, or text with exact_match"
+            "digits, which Python does not convert to text; use a smaller number, or text with exact_match"
         ) from error
 
 
 def parse_gold(reference: Any, think_tags: ThinkTags = THINK_TAGS) -> Fraction | None:
-    """Return the number that a reference ends in, as `parse_number` does; or None.
+    """Parse the exact number that a reference gives as its answer; see `parse_number`.
 
-    A reference has no Markdown bullets: a minus at its start is a sign ("- 5" is -5).
+    A reference has no Markdown bullets, so a minus at its start is a sign ("- 5" is -5).
 
     Raises:
-        ValueError: If it is a number with more digits than Python converts to text.
+        ValueError: If the reference is a number with more digits than Python converts to text.
 
     >>> parse_gold("- 5"), parse_gold(0.5), parse_gold("48 + 24 = 72 #### 72")
     (Fraction(-5, 1), Fraction(1, 2), Fraction(72, 1))
@@ -430,7 +443,7 @@ def parse_gold(reference: Any, think_tags: ThinkTags = THINK_TAGS) -> Fraction |
 
 
 def parse_number_only(text: str) -> Fraction | None:
-    r"""Return the value of a text that is one number and nothing else, not even a unit; or None.
+    r"""Parse a text that is one number without a unit; return None for other texts.
 
     >>> parse_number_only(r"- \frac{1}{2}"), parse_number_only("1,072"), parse_number_only("5 m"), parse_number_only("x = 5")
     (Fraction(-1, 2), Fraction(1072, 1), None, None)
@@ -440,7 +453,7 @@ def parse_number_only(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """Text without LaTeX and typographic variants; applied twice it changes nothing more."""
+    """Replace LaTeX and typographic variants with plain text; idempotent."""
     text = text.translate(_CHARACTERS)
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
@@ -448,19 +461,22 @@ def _plain(text: str) -> str:
 
 
 def _with_sign(content: str) -> str:
-    """Content with the minus at its start joined to its number."""
+    """Join a minus sign at the start of the content to its number."""
     return _BRACKETED_NUMBER[0].sub(_BRACKETED_NUMBER[1], _LEADING_MINUS.sub(r"\1-", content, count=1))
 
 
 def _is_heading(kind: str, content: str) -> bool:
-    """Return whether `#### ...` is Markdown for a heading ("#### Step 1", "#### 2. The rest") and no answer."""
+    """Return whether `#### ...` is a Markdown heading ("#### Step 1", "#### 2. The rest"), not an answer."""
     return kind == "####" and (content.lstrip("*_$ ")[:1].isalpha() or re.match(r"\**[0-9]+[.)]\s+\S", content) is not None)
 
 
 def _marked_values(kind: str, content: str) -> list[Fraction | None]:
-    """The different values that a mark's content gives, None for what is no number; empty if it does not speak of numbers."""
+    """Return the distinct values in a mark's content.
+
+    A value is None if it is not a number. The list is empty if the content is not about numbers.
+    """
     content = _with_sign(content)
-    if kind == "answer":  # in a sentence, which may end with an exclamation mark
+    if kind == "answer":  # an exclamation mark at the end of the sentence is not a factorial
         content = re.sub(r"!+(?=[\s*_]*$|[*_]*\s+[A-Z])", ".", content)
     stated = _ASIDE.sub(lambda aside: aside[0] if _NUMBER.fullmatch(aside[0][2:-1].strip()) else "", content)
     if not _NUMBER.search(stated):
@@ -481,7 +497,10 @@ def _marked_values(kind: str, content: str) -> list[Fraction | None]:
 
 
 def _value_in(clause: str) -> Fraction | None:
-    """Return the value of the last side of an equation that has a number; a number before "≈" is exact, and comes first."""
+    """Return the value of the last side of an equation that contains a number.
+
+    A number before "≈" is exact and takes precedence over the rounded number after it.
+    """
     for side in reversed(_RESULT.split(clause)):
         sides = [number for number in (next(_numbers(part), None) for part in side.split("≈")) if number]
         if sides:
@@ -490,7 +509,7 @@ def _value_in(clause: str) -> Fraction | None:
 
 
 def _tuples(text: str) -> Iterator[re.Match[str]]:
-    """The brackets of a text that hold several numbers, separated by commas: (1, 2) or [1;2]."""
+    """Yield the brackets in a text that contain several separated numbers: (1, 2) or [1;2]."""
     for bracketed in _BRACKETED.finditer(text):
         content = bracketed[1].rstrip("\\ ").lstrip()
         parts = re.split(r"\s?[,;]\s?", content)
@@ -499,7 +518,10 @@ def _tuples(text: str) -> Iterator[re.Match[str]]:
 
 
 def _lists_numbers(text: str) -> bool:
-    """Return whether the text is several numbers and nothing else: no word but "or" and "and", no calculation with a result."""
+    """Return whether a text consists of several numbers only.
+
+    Such a text has no word except "or" and "and", and no calculation with a result.
+    """
     rest, count = _NUMBER.subn(" ", text)
     return count > 1 and _WORDING.search(re.sub(r"\b(?:or|and)\b", " ", rest)) is None
 
@@ -520,12 +542,12 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _is_negated(number: re.Match[str]) -> bool:
-    """Return whether a text says that the answer is not this number."""
+    """Return whether the text says that the answer is not this number ("it is not 5")."""
     return _NEGATED.search(number.string, max(0, number.start() - _CONTEXT), number.start()) is not None
 
 
 def _numbers(text: str) -> Iterator[re.Match[str]]:
-    """The numbers of a text, without digits that belong to a word (CO2) or a name (x_1)."""
+    """Yield the numbers in a text, except digits in a word (CO2) or a name (x_1)."""
     for number in _NUMBER.finditer(text):
         begin = number.start()
         if number["money"] or number["sign"] or not _PART_OF_WORD.search(text, max(0, begin - 3), begin):
@@ -533,7 +555,7 @@ def _numbers(text: str) -> Iterator[re.Match[str]]:
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
-    """Return the value of a number that stands for itself, exactly; None if it is a part of an expression, or too large."""
+    """Return the exact value of a number, or None if it is part of an expression or too large."""
     text, begin = number.string, number.start()
     context = max(0, begin - _CONTEXT), begin
     if _GOES_ON.match(text, number.end()) or _LEADS_IN.search(text, *context) or _is_negated(number):
@@ -551,10 +573,10 @@ def _value(number: re.Match[str]) -> Fraction | None:
         value = Fraction(part["numerator"]) / Fraction(part["denominator"] or 1)
         value = value ** int(exponent) if is_power else value * Fraction(10) ** int(exponent)
         whole = int(part["whole"] or 0)
-    except (ZeroDivisionError, ValueError):  # Python refuses to read numbers of thousands of digits
+    except (ZeroDivisionError, ValueError):  # Python raises ValueError for integers with thousands of digits
         return None
     if part["whole"]:
-        if value >= 1:  # "2 40/4" are two numbers
+        if value >= 1:  # "2 40/4" is two numbers, not a mixed number
             return None
         value += whole
     for scale in re.findall("|".join(_SCALES), part["scales"].lower()):

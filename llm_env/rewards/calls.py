@@ -1,4 +1,4 @@
-"""One call of a reward function: plain or awaited, and what may come back."""
+"""Call a synchronous or asynchronous reward function and check its return value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class BadValue(ValueError):
-    """What a reward function returned is no score."""
+    """Error for an invalid return value of a reward function."""
 
 
 Steps = list[tuple[int, float]]
@@ -24,11 +24,11 @@ Value = float | Steps | None
 
 @dataclass
 class Called:
-    """What a reward function said of B completions.
+    """Return values of a reward function for B completions.
 
     Attributes:
-        values: one a completion: a number, the steps of a process reward, or None for "not applicable".
-        errors: by row, what went wrong where the policy put a value in the score's place.
+        values: B values: a number, the steps of a process reward, or None for "not applicable".
+        errors: error messages by row, for rows whose call failed and whose value is `on_error`.
     """
 
     values: list[Value]
@@ -38,16 +38,18 @@ class Called:
 def call(
     function: Callable[..., Any], given: dict[str, Any], lengths: Sequence[int], timeout: float | None = None
 ) -> list[Value]:
-    """Call a reward function on a batch, await it if it is asynchronous, and check what comes back.
+    """Call a reward function on a batch and check its return value.
+
+    The result of an asynchronous function is awaited.
 
     Args:
         function: the reward function.
         given: its keyword arguments.
-        lengths: tokens of each completion.
-        timeout: seconds after which an asynchronous one is cancelled.
+        lengths: number of tokens of each completion.
+        timeout: seconds after which an asynchronous call is cancelled, or None for no limit. Ignored for synchronous functions.
 
     Raises:
-        BadValue: If what it returned is not one finite number, list of steps or None a completion.
+        BadValue: If the function did not return one finite number, list of steps or None per completion.
     """
     values = function(**given)
     if inspect.isawaitable(values):
@@ -58,7 +60,7 @@ def call(
 def attempt(
     function: Callable[..., Any], given: dict[str, Any], lengths: Sequence[int], timeout: float | None = None
 ) -> list[Value] | str:
-    """Return the values of one call, or the message of its failure; see `call`."""
+    """Call a reward function; return its values, or an error message if it fails. See `call`."""
     try:
         return call(function, given, lengths, timeout)
     except BadValue as error:
@@ -70,18 +72,19 @@ def attempt(
 
 
 def time_out_message(timeout: float | None) -> str:
-    """Return the message of a call that took longer than `timeout` seconds."""
+    """Return the error message for a call that took longer than `timeout` seconds."""
     return f"TimeoutError: no answer within {timeout} s of the call's start"
 
 
 def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
-    """Return the result of an awaitable, which is cancelled after `timeout` seconds and where the wait is interrupted.
+    """Wait for the result of an awaitable.
 
-    All are awaited in one loop, in a separate thread, so that a client may be shared between calls and a notebook, whose own
-    loop is running, is no special case. A coroutine that blocks holds up the others.
+    The awaitable is cancelled after `timeout` seconds, or if the wait is interrupted. All awaitables of a process run in one
+    event loop in a separate thread. Calls can therefore share a client, and the function works in a notebook, where an event
+    loop is already running. A coroutine that blocks delays all others.
 
     Raises:
-        TimeoutError: If it took longer.
+        TimeoutError: If the awaitable takes longer than `timeout` seconds.
     """
 
     async def result() -> Any:
@@ -90,7 +93,7 @@ def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
     future = asyncio.run_coroutine_threadsafe(result(), _loop(os.getpid()))
     try:
         return future.result()
-    except asyncio.TimeoutError as error:  # before Python 3.11 not yet TimeoutError itself
+    except asyncio.TimeoutError as error:  # a different class from TimeoutError before Python 3.11
         raise TimeoutError(str(error)) from error
     except BaseException:
         future.cancel()
@@ -99,23 +102,26 @@ def wait_for(awaitable: Any, timeout: float | None = None) -> Any:
 
 @cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """Return the loop of a process; a forked one has no use for its parent's, whose thread it did not get."""
+    """Return the event loop of a process.
+
+    A forked process needs a new loop, since the thread of its parent's loop does not survive the fork.
+    """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=f"rewards-{process}", daemon=True).start()
     return loop
 
 
 def checked(values: Any, lengths: Sequence[int]) -> list[Value]:
-    """Return one value a completion, numbers as floats.
+    """Check the return value of a reward function and convert its numbers to float.
 
     Raises:
-        BadValue: If it is not one finite number, list of steps or None a completion; the message names the row.
+        BadValue: If `values` is not one finite number, list of steps or None per completion. The message names the row.
     """
     if values is None:
         raise BadValue(f"returned None for all {len(lengths)} completions; it must return one number each")
     if isinstance(values, (str, bytes, dict, set, frozenset)) or not hasattr(values, "__iter__"):
         raise BadValue(f"must return one number a completion, but returned {values!r}"[:500])
-    if getattr(values, "ndim", 1) != 1:  # iterating would give rows, and for a table the names of its columns
+    if getattr(values, "ndim", 1) != 1:  # iterating over it would give rows, or the column names of a DataFrame
         raise BadValue(
             f"must return one number a completion, but returned a {type(values).__name__} of {values.ndim} dimensions"
         )
@@ -149,7 +155,7 @@ def _checked_step(step: Any, row: int, length: int) -> tuple[int, float]:
 def _number(value: Any, row: int, count: int) -> float:
     try:
         if isinstance(value, (str, bytes)):
-            raise TypeError("text is no score, even where it reads like a number")
+            raise TypeError("text is not a score, even if it reads like a number")
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise BadValue(f"must return one number a completion, but returned {value!r} for row {row}"[:500]) from error

@@ -1,7 +1,7 @@
 """Reward functions that compare completions with the column `answer`.
 
-All read a completion with `llm_env.rewards.answers.answer_text`: as text or as chat messages, without its thoughts. Bind other
-think tags with `functools.partial(exact_match, think_tags=("<plan>", "</plan>"))`.
+All of them read a completion, text or chat messages, with `llm_env.rewards.answers.answer_text`, which removes thoughts. To use
+other think tags, write `functools.partial(exact_match, think_tags=("<plan>", "</plan>"))`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ def exact_match(
     prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
-    """1.0 where the completion without its thoughts and outer white space is the column's final answer, else 0.0.
+    """Return 1.0 if a completion is exactly the reference's final answer, else 0.0.
+
+    Thoughts and leading and trailing white space of the completion are ignored.
 
     Args:
         completions: B texts or lists of chat messages.
         answer: B references; their final answer (see `llm_env.rewards.answers.final_answer`) is compared as text.
-        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        prompts: B prompts. If one ends with an opening think tag, its completion begins inside a thought.
         think_tags: (opening, closing) tag, or several such pairs; see `llm_env.rewards.answers.strip_thoughts`.
-        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
+        prompt_texts: B prompts as the model reads them. If given, they are used instead of `prompts`.
 
     >>> exact_match(completions=["<think>40+6</think>46", "<think>46"], answer=["46", "46"])
     [1.0, 0.0]
@@ -55,21 +57,22 @@ def numeric_answer(
     prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
-    r"""1.0 where the completion's final answer equals the number that the column `answer` ends in, else 0.0.
+    r"""Return 1.0 if a completion's numeric answer equals the reference's number, else 0.0.
 
-    See `llm_env.rewards.answers.parse_number` for which number of a text counts and which forms are read. Values are compared
-    exactly.
+    Values are compared exactly. `llm_env.rewards.answers.parse_number` describes which number of a text is its answer and which
+    forms of numbers are accepted.
 
     Args:
         completions: B texts or lists of chat messages.
-        answer: B numbers (int, float, NumPy, Fraction, Decimal; a float is the decimal number that it prints as), or texts that
-            end in one, such as solutions in GSM8K's form (`... #### 72`).
-        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        answer: B numbers (int, float, NumPy, Fraction, Decimal), or texts whose answer is a number, such as solutions in
+            GSM8K's form (`... #### 72`). A float stands for the decimal number that it prints as.
+        prompts: B prompts. If one ends with an opening think tag, its completion begins inside a thought.
         think_tags: (opening, closing) tag, or several such pairs; see `llm_env.rewards.answers.strip_thoughts`.
-        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
+        prompt_texts: B prompts as the model reads them. If given, they are used instead of `prompts`.
 
     Raises:
-        ValueError: If a reference is no number (a word, `2\sqrt{3}`, NaN, infinity), or has too many digits to be text.
+        ValueError: If a reference is not a number (a word, `2\sqrt{3}`, NaN, infinity), or has more digits than Python converts
+            to text.
 
     >>> numeric_answer(completions=["She sold 1,072.00 clips.", "<think>5?</think> 0.00001"], answer=["... #### 1072", 1e-05])
     [1.0, 1.0]
@@ -93,27 +96,28 @@ def math_answer(
     prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
-    r"""1.0 where Math-Verify finds the completion's answer equal to the column `answer`, else 0.0.
+    r"""Return 1.0 if Math-Verify finds a completion equal to the reference, else 0.0.
 
-    For answers that are more than numbers: fractions, roots, sets, intervals, equations (github.com/huggingface/Math-Verify).
-    Math-Verify extracts the answer of a completion: LaTeX in `$...$`, `\[...\]` or `\boxed{...}`, or a plain expression. A
-    completion without any scores 0.0, and so does one that takes longer than the time-out.
+    Use it for mathematical answers other than plain numbers: fractions, roots, sets, intervals, equations
+    (github.com/huggingface/Math-Verify). Math-Verify extracts the answer from a completion: LaTeX in `$...$`, `\[...\]` or
+    `\boxed{...}`, or a plain expression. A completion without an answer scores 0.0. So does one whose comparison exceeds the
+    timeout.
 
-    Worker processes compare and are killed at the time-out, so this works in any thread. A script that uses it must start its
-    work under `if __name__ == "__main__":`.
+    The comparison runs in worker processes, which are killed at the timeout, so it works in any thread. A script that uses
+    this function must start its work under `if __name__ == "__main__":`.
 
     Args:
         completions: B texts or lists of chat messages.
         answer: B references: numbers, LaTeX with or without `$...$`, or solutions; see
             `llm_env.rewards.math_verifier.math_gold`.
-        prompts: B prompts; one that ends in an opening think tag begins the thought.
+        prompts: B prompts. If one ends with an opening think tag, its completion begins inside a thought.
         think_tags: (opening, closing) tag, or several such pairs; see `llm_env.rewards.answers.strip_thoughts`.
         timeout: seconds for one completion.
-        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
+        prompt_texts: B prompts as the model reads them. If given, they are used instead of `prompts`.
 
     Raises:
         ImportError: If math-verify is not installed.
-        ValueError: If a reference parses to nothing, or no worker process can be started.
+        ValueError: If math-verify finds no expression in a reference, or no worker process can be started.
     """
     texts = answer_texts(completions, prompts, think_tags, prompt_texts)
     golds = [math_gold(reference, think_tags) for reference in answer]

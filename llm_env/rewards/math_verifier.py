@@ -1,4 +1,4 @@
-"""Compare mathematical expressions with Math-Verify, in worker processes that are killed at a time-out."""
+"""Compare mathematical expressions with Math-Verify, in worker processes with a timeout."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llm_env.rewards.pool import PooledReward
 
 WORKERS = 2  # processes; each holds about as much memory as `import llm_env` takes
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
-_WITH_UNIT = re.compile(r"[-+]?[0-9][0-9.,/]*\s[A-Za-z]{3,}")  # 72 clips, which is no product c l i p s
-_EXPRESSION = re.compile(r"[0-9\\^_=+*/()\[\]{}<>-]|^[A-Za-z]$")  # and no words
+_WITH_UNIT = re.compile(r"[-+]?[0-9][0-9.,/]*\s[A-Za-z]{3,}")  # "72 clips", not a product of the variables c, l, i, p, s
+_EXPRESSION = re.compile(r"[0-9\\^_=+*/()\[\]{}<>-]|^[A-Za-z]$")  # excludes words
 
 
 def math_gold(reference: Any, think_tags: ThinkTags = THINK_TAGS) -> str:
-    r"""Return a reference in a form from which Math-Verify extracts all of it, and not only a number in it.
+    r"""Format a reference so that Math-Verify extracts the whole expression.
 
-    Math-Verify reads LaTeX between delimiters only: of a bare `2\sqrt{3}` it takes the 2. A reference that is one number and
-    nothing else becomes a fraction, exactly. All other bare expressions are put between `$`. Text with delimiters, words, and
-    a number with its unit ("72 clips") stay as they are.
+    Math-Verify reads LaTeX only between delimiters: from `2\sqrt{3}` without them it extracts the 2. A reference that is a
+    single number is converted to an exact fraction. Other expressions without delimiters are put between `$`. Text with
+    delimiters, words, and a number with its unit ("72 clips") are returned unchanged.
 
     >>> math_gold(1e-05), math_gold("... #### 1,072"), math_gold(r"2\sqrt{3}"), math_gold(r"\boxed{x^2}"), math_gold("none")
     ('$1/100000$', '$1072$', '$2\\sqrt{3}$', '\\boxed{x^2}', 'none')
@@ -40,7 +40,9 @@ def math_gold(reference: Any, think_tags: ThinkTags = THINK_TAGS) -> str:
 
 @functools.cache
 def math_verifier(timeout: float) -> PooledReward:
-    """Return the pool that compares completions with golds: one for each time-out, shared by all callers.
+    """Return the worker pool that compares completions with references.
+
+    There is one pool per timeout, shared by all callers.
 
     Args:
         timeout: seconds for one completion.
@@ -58,13 +60,13 @@ def math_verifier(timeout: float) -> PooledReward:
 
 
 class _Comparison:
-    """Compare completions with golds, in a worker process."""
+    """Reward function that runs in a worker process and compares completions with references."""
 
     def __call__(self, completions: list[str], golds: list[str]) -> list[float | None]:
-        """1.0 or 0.0 for each completion; None where the gold parses to nothing."""
+        """Return 1.0 or 0.0 for each completion, or None if its reference has no expression."""
         package = importlib.import_module("math_verify")
         for name in ("parser", "grader"):
-            logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)  # it warns that nothing limits the time
+            logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)  # silence its warning about a missing timeout
         scores: list[float | None] = []
         for completion, gold in zip(completions, golds, strict=True):
             expected = package.parse(gold, parsing_timeout=None)
@@ -77,7 +79,7 @@ class _Comparison:
 
 
 def _prepared() -> _Comparison:
-    """A comparison in a process that has imported and used Math-Verify, so that the time of the first call is the call's."""
+    """Import and use Math-Verify once, so that the first call's timeout does not include the import."""
     comparison = _Comparison()
     comparison(completions=["$1$"], golds=["$1$"])
     return comparison

@@ -1,4 +1,4 @@
-"""Reward functions in a pool of workers, with time-outs, a policy for errors and a cache."""
+"""Run reward functions in a pool of workers, with timeouts, error handling and a cache."""
 
 from __future__ import annotations
 
@@ -20,34 +20,36 @@ from llm_env.rewards.processes import NoWorker, WorkerProcesses
 
 logger = logging.getLogger("llm_env")
 
-GRACE = 0.5  # seconds that an asynchronous call has to be cancelled by its own time-out, before it is left behind
-LONG = 10**9  # tokens, where a completion's length is not known
+GRACE = 0.5  # extra seconds for an asynchronous call to be cancelled by its own timeout before its thread is abandoned
+LONG = 10**9  # tokens of a completion whose length is not known
 NOT_PICKLED = ("_process_id", "_threads", "_lock", "_cache", "_processes")
 
 
 class PooledReward:
-    """A reward function that runs in a pool of workers: a reward function again, for the env's `reward`.
+    """Reward function wrapper that runs calls in a pool of worker threads or processes.
 
-    The batch is cut into calls of `batch_size` completions, of which `workers` run at once; an asynchronous function is
-    awaited (`workers` bounds how many at a time). A call that raises, returns what is no score or takes too long is an error
-    of its completions: with `on_error="raise"` the env raises and nothing is lost; with a number they are paid that number,
-    the last info says why under `reward_error`, and the share of such episodes is logged as `rollout/reward_errors`.
+    A PooledReward is itself a reward function; pass it as the env's `reward`. The batch is split into calls of `batch_size`
+    completions, and up to `workers` calls run in parallel. An asynchronous function is awaited in each call.
+
+    A call fails if it raises, returns an invalid score or exceeds `timeout`. With `on_error="raise"` the env then raises. If
+    `on_error` is a number, the completions of the failed call get that number as their score. The info of their last step
+    holds the error message under `reward_error`, and the share of such episodes is logged as `rollout/reward_errors`.
 
     Args:
         function: a reward function; see `llm_env.rewards`.
-        workers: calls at the same time.
-        processes: use processes instead of threads, for functions that keep Python busy, or crash. Needs pebble (the extra
-            `pool`). The function must be importable (no lambda, nothing local), and a script must start its work under
-            `if __name__ == "__main__":`.
-        timeout: seconds that a call may take, counted from its own start and not from when it was put in line; None for no
-            limit. A process is killed then; a thread cannot be, and runs on unheard.
+        workers: maximum number of parallel calls.
+        processes: whether to use processes instead of threads, for functions that hold the GIL or may crash. Needs pebble (the
+            extra `pool`). The function must be importable (not a lambda or a local function), and a script must start its
+            work under `if __name__ == "__main__":`.
+        timeout: seconds that a call may take, not counting the time in the queue; None for no limit. At the timeout a process
+            is killed. A thread cannot be killed: it keeps running and its result is discarded.
         on_error: `"raise"`, or the score of a completion whose call failed.
-        batch_size: completions in a call; None for the whole batch in one.
-        cache_size: how many scores to remember, by prompt, token ids and columns; 0 for none. The function must be a function
-            of these alone.
+        batch_size: number of completions per call, or None for one call per batch.
+        cache_size: maximum number of scores in the cache, keyed by prompt, token ids and columns; 0 for no cache. The score
+            must depend on these only.
 
     Raises:
-        ValueError, TypeError: If an argument is unusable; the message says how.
+        ValueError, TypeError: If an argument is invalid.
         ImportError: If `processes` is set and pebble is not installed.
 
     Examples:
@@ -100,7 +102,7 @@ class PooledReward:
         self._processes = WorkerProcesses(self.function, self.workers) if self.processes else None
 
     def _start_if_forked(self) -> None:
-        if os.getpid() != self._process_id:  # here are no threads, and the workers are those of the process it came from
+        if os.getpid() != self._process_id:  # after a fork there are no threads, and the workers belong to the parent process
             self._start()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class PooledReward:
         self._start()
 
     def __call__(self, **given: Any) -> list[Value]:
-        """Return the scores, as the function itself would return them."""
+        """Return the scores of a batch, as the wrapped reward function would."""
         count = len(next(iter(given.values())))
         return self.run(given, [()] * count, [LONG] * count).values
 
@@ -120,8 +122,8 @@ class PooledReward:
 
         Args:
             given: the function's keyword arguments, lists of length B.
-            states: B hashable things for the cache, besides `given`: prompt and token ids.
-            lengths: B numbers of tokens, for the steps of process rewards.
+            states: B hashable values, the prompt and token ids, which are part of the cache key besides `given`.
+            lengths: B numbers of tokens, to check the steps of process rewards.
 
         Raises:
             ValueError: If a call failed and `on_error` is `"raise"`.
@@ -147,7 +149,7 @@ class PooledReward:
         return Called(values, errors)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Wait for the calls under way, then stop the worker processes; the next call starts new ones."""
+        """Wait for running calls, then stop the worker processes; the next call starts new ones."""
         self._start_if_forked()
         if self._processes is not None:
             self._processes.close()
@@ -171,11 +173,11 @@ class PooledReward:
         what = f"failed for {sum(key in failed for key in keys)} of {len(keys)} completions, the first in row {first}: "
         what += failed[keys[first]]
         if self.on_error == "raise":
-            raise BadValue(f"{what} (PooledReward's on_error= can put a number in its place)")
+            raise BadValue(f"{what} (set on_error= of PooledReward to a number to use that as the score)")
         self._failing_batches += 1
-        if self._failing_batches & (self._failing_batches - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: told, but not endlessly
+        if self._failing_batches & (self._failing_batches - 1) == 0:  # log only the 1st, 2nd, 4th, 8th, ...
             count = self._failing_batches
-            logger.warning("reward %r %s; paid on_error=%s (failing batch %d)", self.__name__, what, self.on_error, count)
+            logger.warning("reward %r %s; scored on_error=%s (failing batch %d)", self.__name__, what, self.on_error, count)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -184,7 +186,10 @@ class PooledReward:
             return self._threads
 
     def _attempt(self, given: dict[str, Any], lengths: Sequence[int], rows: list[int]) -> list[Value] | str:
-        """Return the values of one call, or the message of its failure. Its time begins here, in the worker."""
+        """Call the function on some rows; return its values, or an error message if it fails.
+
+        The timeout starts here, in the worker, not when the call was queued.
+        """
         part = {key: [column[row] for row in rows] for key, column in given.items()}
         spans = [lengths[row] for row in rows]
         if self._processes is not None:
@@ -209,7 +214,11 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _within(timeout: float, work: Callable[[], Any]) -> Any:
-    """Return the result of `work`, run in a thread that is left behind when it takes longer than `timeout` seconds."""
+    """Run `work` in a thread and return its result.
+
+    Raises:
+        TimeoutError: If it takes longer than `timeout` seconds. The thread keeps running.
+    """
     results: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Completions that nobody sampled: the perfect answers to prompts, and what must not be paid like them."""
+"""Build test completions for reward functions: gold answers, and completions that must score lower."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llm_env.rewards.answers import final_answer
 
 Gold = str | Callable[[Row], Any] | None
 GOLD_COLUMNS = ("solution", "answer")
-REPEATS = 20  # of a repeated answer
-MANY = 64  # answers at once, at most
+REPEATS = 20  # repetitions in the check "answer repeated"
+MANY = 64  # maximum number of answers in the check "all answers at once"
 
 
 @dataclass
 class Sample:
-    """Completions to prompts: entry i answers prompt `indexes[i]` of the table."""
+    """Completions and their prompts: entry i is a completion of prompt `indexes[i]` in the table."""
 
     indexes: list[int]
     completions: list[str]
@@ -31,11 +31,12 @@ class Sample:
 
 
 def known_answers(table: PromptTable, gold: Gold) -> dict[int, str]:
-    """Return the perfect completion of every prompt that has one, by the prompt's index.
+    """Return the gold completions, by prompt index, for all prompts that have one.
 
     Args:
         table: the env's prompts.
-        gold: the name of a column, a function from a row to the completion, or None for the first of `GOLD_COLUMNS`.
+        gold: the name of a column, a function from a row to the completion, or None for the first existing column of
+            `GOLD_COLUMNS`.
 
     Raises:
         ValueError: If there is no column `gold`.
@@ -56,7 +57,10 @@ def known_answers(table: PromptTable, gold: Gold) -> dict[int, str]:
 
 
 def choose_prompts(table: PromptTable, golds: dict[int, str], n: int, rng: np.random.Generator) -> list[int]:
-    """At most n prompts at random, one for each look of an answer ("0", "0,0", "-0", "a 0.0") before others."""
+    """Choose up to n prompts at random; return their indexes.
+
+    The first half covers as many different answer formats ("0", "0,0", "-0", "a 0.0") as possible.
+    """
     order = rng.permutation(sorted(golds) if golds else len(table)).tolist()
     looks: dict[str, int] = {}
     for i in order if golds else []:
@@ -66,7 +70,7 @@ def choose_prompts(table: PromptTable, golds: dict[int, str], n: int, rng: np.ra
 
 
 def make_probes(table: PromptTable, golds: dict[int, str], indexes: list[int], rng: np.random.Generator) -> dict[str, Sample]:
-    """Return what must not pay, by the name of its check, and the gold answers under "gold"."""
+    """Build the completions that must score low, by check name, and the gold answers under "gold"."""
     texts = table.texts
     known = [i for i in indexes if i in golds]
     bare = {i: final_answer(golds[i]) for i in known}

@@ -1,4 +1,4 @@
-"""Call reward functions in worker processes that are killed at a time-out; needs pebble."""
+"""Call reward functions in worker processes that are killed at a timeout; needs pebble."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from llm_env.rewards.calls import BadValue, Value, attempt, time_out_message
 if TYPE_CHECKING:
     from pebble import ProcessPool
 
-CHECK_EVERY = 1.0  # seconds between two looks at whether the pool still works
+CHECK_EVERY = 1.0  # seconds between checks that the pool is active
 
 
 class NoWorker(BadValue):
-    """There is no worker process to call. This is no failure of a call, so that no error policy applies."""
+    """Error if no worker process can be started. `on_error` does not apply, since no call failed."""
 
 
 class WorkerProcesses:
-    """Worker processes that share the calls of one function.
+    """Pool of worker processes that call one reward function.
 
-    They start with the first call, by the start method "spawn", since fork and torch's threads do not go together. One that
-    was killed or died is replaced.
+    The processes start at the first call. They use the start method "spawn", since fork is unsafe with torch's threads. A
+    process that was killed or died is replaced.
 
     Args:
         function: a picklable reward function.
@@ -48,25 +48,25 @@ class WorkerProcesses:
         self._function, self._workers = function, workers
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
-        self._proven: WeakSet[ProcessPool] = WeakSet()  # pools that have answered a call
+        self._proven: WeakSet[ProcessPool] = WeakSet()  # pools that have completed a call
 
     def call(self, given: dict[str, Any], lengths: Sequence[int], timeout: float | None) -> list[Value] | str:
-        """Return the values of one call, or the message of its failure.
+        """Call the function in a worker; return its values, or an error message if it fails.
 
         Args:
             given: keyword arguments of the function.
-            lengths: tokens of each completion.
-            timeout: seconds from the moment in which a worker takes the call; None for no limit.
+            lengths: number of tokens of each completion.
+            timeout: seconds, counted from when a worker starts the call; None for no limit.
 
         Raises:
             NoWorker: If no worker process can be started.
         """
         if multiprocessing.current_process().daemon:
             raise NoWorker(
-                "cannot start a worker process from a daemonic one; use processes=False, or daemon=False where the env's own "
-                "process is started (gymnasium's AsyncVectorEnv)"
+                "cannot start a worker process from a daemonic one; use processes=False, or start the env's process with "
+                "daemon=False (gymnasium's AsyncVectorEnv)"
             )
-        payload = pickle.dumps(given)  # as bytes: pebble itself can then read all that it transports
+        payload = pickle.dumps(given)  # as bytes, so that pebble's own unpickling cannot fail
         while True:
             with self._lock:
                 pool = self._running_pool()
@@ -74,17 +74,17 @@ class WorkerProcesses:
             try:
                 result = _result(pool, future, timeout)
             except BrokenProcessPool:
-                if pool in self._proven:  # its idle workers were killed, by the system for instance: start again
+                if pool in self._proven:  # its idle workers were killed, e.g. by the operating system: start new ones
                     continue
                 raise NoWorker(
-                    "has no worker: the process ended before it was ready; start the work of your script under "
+                    "has no worker: the process exited before it was ready; start the work of your script under "
                     'if __name__ == "__main__":, or use processes=False'
                 ) from None
             self._proven.add(pool)
             return result
 
     def close(self) -> None:
-        """Wait for the calls under way, then stop the processes; the next call starts new ones."""
+        """Wait for running calls, then stop the processes; the next call starts new ones."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
@@ -100,7 +100,7 @@ class WorkerProcesses:
             self._pool = ProcessPool(
                 self._workers, initializer=_install, initargs=(self._function,), context=multiprocessing.get_context("spawn")
             )
-            # pebble's threads keep a forgotten pool alive. At exit pebble itself ends the processes.
+            # pebble's threads keep an unreferenced pool alive, so stop it explicitly. At exit, pebble stops the processes.
             weakref.finalize(self, _stop_in_background, self._pool, os.getpid()).atexit = False
         return self._pool
 
@@ -126,20 +126,20 @@ def _stop(pool: ProcessPool) -> None:
 
 def _stop_in_background(pool: ProcessPool, process_id: int) -> None:
     if os.getpid() == process_id:  # a forked process must not stop its parent's workers
-        # In a thread, since the garbage collector may run in one of the pool's own, which cannot wait for itself.
+        # In a new thread: the garbage collector may run in one of the pool's threads, which cannot join itself.
         threading.Thread(target=_stop, args=(pool,), daemon=True).start()
 
 
-_installed: list[Callable[..., Any]] = []  # in a worker process: its function
+_installed: list[Callable[..., Any]] = []  # the function of this worker process
 
 
 def _install(function: Callable[..., Any]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would wait for C code, such as a huge power, to return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would run only after C code returns, e.g. a huge power
     _installed[:] = [function]
 
 
 def _call_installed(payload: bytes, lengths: list[int]) -> list[Value] | str:
     try:
         return attempt(_installed[0], pickle.loads(payload), lengths)
-    except BaseException as error:  # also SystemExit, which must not end the caller
+    except BaseException as error:  # also SystemExit, which must not propagate to the main process
         return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""A linter for rewards, to be run before GPU hours are spent: what must pay, what must not, and what must not matter."""
+"""Check reward functions for common errors before training; see `check_reward`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from llm_env.rewards.pool import PooledReward
 from llm_env.rewards.probes import GOLD_COLUMNS, Gold, Sample, choose_prompts, known_answers, make_probes
 from llm_env.rewards.sums import RewardSum
 
-ROUNDS, SECONDS = 3, 0.3  # calls per thread, at least, and how long quick functions are called
+ROUNDS, SECONDS = 3, 0.3  # minimum number of calls per thread, and minimum duration of the calls in seconds
 
 
 class RewardTask(Protocol):
-    """What the check reads of an env's rules (`llm_env.rules.Rules`)."""
+    """Attributes of an env's rules (`llm_env.rules.Rules`) that the check reads."""
 
     prompts: PromptTable
     rewards: RewardSum
@@ -35,26 +35,31 @@ class RewardTask(Protocol):
 
 
 def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, threads: int = 4, quiet: bool = False) -> Report:
-    """Try the reward of an env on completions that nobody sampled, print a table of what was found, and return it.
+    """Check the reward functions of an env; print and return a table of results.
 
-    No model is asked. Of every task: one score a sample in batches of 1 and of many, a finite number for any text, equal
-    scores for equal input (called again, twice in one batch, in another order and alone), and from several threads at once.
-    Of tasks with known answers: the gold answer gets the maximum; empty text, the prompt said back, the answer among junk,
-    the answer repeated and all answers at once do not. Where the env's `success` names a component, the maximum is a
-    component of at least 1, and what must not pay stays below 1; otherwise the gold answer must score above all of these.
-    Wrappers around the env are not looked at.
+    The completions are constructed; no model is needed. For every task, the check verifies that the reward
+
+    - returns one score per sample, in batches of 1 and larger ones,
+    - returns a finite number for any text,
+    - returns equal scores for equal input: called again, twice in one batch, in another order and alone,
+    - returns equal scores when several threads call it at the same time.
+
+    For tasks with known answers, the gold answer must get the maximum. These completions must not get it: empty text, the
+    echoed prompt, the answer among junk, the answer repeated, and all answers at once. If the env's `success` names a
+    component, the maximum means that this component is at least 1. Otherwise the gold answer must score higher than all of
+    these completions. Wrappers around the env are ignored.
 
     Args:
-        env: a text env, single or vector, wrapped or not, or the id of one.
-        gold: what a perfect completion is: the name of a column, or a function from a row (a dict of `prompt` and the
-            columns) to the completion. By default the column `solution`, else `answer`, else nothing is known.
-        n: how many prompts to try; those whose answers look different come first.
-        seed: chooses the prompts and the junk; equal seeds give equal tables.
-        threads: how many threads call at once.
-        quiet: do not print.
+        env: a text env, single or vector, wrapped or not, or its id.
+        gold: the gold completion: the name of a column, or a function from a row (a dict of `prompt` and the columns) to the
+            completion. By default the column `solution`, else `answer`; without either, no answers are known.
+        n: maximum number of prompts. Prompts with different answer formats are preferred.
+        seed: seed for the choice of prompts and the junk; equal seeds give equal tables.
+        threads: number of threads that call the reward in parallel.
+        quiet: whether to skip printing.
 
     Raises:
-        TypeError: If `env` is no text env.
+        TypeError: If `env` is not a text env.
         ValueError: If `n` or `threads` is less than 1, or there is no column `gold`.
 
     Examples:
@@ -105,12 +110,12 @@ def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, thr
 def _rules(env: Any) -> RewardTask:
     rules: Any = getattr(getattr(gym.make(env) if isinstance(env, str) else env, "unwrapped", None), "rules", None)
     if not isinstance(getattr(rules, "rewards", None), RewardSum):
-        raise TypeError(f"check_reward takes a text env, single or vector, or the id of one; this is a {type(env).__name__}")
+        raise TypeError(f"check_reward takes a text env, single or vector, or its id; this is a {type(env).__name__}")
     return rules
 
 
 class _Lint:
-    """The checks, over one set of probes."""
+    """Run the checks on one set of test completions."""
 
     def __init__(self, rules: RewardTask, probes: dict[str, Sample], golds: dict[int, str], indexes: list[int]) -> None:
         self.rules, self.probes, self.golds, self.indexes = rules, probes, golds, indexes
@@ -121,27 +126,27 @@ class _Lint:
         self.mixed = Sample([i for i, _ in mixed[::step]], [text for _, text in mixed[::step]])
 
     def given(self, sample: Sample) -> tuple[Any, ...]:
-        """Return what the reward is called with: prompts, completions, their ids and the columns."""
+        """Return the arguments of the reward call for a sample."""
         prompts, completions, columns = self.rules.prompts.reward_inputs(sample.indexes, sample.completions)
         texts = [self.rules.prompts.texts[i] for i in sample.indexes]
         return prompts, completions, [self._ids(text) for text in sample.completions], columns, texts
 
     def pay(self, given: tuple[Any, ...]) -> np.ndarray:
-        """(B,) of the component that says success, or of the weighted sum: the one place that calls the reward."""
+        """Call the reward; return (B,) values of the success component, or of the weighted sum."""
         scored = self.rules.rewards(*given)
-        for error in scored.errors.values():  # a number in a score's place is none
+        for error in scored.errors.values():  # a replacement score (on_error) is not a score
             raise ValueError(f"the reward failed: {error}")
         return scored.total if self.rules.success is None else scored.components[self.rules.success]
 
     def score(self, sample: Sample) -> np.ndarray:
-        """(B,) scores of a sample."""
+        """Return the (B,) scores of a sample."""
         return self.pay(self.given(sample))
 
     def _ids(self, text: str) -> list[int]:
         return [*self.rules.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self.rules.eos_id]
 
     def numbers(self) -> list[CheckRow]:
-        """Return whether every sample gets one finite number, in batches of one, of one kind and of all kinds."""
+        """Check that every sample gets one finite number, in single, uniform and mixed batches."""
         counts: list[str] = []
         others: list[str] = []
         singles = [self.mixed.take([i]) for i in range(0, len(self.mixed.indexes), -(-len(self.mixed.indexes) // 8))]
@@ -159,7 +164,7 @@ class _Lint:
         ]
 
     def _run(self, check: str, examine: Callable[[], str]) -> CheckRow:
-        """Return the row of a check that returns what is wrong."""
+        """Run a check and return its row. `examine` returns a description of the failure, or ""."""
         try:
             detail = examine()
         except Exception as error:
@@ -180,7 +185,7 @@ class _Lint:
         return f"prompt {short(repr(prompt))}, completion {short(repr(sample.completions[i]))}"
 
     def equality(self) -> list[CheckRow]:
-        """Return whether the score of a sample depends on anything but the sample."""
+        """Check that the score of a sample depends only on the sample."""
         sample, size = self.mixed, len(self.mixed.indexes)
 
         def again() -> str:
@@ -206,7 +211,7 @@ class _Lint:
         ]
 
     def threads(self, threads: int) -> CheckRow:
-        """Return whether several threads with different batches get the scores that one gets."""
+        """Check that several threads with different batches get the same scores as one thread."""
         sample, size = self.mixed, len(self.mixed.indexes)
 
         def examine() -> str:
@@ -231,7 +236,7 @@ class _Lint:
         return self._run("safe under threads", examine)
 
     def answers(self) -> list[CheckRow]:
-        """Return whether gold answers pay, and what is none does not."""
+        """Check that gold answers get the maximum, and that wrong completions do not."""
         checks = [check for check in self.probes if check != "gold"]
         if not self.golds:
             why = f"no answers known: no column {' or '.join(map(repr, GOLD_COLUMNS))}; give gold="
@@ -250,7 +255,7 @@ class _Lint:
         )
 
     def _gold_scores(self) -> np.ndarray:
-        """By index of the prompt, infinite where there is no gold."""
+        """Return the gold scores by prompt index; infinity for prompts without a gold answer."""
         best = np.full(len(self.rules.prompts), np.inf)
         best[self.probes["gold"].indexes] = self.scores["gold"]
         return best
@@ -275,7 +280,7 @@ class _Lint:
         return f"{wrong.sum()} of {len(wrong)} {what}, such as {self._example(sample, i)}: {scores[i]:g} (gold {gold})"
 
     def lengths(self) -> CheckRow:
-        """Return whether the gold answers, with their end token, fit into the longest response."""
+        """Check that the gold answers, with their end token, fit into `max_new_tokens`."""
         check, limit = "gold fits max_new_tokens", self.rules.max_new_tokens
         if not self.golds:
             return CheckRow(check, NOT_APPLICABLE, "no answers known")
@@ -289,7 +294,7 @@ class _Lint:
 
 @contextmanager
 def _eager_switching() -> Iterator[None]:
-    """Threads take turns after microseconds, so that what they share shows."""
+    """Switch threads every microsecond, to expose shared state."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -300,7 +305,7 @@ def _eager_switching() -> Iterator[None]:
 
 @contextmanager
 def _uncached(rules: RewardTask) -> Iterator[None]:
-    """Pools forget nothing but look nothing up either: a cache would make noise look steady."""
+    """Disable the caches of pools without clearing them: a cache would hide random scores."""
     pools = [function for function in rules.rewards.functions if isinstance(function, PooledReward)]
     sizes = [pool.cache_size for pool in pools]
     for pool in pools:

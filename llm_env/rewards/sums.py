@@ -1,4 +1,4 @@
-"""Several reward functions as one number a completion."""
+"""Combine several reward functions into a weighted sum."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from llm_env.rewards.pool import PooledReward
 
 RewardFunction = Callable[..., Sequence[Value]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
-ON_REQUEST = ("prompt_texts",)  # given to functions that name them
+ON_REQUEST = ("prompt_texts",)  # passed only to functions whose signature names them
 NOT_A_BATCH = ("trainer_state", "log_extra", "log_metric")
-METRIC, EXTRA = NOTES = ("metric/", "extra/")  # what `log_metric` and `log_extra` are called in infos
+METRIC, EXTRA = NOTES = ("metric/", "extra/")  # prefixes of the info keys for `log_metric` and `log_extra`
 LARGEST = float(np.finfo(np.float32).max)
-NAME_LIMIT = 24  # SB3 cuts log keys at 36 characters and refuses two that collide
+NAME_LIMIT = 24  # SB3 truncates log keys to 36 characters and raises if two collide
 
 
 def process_reward(function: RewardFunction) -> RewardFunction:
-    """Mark a reward function whose steps depend on nothing that comes after their end.
+    """Mark a process reward whose step scores depend only on the tokens up to the step's end.
 
-    On the token clock such a function is asked after every token, so that each step is paid at its token as on the response
-    clock. Steps of an unmarked function are known, and paid, only at the end of an episode that is stepped token by token.
+    In an env with one step per token, a marked function is called after every token. Each step is then paid at its token, as
+    it is in an env with one step per response. Without the mark, the function is called only at the end of the episode, and
+    steps that ended earlier are paid with the last token.
 
     >>> @process_reward
     ... def even(completion_ids):
@@ -40,7 +41,7 @@ def process_reward(function: RewardFunction) -> RewardFunction:
     def marked(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    marked.__name__ = type(function).__name__  # an object has no name
+    marked.__name__ = type(function).__name__  # for callable objects, which have no __name__
     functools.update_wrapper(marked, function)
     marked.stepwise = True  # type: ignore[attr-defined]
     return marked
@@ -48,14 +49,16 @@ def process_reward(function: RewardFunction) -> RewardFunction:
 
 @dataclass
 class TrainerState:
-    """How far training is, for rewards that change on the way; by the names of transformers' own.
+    """Training progress, for rewards that change during training.
+
+    The attributes have the names of transformers' `TrainerState`.
 
     Attributes:
-        global_step: optimizer steps so far; 0 in an env that no agent trains on.
-        max_steps: how many there will be, extrapolated from the tokens so far; at least 1.
-        epoch: the share of `total_timesteps` that is over, from 0 to 1.
-        num_train_epochs: 1, of which `epoch` is a share.
-        num_input_tokens_seen: action tokens so far.
+        global_step: number of optimizer steps so far; 0 without an agent that trains on the env.
+        max_steps: expected total number of optimizer steps, extrapolated from the tokens so far; at least 1.
+        epoch: completed fraction of `total_timesteps`, from 0 to 1.
+        num_train_epochs: always 1.
+        num_input_tokens_seen: number of action tokens so far.
     """
 
     global_step: int = 0
@@ -66,7 +69,7 @@ class TrainerState:
 
 
 class _Notes:
-    """What reward functions log while they score B completions."""
+    """Values that reward functions log while they score B completions."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -74,11 +77,11 @@ class _Notes:
         self._extras: dict[str, list[Any]] = {}
 
     def log_metric(self, name: str, value: float) -> None:
-        """Note a number for the logs; several of one name are averaged."""
+        """Log a number; several numbers with the same name are averaged."""
         self._metrics.setdefault(str(name), []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """Note one value a completion."""
+        """Log one value per completion."""
         if len(values) != self._size:
             raise ValueError(f"log_extra({column!r}, ...) was given {len(values)} values for {self._size} completions")
         self._extras[str(column)] = list(values)
@@ -91,18 +94,19 @@ class _Notes:
 
 @dataclass
 class Scores:
-    """What B completions are worth.
+    """Scores of B completions.
 
     Attributes:
-        outcome: (B,) float64, weighted sum of the plain scores, to be paid with the last token.
-        components: (B,) float64 by name, before weighting; NaN for None, the sum of its steps for a process reward.
-        steps: B lists of (index of the step's last token, weighted score), of functions that see whole responses.
-        immediate_steps: the same of functions marked with `process_reward`.
-        errors: by row, what went wrong where a policy put a value in a score's place.
-        failed_rows: rows in which that happened to a function marked with `process_reward`: its steps are not known.
-        given_steps: rows of which some function gave steps, if only an empty list.
-        given_scores: rows to which some function of a weight other than 0 gave a plain score.
-        notes: what functions logged with `log_metric` and `log_extra`, by its key in infos, B values each.
+        outcome: (B,) float64, weighted sum of the plain scores, paid with the last token.
+        components: (B,) float64 by function name, before weighting. For a process reward this is the sum of its steps; for
+            None it is NaN.
+        steps: B lists of (index of the step's last token, weighted score), from functions without the `process_reward` mark.
+        immediate_steps: B lists of the same form, from functions marked with `process_reward`.
+        errors: error messages by row, for rows in which a failed call was given its `on_error` score.
+        failed_rows: rows in which a function marked with `process_reward` failed, so that its steps are not known.
+        given_steps: rows for which a function returned steps, possibly an empty list.
+        given_scores: rows for which a function with a nonzero weight returned a plain score.
+        notes: values logged with `log_metric` and `log_extra`: B values per info key.
     """
 
     outcome: np.ndarray
@@ -117,26 +121,30 @@ class Scores:
 
     @property
     def total(self) -> np.ndarray:
-        """(B,) float64: outcome and steps together."""
+        """Return the (B,) float64 sum of outcome and steps."""
         paid = [sum((score for _, score in a + b), 0.0) for a, b in zip(self.steps, self.immediate_steps, strict=True)]
         return self.outcome + np.array(paid)
 
     def final_steps(self, row: int, before: int, last: int) -> Steps:
-        """Return the steps that are known only when token `last` ends the episode, with the token at which they are paid.
+        """Return (token index of payment, score) for the steps that are known only at the end of the episode.
 
-        Those that end among the first `before` tokens are paid with the last: these tokens have gone.
+        Steps that end among the first `before` tokens are paid with token `last`, since the env has already returned the
+        rewards of those tokens.
         """
         return [(end if end >= before else last, score) for end, score in self.steps[row]]
 
     def step_ends(self, row: int, before: int, last: int, paid_at_end: bool) -> tuple[int, ...]:
-        """The tokens at which a step's reward is paid; the last is one if it is paid a score, even of 0, or a penalty."""
+        """Return the token indexes at which rewards are paid.
+
+        The last token is included if it is paid a score, even of 0, or a penalty (`paid_at_end`).
+        """
         ends = {end for end, _ in [*self.immediate_steps[row], *self.final_steps(row, before, last)]}
         if paid_at_end or row in self.given_scores:
             ends.add(last)
         return tuple(sorted(map(int, ends)))
 
     def add(self, name: str, called: Called, weight: float, live: bool) -> None:
-        """Take in what one function said."""
+        """Add the values of one function."""
         component = np.full(len(called.values), np.nan)
         for row, value in enumerate(called.values):
             if isinstance(value, list):
@@ -157,23 +165,24 @@ class Scores:
 
 
 class RewardSum:
-    """The weighted sum of one or more reward functions, with every component kept by name.
+    """Weighted sum of one or more reward functions, with the components by name.
 
     Args:
         functions: one reward function or several.
-        weights: one weight a function; all 1 when left out.
-        columns: names of the prompt columns that will be on offer; a function that needs another is refused here.
-        incomplete: for each column that is not in every row, a row without it; a function that needs it is refused, too.
+        weights: one weight per function; all 1 by default.
+        columns: names of the available prompt columns.
+        incomplete: columns that some rows lack, each with the index of a row without it.
 
     Attributes:
-        names: one name a function, unique and short enough for a log key.
-        stepwise: whether some function is marked with `process_reward`.
-        replaces_errors: whether some function has a policy that pays a number where it failed.
-        trainer_state: how far training is; agents keep it.
+        names: one name per function, unique and short enough for a log key.
+        stepwise: whether a function is marked with `process_reward`.
+        replaces_errors: whether a function has a numeric `on_error`.
+        trainer_state: training progress, updated by agents.
 
     Raises:
         TypeError: If a function is not callable.
-        ValueError: If no function, another number of weights, or a column that the prompts do not have.
+        ValueError: If there is no function, the number of weights differs from the number of functions, or a function needs
+            a column that the prompts or some of their rows lack.
     """
 
     def __init__(
@@ -226,11 +235,11 @@ class RewardSum:
             completions: B texts or chats.
             completion_ids: B lists of token ids.
             columns: B values each, by name.
-            prompt_texts: the prompts as they are rendered; by default those that are text, and "" for chats.
+            prompt_texts: B rendered prompts; by default the prompts that are text, and "" for chats.
 
         Raises:
-            ValueError: If a function raised, or returned another number of values, a NaN or an infinity, or no function
-                scored some completion. The message names the function and the row.
+            ValueError: If a function raises, or returns a wrong number of values, NaN or infinity; or if no function scores a
+                completion. The message names the function and the row.
         """
         given = _reward_inputs(prompts, completions, completion_ids, columns, prompt_texts)
         scores = self._ask(range(len(self.names)), given)
@@ -257,17 +266,20 @@ class RewardSum:
         columns: dict[str, list[Any]],
         prompt_texts: list[str] | None = None,
     ) -> Scores:
-        """Return what the functions marked with `process_reward` say of B responses under way; their steps are what counts."""
+        """Score B unfinished responses with the functions marked with `process_reward`.
+
+        Only the `immediate_steps` of the result are meaningful.
+        """
         given = _reward_inputs(prompts, completions, completion_ids, columns, prompt_texts)
         return self._ask(np.flatnonzero(self._live).tolist(), given)
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds spent in each function since this was last asked."""
+        """Return the seconds spent in each function since the last call, and reset them."""
         taken, self._seconds = self._seconds, dict.fromkeys(self.names, 0.0)
         return taken
 
     def _ask(self, which: Iterable[int], given: dict[str, Any]) -> Scores:
-        """Return what the functions number `which` say of a batch."""
+        """Score a batch with the functions whose indexes are in `which`."""
         rows = given["prompts"]
         scores = Scores(np.zeros(len(rows)), {}, [[] for _ in rows], [[] for _ in rows], {}, set())
         notes = _Notes(len(rows))
@@ -309,7 +321,7 @@ def _reward_inputs(
 
 
 def _own(value: Any) -> Any:
-    """Return a copy of nested lists and dicts: a reward function may change its arguments."""
+    """Copy nested lists and dicts, since a reward function may modify its arguments."""
     if type(value) is list:
         return [_own(v) if type(v) in (list, dict) else v for v in value]
     if type(value) is dict:
@@ -332,7 +344,7 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
 
 
 def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str], incomplete: dict[str, int]) -> list[str]:
-    """Return the keywords to call `function` with: all on offer if it takes `**kwargs`, else those that it names."""
+    """Return the keywords to call `function` with: all if it takes `**kwargs`, else those it names."""
     batches = [*ALWAYS_GIVEN, *(column for column in columns if column not in (*ALWAYS_GIVEN, *ON_REQUEST, *NOT_A_BATCH))]
     on_offer = batches if isinstance(function, PooledReward) else [*batches, *NOT_A_BATCH]
     try:
@@ -348,8 +360,8 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
     missing = [key for key in needed if key not in (*on_offer, *ON_REQUEST)]
     if alone := [key for key in missing if key in NOT_A_BATCH]:
         raise ValueError(
-            f"reward {name!r} needs {alone[0]!r}, which a PooledReward does not hand on: it calls the function for a few "
-            "completions at a time, perhaps in another process; give the function itself as reward"
+            f"reward {name!r} needs {alone[0]!r}, which a PooledReward does not pass on: it calls the function for a few "
+            "completions at a time, possibly in another process; pass the function itself as reward"
         )
     if singular := [key for key in missing if key in ("prompt", "completion")]:
         raise ValueError(
@@ -358,7 +370,7 @@ def _wanted_columns(function: RewardFunction, name: str, columns: Sequence[str],
         )
     if "environments" in missing:
         raise ValueError(
-            f"reward {name!r} needs 'environments', which TRL gives with its environment_factory; there are none here: take "
+            f"reward {name!r} needs 'environments', which TRL passes with its environment_factory; llm_env has none: read "
             "what it needs from columns of the prompts"
         )
     if missing:
