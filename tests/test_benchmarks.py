@@ -106,7 +106,7 @@ def test_a_side_that_does_less_work_is_refused(parts, tmp_path):
     model.save_pretrained(tmp_path)
     short = Worker(GENERATE, task)
     short.ready()
-    with pytest.raises(SystemExit, match=r"a rollout of generate has \d+ response tokens, it should have 128"):
+    with pytest.raises(SystemExit, match=r"a rollout of generate has \d+ response tokens; expected 128"):
         short.turn(short.series("rollout"), counts=True)
     short.close()
 
@@ -164,4 +164,4 @@ def test_speed_is_told_in_medians_and_their_ratios(parts):
     # From 2 s at G = 4 to 4 s at G = 16: 4 / (4 * 2) of proportional, and (4 - 2) / (3 * 2) of what would be added.
     assert "| 1024 | here | 4: 2.00 (1.00), 16: 4.00 (3.00) | 4 to 16 | 0.50 (0.75) | 0.33 (0.67) |" in text
     assert "| 1024 | TRL |" not in text[text.index("## Growth") :]
-    assert "The step of TRL at prompt 1024, group 16 was ended by signal 9 after 0 turns that count" in text
+    assert "The step of TRL at prompt 1024, group 16 was killed by signal 9 after 0 timed repetitions" in text
