@@ -1,4 +1,4 @@
-"""Compare five agents, from REINFORCE to GRPO, and measure the effect of each step.
+"""Compare five agents, from REINFORCE to GRPO; measure the effect of each step.
 
     python examples/ladder.py
 
@@ -67,7 +67,7 @@ def train_all(steps: list[Step], seeds: list[int], timesteps: int, logs: Path) -
 
 
 def clipped_or_not() -> list[Step]:
-    """Return steps for PPO with and without clipping, one per learning rate in `RATES`."""
+    """Return steps for PPO with and without clipping, for each rate in `RATES`."""
     ranges = {"clipped": 0.2, "not clipped": NO_CLIP}
     return [
         Step(f"{name}, {rate:g}", PPO, {"learning_rate": rate, "clip_range": clip_range})
@@ -93,7 +93,7 @@ def costs(length: int, repeats: int) -> dict[str, dict[str, tuple[float, float]]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run all measurements; write `ladder.json` after each part and return the numbers."""
+    """Run all measurements; write `ladder.json` after each part; return the numbers."""
     seeds, tokens = list(range(arguments.seeds)), arguments.timesteps
     checkpoints = (0, tokens // 5, 4 * tokens // 5)
     logs = arguments.logs

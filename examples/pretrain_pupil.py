@@ -71,7 +71,7 @@ def without_carry(a: int, b: int) -> int:
 
 
 def encode_all(tokenizer: PreTrainedTokenizerFast, width: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Encode every training problem with the correct answer and the answer without carry.
+    """Encode every training problem, with the correct answer and without the carry.
 
     Returns:
         `input_ids` and `labels`, (problems, 2, width), and the probability of the answer without carry, (problems,).

@@ -38,9 +38,9 @@ HELD_OUT = 500
 
 
 class Judge:
-    """Judge that labels pairs of the pupil's answers by the true reward: 1 if correct, else 0.
+    """Judge that labels pairs of the pupil's answers by the true reward.
 
-    The reward model sees only the preferences.
+    The true reward is 1 if the answer is correct, else 0. The reward model sees only the preferences.
 
     Args:
         seed: random seed for the choice of problems and for sampling from the pupil.
@@ -109,14 +109,14 @@ def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def scored_together(pairs: list[Pair]) -> tuple[list[str], list[str]]:
-    """Return prompts and completions of a batch: all chosen answers, then all rejected answers."""
+    """Return prompts and completions of a batch: all chosen, then all rejected."""
     return [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
 
 
 def train(
     base: str, pairs: list[Pair], seed: int, epochs: int = 4, learning_rate: float = 3e-4, batch_size: int = 64
 ) -> RewardModel:
-    """Train a reward model from a base model with the Bradley-Terry loss, without dropout.
+    """Train a reward model with the Bradley-Terry loss, without dropout.
 
     Args:
         base: path or hub id of a causal language model or of a classifier with one label.
@@ -145,7 +145,7 @@ def train(
 
 
 def accuracy(reward: RewardModel, pairs: list[Pair]) -> float:
-    """Return the share of pairs whose chosen answer scores higher than the rejected answer."""
+    """Return the share of pairs whose chosen answer has the higher score."""
     scores = reward(*scored_together(pairs))
     return sum(map(gt, scores[: len(pairs)], scores[len(pairs) :])) / len(pairs)
 

@@ -1,4 +1,4 @@
-"""Run RLHF end to end: preference pairs, reward model, PPO with and without a KL penalty.
+"""Run RLHF end to end: preference pairs, reward model, PPO with and without KL.
 
     python examples/train_rlhf.py --seed 0
 

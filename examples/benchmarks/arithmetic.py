@@ -1,10 +1,10 @@
-"""Compute memory per GPU and time of a GRPO step for models of 0.5B, 7B and 70B parameters.
+"""Compute memory per GPU and time of a GRPO step for several model sizes.
 
     python examples/benchmarks/arithmetic.py
 
-The script writes `arithmetic.md` to `outputs/benchmarks`. The file in this folder is its output. All numbers are computed,
-not measured. The functions below implement the formulas of that page. `tests/test_arithmetic.py` compares the memory formulas
-with the sizes of real tensors.
+The models have 0.5B, 7B and 70B parameters. The script writes `arithmetic.md` to `outputs/benchmarks`. The file in this folder
+is its output. All numbers are computed, not measured. The functions below implement the formulas of that page.
+`tests/test_arithmetic.py` compares the memory formulas with the sizes of real tensors.
 """
 
 import argparse
@@ -83,7 +83,7 @@ MODELS = [
 
 
 def room(new: int) -> int:
-    """Return the allocated KV cache length of a response: 64 tokens, doubled whenever it is full."""
+    """Return the allocated KV cache length: 64 tokens, doubled whenever it is full."""
     return 64 * 2 ** max(0, (-(-new // 64) - 1).bit_length())
 
 
@@ -104,7 +104,7 @@ def cache_bytes(model: Model, prompts: int, prompt: int, rows: int, new: int, nu
 
 
 def activation_bytes(model: Model, positions: int) -> int:
-    """Return the bytes of activations with bfloat16 autocast and gradient checkpointing.
+    """Return activation bytes with bfloat16 autocast and gradient checkpointing.
 
     These are the float32 inputs of all layers, and the activations of one layer. The latter are, per position:
 
@@ -148,9 +148,8 @@ class Sharding:
         Data parallel: all weights. FSDP2: two layers, the embeddings and one gradient. LoRA: the largest matrix.
         """
         if self.lora and not self.sharded:
-            return 2 * max(
-                a * b for a, b in [*model.matrices, (model.hidden, model.vocabulary)]
-            )  # cast for each matrix product
+            # Autocast casts one matrix at a time.
+            return 2 * max(a * b for a, b in [*model.matrices, (model.hidden, model.vocabulary)])
         if not self.sharded:
             return 2 * model.parameters  # cached by autocast
         layer = sum(a * b for a, b in model.matrices)
@@ -203,7 +202,10 @@ def all_reduce(size: float, gpus: int) -> float:
 
 
 def all_gather(size: float, gpus: int) -> float:
-    """Return the seconds of an all-gather or reduce-scatter: (S - 1) / S of the bytes pass each GPU."""
+    """Return the seconds of an all-gather or reduce-scatter.
+
+    (S - 1) / S of the bytes pass each GPU.
+    """
     return (gpus - 1) / gpus * size / link(gpus)
 
 

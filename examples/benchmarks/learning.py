@@ -1,4 +1,4 @@
-"""Compare GRPO of this package with TRL's GRPOTrainer: sample efficiency and training time.
+"""Compare sample efficiency and training time of GRPO with TRL's GRPOTrainer.
 
     pip install -c constraints.txt -e ".[extra,bench]"
     python examples/benchmarks/learning.py --model STORIES_MODEL_DIR
@@ -61,9 +61,9 @@ def quarters(run: Run) -> list[float]:
 
 
 def reached(task: Task, run: Run) -> tuple[float, float]:
-    """Return completions and seconds until the reward reaches the target; infinity if it never does.
+    """Return completions and seconds until the reward reaches the target.
 
-    The reward is averaged over `WINDOW` rollouts.
+    The reward is averaged over `WINDOW` rollouts. Both are infinite if it never reaches the target.
     """
     means = np.convolve(run.rewards, np.ones(WINDOW) / WINDOW, "valid")
     there = np.flatnonzero(means >= task.target)
@@ -80,7 +80,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def middle(values: list[float]) -> str:
-    """Format median, minimum and maximum over seeds; infinite values are shown as "never"."""
+    """Format median, minimum and maximum over seeds; show infinity as "never"."""
     numbers = (np.median(values), min(values), max(values))
     median, least, most = (f"{number:.0f}" if np.isfinite(number) else "never" for number in numbers)
     return f"{median} ({least} to {most})"

@@ -1,4 +1,4 @@
-"""Benchmark GRPO with overlapping sampling and learning (`overlap=True`) against the default.
+"""Benchmark GRPO with overlapping sampling and learning (`overlap=True`).
 
     python examples/benchmarks/overlap.py
 

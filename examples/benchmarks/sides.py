@@ -1,4 +1,4 @@
-"""Training runs for `learning.py`, with `agents.GRPO` and with TRL's `GRPOTrainer`."""
+"""Training runs of `learning.py`, with `agents.GRPO` and TRL's `GRPOTrainer`."""
 
 import tempfile
 import time

@@ -1,4 +1,6 @@
-"""Benchmark rollouts against transformers' `generate`, and GRPO steps against TRL: time and memory.
+"""Benchmark time and memory of rollouts and GRPO steps against other libraries.
+
+Rollouts are compared with transformers' `generate`, GRPO steps with TRL.
 
     pip install -c constraints.txt -e ".[extra,bench]"
     python examples/benchmarks/speed.py

@@ -1,4 +1,4 @@
-"""Define the tasks of `learning.py`: env arguments and GRPO settings, shared by both sides."""
+"""Define the tasks of `learning.py`: env arguments and settings of both sides."""
 
 import sys
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Task:
 
 
 def addition_task() -> Task:
-    """Return the task of `train_grpo.py`: `llm_env/Addition-v0` with the packaged pupil."""
+    """Return the task of `train_grpo.py`: Addition with the packaged pupil."""
     return Task("Addition", llm_env.PUPIL, addition(), 8, 256, 3e-4, 0.0, 12_800, 0.9, exam=addition(split="test"))
 
 

@@ -106,7 +106,7 @@ def hacking_panel(axes: Axes, numbers: Numbers) -> None:
 
 
 def costs_panel(axes: Axes, numbers: Numbers) -> None:
-    """Plot peak memory of an update of the larger model, with its CPU seconds as labels."""
+    """Plot peak memory of an update of the larger model, labeled with CPU seconds."""
     title, part = list(numbers["costs"].items())[-1]
     names = list(part)
     seconds, sizes = np.array(list(part.values())).T

@@ -1,4 +1,4 @@
-"""Compute policy gradients as flat vectors; estimate their signal and noise without bias."""
+"""Compute policy gradients as flat vectors; estimate their signal and noise."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def policy_gradient(agent: LanguageAgent, rollout: Rollout, result: Evaluation) 
 
 
 def halves(agent: LanguageAgent, rollout: Rollout) -> tuple[float, float]:
-    """Estimate signal ||E g||^2 and noise E||g - E g||^2 of the gradient from one rollout.
+    """Estimate gradient signal ||E g||^2 and noise E||g - E g||^2 from one rollout.
 
     g is the mean of g1 and g2, the gradients of the two halves of the rollout. The halves are independent, except where
     advantages are normalized over the whole rollout. Therefore E[g1 . g2] = ||E g||^2 and
@@ -72,7 +72,7 @@ def halves(agent: LanguageAgent, rollout: Rollout) -> tuple[float, float]:
 
 
 class Moments:
-    """Running first and second moments of the gradients of several estimators over K rounds.
+    """Running moments of the gradients of several estimators over K rounds.
 
     Args:
         estimators: number of estimators.
@@ -92,7 +92,7 @@ class Moments:
 
     @property
     def signal(self) -> np.ndarray:
-        """Unbiased estimates of the products of mean gradients, E g_i . E g_j, (estimators, estimators).
+        """Unbiased estimates of E g_i . E g_j, (estimators, estimators).
 
         Two gradients of the same round share their noise. Their products are therefore subtracted:
         (S_i . S_j - sum_k g_ik . g_jk) / (K (K - 1)). Noise may make the estimate of a square negative.

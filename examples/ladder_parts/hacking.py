@@ -1,4 +1,4 @@
-"""Demonstrate reward hacking: train on a proxy reward, measure the true one, with and without KL."""
+"""Demonstrate reward hacking with a proxy reward, with and without a KL penalty."""
 
 from __future__ import annotations
 

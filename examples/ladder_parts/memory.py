@@ -60,10 +60,10 @@ def endless_rollout(agent: LanguageAgent, prompt: int, response: int) -> Rollout
 
 
 def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Measure CPU seconds (minimum over `repeats`) and peak bytes of an update, per agent.
+    """Measure CPU seconds and peak bytes of an update, per agent.
 
-    Bytes include weights, gradients, optimizer state and all temporary tensors of an update. The peak covers two updates,
-    because the optimizer state exists only after the first.
+    The CPU time is the minimum over `repeats` updates. Bytes include weights, gradients, optimizer state and all temporary
+    tensors of an update. The peak covers two updates, because the optimizer state exists only after the first.
     """
     results = {}
     for name, (kind, settings) in CRITICS.items():

@@ -1,4 +1,4 @@
-"""Define and train the five agents; record accuracy, gradient noise and update size."""
+"""Define and train five agents; record accuracy, gradient noise and update size."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Run:
         return np.array([number for _, number in self.curves[name]])
 
     def tokens_to(self, accuracy: float) -> float:
-        """Return the action tokens until an exam first reaches `accuracy`; infinity if none does."""
+        """Return the tokens until an exam reaches `accuracy`; infinity if none does."""
         return next((float(tokens) for tokens, share in self.curves["accuracy"] if share >= accuracy), float("inf"))
 
 
@@ -132,7 +132,7 @@ class Watch(BaseCallback):
         self.examine()
 
     def examine(self) -> None:
-        """Record the held-out accuracy in the run and in the logger (written with the next dump)."""
+        """Record the held-out accuracy in the run and in the logger."""
         accuracy = self.exam(self.model)
         self.run.note(self.model.num_timesteps, accuracy=accuracy)
         self.logger.record("ladder/held_out_accuracy", accuracy)
@@ -168,7 +168,7 @@ def make_env(**rules: Any) -> TextGenerationEnv:
 
 
 def train(step: Step, seed: int, timesteps: int, exam: Exam, logs: str | None) -> Run:
-    """Train the agent of a step from the pupil for `timesteps` tokens; return the measurements."""
+    """Train the agent of a step for `timesteps` tokens; return the measurements."""
     kind = type(f"Watched{step.kind.__name__}", (Watched, step.kind), {})
     agent = kind(llm_env.PUPIL, make_env(**step.rules), n_envs=EPISODES, seed=seed, tensorboard_log=logs, **step.settings)
     agent.run = run = Run()

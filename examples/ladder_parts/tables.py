@@ -1,4 +1,4 @@
-"""Format the numbers of the ladder as Markdown tables: mean ± standard deviation over seeds."""
+"""Format the numbers of the ladder as Markdown tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def tokens_to(runs: list[Run], accuracy: float) -> str:
-    """Format the tokens to an accuracy over the runs that reached it; add their number if not all did."""
+    """Format the tokens to an accuracy, over the runs that reached it.
+
+    If not all runs reached it, the text includes their number.
+    """
     tokens = [run.tokens_to(accuracy) for run in runs]
     reached = [number for number in tokens if np.isfinite(number)]
     share = "" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)} runs)"
@@ -40,7 +43,7 @@ def collapsed(run: Run) -> bool:
 
 
 def noise_to_signal(runs: Sequence[Run]) -> float:
-    """Return E||g - E g||^2 / ||E g||^2 of a rollout's gradient, each averaged over runs first."""
+    """Return noise over signal of the gradient, each averaged over runs first."""
     noise, signal = (np.mean([run.values(name).mean() for run in runs]) for name in ("noise", "signal"))
     return float(noise / signal) if signal > 0 else float("inf")
 
@@ -100,7 +103,7 @@ def ladder_table(numbers: Numbers) -> str:
 
 
 def pooled(point: Sequence[Numbers], name: str, which: str = "noise / signal") -> float:
-    """Return noise over signal of an estimator at a checkpoint, or its cosine with the naive gradient.
+    """Return noise over signal of an estimator, or its cosine with the naive one.
 
     The cosine is between the mean gradients. Estimates of a single seed are noisy and may be negative, so they are averaged
     over seeds before division. The result is infinite if an averaged ||E g||^2 is not positive.
@@ -113,7 +116,7 @@ def pooled(point: Sequence[Numbers], name: str, which: str = "noise / signal") -
 
 
 def variance_table(numbers: Numbers) -> str:
-    """Format noise over signal and the cosine with the naive gradient, per estimator and checkpoint."""
+    """Format noise over signal and the cosine with the naive gradient."""
     points = list(zip(*numbers["variance"], strict=True))  # by checkpoint, then by seed
     header = ["baseline"]
     for name in ("noise / signal", "cosine"):

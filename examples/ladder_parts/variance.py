@@ -116,7 +116,7 @@ def fit_critic(policy: LanguagePolicy, sampler: Sampler, seed: int, episodes: in
 
 
 def _states_and_returns(policy: LanguagePolicy, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Return hidden states before each action token, (tokens, H), and returns, (tokens,)."""
+    """Return hidden states before each token, (tokens, H), and returns, (tokens,)."""
     hidden = response_states(policy.lm.base_model, rollout.prompts, rollout.responses)
     assert hidden is not None
     here = rollout.mask.bool()

@@ -1,1 +1,1 @@
-"""Modules of `examples/benchmarks/speed.py`; each timed side runs in a separate process."""
+"""Modules of `benchmarks/speed.py`; each timed side runs in a separate process."""

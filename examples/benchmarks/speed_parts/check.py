@@ -1,7 +1,7 @@
-"""Check that this package and TRL compute the same loss and gradient on the same tokens.
+"""Check that this package and TRL compute the same loss and gradient.
 
-The check runs in float32. This package samples the responses. The weights of the policy are then perturbed, so that ratios
-differ from 1 and the KL differs from 0. Without this, the loss of GRPO would be 0 for all responses.
+The check runs in float32, on the same tokens. This package samples the responses. The weights of the policy are then perturbed,
+so that ratios differ from 1 and the KL differs from 0. Without this, the loss of GRPO would be 0 for all responses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOVE = 0.005  # standard deviation of the perturbation, 1/4 of Llama's initial o
 
 
 def check_responses(work: Work, agent: GRPO, rollout: Rollout) -> float:
-    """Check lengths and log-probs of a rollout; return the largest difference in log-prob.
+    """Check lengths and log-probs of a rollout; return the largest difference.
 
     Log-probs of sampled tokens are compared with those of a plain forward pass per row.
 
@@ -54,7 +54,7 @@ def check_responses(work: Work, agent: GRPO, rollout: Rollout) -> float:
 
 
 def score_by_trl(trainer: GRPOTrainer, rollout: Rollout) -> dict[str, Tensor]:
-    """Return TRL's training inputs for a rollout: advantages, reference and old log-probs."""
+    """Return TRL's inputs for a rollout: advantages, reference and old log-probs."""
 
     def given(prompt_ids: list[list[int]], *_: object, **__: object) -> tuple[list[list[int]], None]:
         if [list(prompt) for prompt in prompt_ids] != rollout.prompts:

@@ -1,4 +1,4 @@
-"""Draw step time by phase and its growth with group size; one column per prompt length."""
+"""Draw step time by phase and its growth with group size, per prompt length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker process for this package: rollouts with `policy.sample`, steps with `GRPO.learn`."""
+"""Worker process for this package: `policy.sample` and `GRPO.learn`."""
 
 from __future__ import annotations
 

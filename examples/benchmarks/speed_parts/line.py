@@ -77,9 +77,10 @@ class Phases:
 
 
 class Line:
-    """Worker side of the protocol: jobs are read from standard input, results are written as JSON lines.
+    """Worker side of the protocol: read jobs, write results as JSON lines.
 
-    Results go to the original standard output. All other output is redirected to standard error.
+    Jobs are lines of standard input. Results go to the original standard output. All other output is redirected to standard
+    error.
 
     Args:
         device: torch device whose memory is reported: resident memory of the process for the CPU, memory allocated by torch
@@ -100,7 +101,7 @@ class Line:
         self._send(before=torch.cuda.memory_allocated() if self._cuda else resident("VmRSS"))
 
     def next_job(self) -> str:
-        """Wait for the next job and start the timer; an empty string means that there is none."""
+        """Wait for the next job and start the timer; return an empty string if none."""
         job = sys.stdin.readline().strip()
         self.phases.begin()
         return job
@@ -116,7 +117,7 @@ class Line:
 
 
 def resident(field: str) -> int:
-    """Return the resident memory of this process in bytes, current (`VmRSS`) or peak (`VmHWM`)."""
+    """Return resident memory in bytes, current (`VmRSS`) or peak (`VmHWM`)."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])

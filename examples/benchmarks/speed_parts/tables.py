@@ -98,7 +98,7 @@ def phases(results: Results) -> str:
 
 
 def growth(results: Results) -> str:
-    """Format the growth of step time with group size; empty if only one size was measured."""
+    """Format the growth of step time with group size; empty for a single size."""
 
     def lines() -> Iterable[Cells]:
         for prompt in sorted({prompt for prompt, _ in results.shapes("step")}):

@@ -36,7 +36,7 @@ def grpo_trainer(work: Work, folder: str, callbacks: list[TrainerCallback]) -> G
 
 
 class Turns(TrainerCallback):
-    """Callback that makes every training step a job: it waits for the next job after each step.
+    """Callback that waits for the next job after each training step.
 
     Attributes:
         tokens: response tokens of the last rollout.

@@ -1,4 +1,4 @@
-"""Define model, prompts and reward of `speed.py`, so that all sides do the same work."""
+"""Define model, prompts and reward of `speed.py`, the same for all sides."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def even_words(completions: list[str], **_: Any) -> list[float]:
 
 
 def build(folder: str, vocabulary: int, hidden: int, layers: int, heads: int, intermediate: int, positions: int) -> int:
-    """Save a Llama with random weights and its tokenizer; return the number of parameters.
+    """Save a random Llama and its tokenizer; return the number of parameters.
 
     Each of the words `w0`, `w1`, ... is one token. The end token has probability 0, so every response has the maximum length.
     This needs no logit mask, which would cost time on one of the sides. Instead, the first channel of the hidden states is a

@@ -69,7 +69,7 @@ class Series:
 
 
 class Killed(Exception):
-    """Raised if a worker was killed by a signal; the argument is the number of the signal."""
+    """Raised if a worker was killed by a signal, with the signal number."""
 
 
 def start(module: str, work: Work) -> subprocess.Popen[str]:
