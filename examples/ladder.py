@@ -1,22 +1,27 @@
-"""From naive reward to GRPO: five agents climb the same ladder, and what each step is for is measured.
+"""Compare five agents, from REINFORCE to GRPO; measure the effect of each step.
 
     python examples/ladder.py
 
-trains the packaged pupil (see `pretrain_pupil.py`) on `llm_env/Addition-v0` with the same number of tokens by
+The script trains the packaged pupil model (see `pretrain_pupil.py`) on `llm_env/Addition-v0`. Every agent gets the same
+number of tokens. The five steps of the ladder are:
 
 1. naive reward: `REINFORCE`;
 2. a critic as baseline: `REINFORCE(baseline="value")`;
-3. clipping, which lets a rollout be used for several steps: `PPO`;
-4. a reference against cheating: `PPO` on an env with `kl_coef`;
-5. a group of answers in the critic's place: `GRPO`;
+3. clipping, which allows several optimizer steps per rollout: `PPO`;
+4. a reference model against reward hacking: `PPO` on an env with `kl_coef`;
+5. a group of answers instead of a critic: `GRPO`.
 
-and measures, over several seeds, the variance of the policy gradient at fixed weights by baseline (`ladder_parts/variance.py`),
-the tokens to 90% on held-out problems and the size of every update (`runs.py`), how PPO fares with and without clipping where
-the learning rate is too large, a reward that can be hacked with and without the reference (`hacking.py`), and time and memory
-of an update with and without a critic (`memory.py`).
+It measures, over several seeds:
 
-Half an hour on one core. It leaves the figure `ladder.png`, the tables `ladder.md` and all numbers `ladder.json` in `--out`,
-and TensorBoard logs in `--logs`. `--numbers ladder.json` draws and writes again without measuring.
+- the variance of the policy gradient at fixed weights, per baseline (`ladder_parts/variance.py`);
+- the tokens to 90% accuracy on held-out problems, and the size of every update (`ladder_parts/runs.py`);
+- PPO with and without clipping at learning rates that are too large;
+- a reward that can be hacked, with and without the reference model (`ladder_parts/hacking.py`);
+- CPU time and memory of an update, with and without a critic (`ladder_parts/memory.py`).
+
+The run takes half an hour on one core. It writes the figure `ladder.png`, the tables `ladder.md` and all numbers
+`ladder.json` to `--out`, and TensorBoard logs to `--logs`. `--numbers ladder.json` draws the figure and writes the tables from
+stored numbers, without measuring.
 """
 
 import argparse
@@ -42,14 +47,14 @@ try:
 except ImportError as error:
     raise SystemExit("this example draws a figure and needs matplotlib: pip install matplotlib") from error
 
-NO_CLIP = 1e6  # a clip range that no ratio leaves
-RATES = (3e-4, 1e-3)  # of PPO with and without clipping
+NO_CLIP = 1e6  # clip range too wide to clip any ratio
+RATES = (3e-4, 1e-3)  # learning rates for PPO with and without clipping
 HACKING_RATE, HACKING_KL = 3e-4, 0.1
 LARGER_EPISODES = 4
 
 
 def train_all(steps: list[Step], seeds: list[int], timesteps: int, logs: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return every step's runs, one a seed, as `asdict` gives them."""
+    """Train every step once per seed; return the runs as dictionaries, by step name."""
     exam = Exam()
     results: dict[str, list[dict[str, Any]]] = {step.name: [] for step in steps}
     for seed in seeds:
@@ -57,12 +62,12 @@ def train_all(steps: list[Step], seeds: list[int], timesteps: int, logs: Path) -
             run = train(step, seed, timesteps, exam, str(logs))
             results[step.name].append(asdict(run))
             accuracy = run.values("accuracy")
-            print(f"{step.name}, seed {seed}: {accuracy[-1]:.3f} right, {run.seconds:.0f} s", flush=True)
+            print(f"{step.name}, seed {seed}: {accuracy[-1]:.3f} correct, {run.seconds:.0f} s", flush=True)
     return results
 
 
 def clipped_or_not() -> list[Step]:
-    """PPO with and without clipping, at learning rates that are more and more too large."""
+    """Return steps for PPO with and without clipping, for each rate in `RATES`."""
     ranges = {"clipped": 0.2, "not clipped": NO_CLIP}
     return [
         Step(f"{name}, {rate:g}", PPO, {"learning_rate": rate, "clip_range": clip_range})
@@ -72,7 +77,10 @@ def clipped_or_not() -> list[Step]:
 
 
 def costs(length: int, repeats: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """Processor seconds and bytes of an update, on the pupil and Addition's lengths and on a larger model and `length`."""
+    """Measure CPU seconds and peak bytes of an update for a small and a larger model.
+
+    The small model is the pupil, with Addition's prompt and response lengths. The larger model generates `length` tokens.
+    """
     pupil = AutoModelForCausalLM.from_pretrained(llm_env.PUPIL)
     larger = memory.larger_llama(pupil.config.vocab_size)
     names = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" for model in (pupil, larger)]
@@ -85,7 +93,7 @@ def costs(length: int, repeats: int) -> dict[str, dict[str, tuple[float, float]]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return all numbers, by part; `ladder.json` is written after each."""
+    """Run all measurements; write `ladder.json` after each part; return the numbers."""
     seeds, tokens = list(range(arguments.seeds)), arguments.timesteps
     checkpoints = (0, tokens // 5, 4 * tokens // 5)
     logs = arguments.logs
@@ -107,22 +115,29 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse the command line, measure, write."""
+    """Parse the command line, measure, and write figure and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
-    parser.add_argument("--timesteps", type=int, default=10_000, help="action tokens of each agent (default 10000)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds per agent (default 5)")
+    parser.add_argument(
+        "--timesteps", type=int, default=10_000, help="training budget per agent, in action tokens (default 10000)"
+    )
     parser.add_argument(
         "--rounds",
         type=int,
         default=12,
-        help="gradients of each estimator at each checkpoint, and four times the timings (default 12)",
+        help="gradients per estimator and checkpoint; updates are timed a quarter as often (default 12)",
     )
-    parser.add_argument("--length", type=int, default=128, help="tokens of a response where memory is measured (default 128)")
-    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard (default runs)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="folder for figure, tables and numbers")
-    parser.add_argument("--numbers", type=Path, help="a ladder.json to draw again, without measuring")
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=128,
+        help="response length of the larger model, in tokens, for time and memory (default 128)",
+    )
+    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard logs (default runs)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/ladder"), help="output folder for figure, tables and numbers")
+    parser.add_argument("--numbers", type=Path, help="existing ladder.json: draw and write from it without measuring")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # on a model of this size threads cost more than they give
+    torch.set_num_threads(1)  # more threads are slower for a model of this size
     logging.disable_progress_bar()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.numbers is None:

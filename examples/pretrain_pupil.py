@@ -1,13 +1,15 @@
-"""Make the packaged pupil again from nothing: `python examples/pretrain_pupil.py --out llm_env/pupil`.
+"""Pretrain the packaged pupil model from random weights.
 
-The pupil is a Llama of one million parameters with a character tokenizer. It is taught additions of 0..99 + 0..99 by
-answers that forget to carry 60% of the time (57+68=15 instead of 125): 63% where both numbers have two digits, 40% where
-one has a single digit and fingers help. So its greedy answers are right on four problems of ten, on those without a carry
-and on the easy ones, while its samples show both habits everywhere. No answer was ever scored: which of the two habits
-is right is left to reinforcement learning.
+    python examples/pretrain_pupil.py --out llm_env/pupil
 
-A tenth of the problems, chosen by a hash of their text, is never shown (the `test` split of `llm_env/Addition-v0`).
-The run is seeded and takes about half an hour on one slow core.
+The pupil is a Llama of one million parameters with a character tokenizer. It is pretrained on additions of 0..99 + 0..99.
+If a problem has a carry, 60% of its training answers omit it (57+68=15 instead of 125): 63% if both numbers have two digits,
+40% if one has a single digit. Greedy answers are therefore correct on four of ten problems: those without a carry and those
+with a single-digit number. Sampled answers with and without the carry occur for all problems that have one. Pretraining uses
+no reward. Reinforcement learning later decides which of the two kinds of answers is correct.
+
+A tenth of the problems is held out, chosen by a hash of their text (the `test` split of `llm_env/Addition-v0`). The run is
+seeded and takes about half an hour on one slow core.
 """
 
 import argparse
@@ -20,12 +22,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_env.prompts import split_of
 
-FORGETS, FORGETS_EASY = 0.63, 0.40  # together 60% of the problems that have something to carry
+FORGETS, FORGETS_EASY = 0.63, 0.40  # probability of omitting the carry; 60% of all problems with a carry
 CHARACTERS = ["\n", *map(chr, range(32, 127))]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return one token a character: newline and printable ASCII, after `<pad>`, `<eos>` and `<unk>`."""
+    """Create a character tokenizer for newline and printable ASCII.
+
+    The first three tokens are `<pad>`, `<eos>` and `<unk>`.
+    """
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -42,7 +47,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a Llama of 1.06M parameters, head dimension 32, input and output embeddings tied."""
+    """Create a Llama of 1.06M parameters with head dimension 32 and tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -61,15 +66,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def without_carry(a: int, b: int) -> int:
-    """Add the tens and the units each for itself and forget what does not fit: 57 + 68 -> 15."""
+    """Add tens and units separately, each modulo 10, without a carry: 57 + 68 -> 15."""
     return (a // 10 + b // 10) % 10 * 10 + (a % 10 + b % 10) % 10
 
 
 def encode_all(tokenizer: PreTrainedTokenizerFast, width: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return every training problem with its right (row 0) and its forgetful answer (row 1).
+    """Encode every training problem, with the correct answer and without the carry.
 
-    Returns `input_ids` and `labels` of shape (problems, 2, width), labels being -100 outside the answer and its end token,
-    and the probability of the forgetful answer, (problems,).
+    Returns:
+        `input_ids` and `labels`, (problems, 2, width), and the probability of the answer without carry, (problems,).
+        Row 0 is the correct answer, row 1 the answer without carry. Labels are -100 outside the answer and its end token.
     """
     inputs, labels = [], []
     problems = [(a, b) for a in range(100) for b in range(100) if split_of(f"{a}+{b}=") == "train"]
@@ -86,8 +92,9 @@ def encode_all(tokenizer: PreTrainedTokenizerFast, width: int = 10) -> tuple[tor
 
 
 def pretrain(out: Path, seed: int, steps: int) -> None:
+    """Pretrain the pupil; save model and tokenizer to `out`."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # faster than two on a model of this size
+    torch.set_num_threads(1)  # faster than two threads for a model of this size
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     inputs, labels, forgetting = encode_all(tokenizer)
@@ -97,7 +104,7 @@ def pretrain(out: Path, seed: int, steps: int) -> None:
     for step in range(1, steps + 1):
         problem = torch.randint(len(inputs), (256,))
         forgets = (torch.rand(256) < forgetting[problem]).long()
-        # Right padding under a causal mask: no answer token sees any, so no attention mask is needed.
+        # With right padding and a causal mask, no answer token attends to padding: no attention mask is needed.
         logits = model(input_ids=inputs[problem, forgets, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[problem, forgets, 1:].flatten())
         optimizer.zero_grad()
@@ -113,7 +120,7 @@ def pretrain(out: Path, seed: int, steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, config and tokenizer")
+    parser.add_argument("--out", type=Path, required=True, help="output folder for weights, config and tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=5000)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the addition examples share: an exam before and after, a progress bar, and what is left on disk at the end."""
+"""Shared code of the addition examples: evaluate, train, evaluate again and save."""
 
 import argparse
 import time
@@ -18,23 +18,25 @@ SHOWN = ["12+34=", "57+68=", "99+99=", "8+7=", "45+55="]
 
 
 def teach(make_agent: Callable[..., LanguageAgent], name: str, timesteps: int, description: str) -> None:
-    """Train an agent on `llm_env/Addition-v0` and print how it does on the held-out problems.
+    """Train an agent on `llm_env/Addition-v0` and print its held-out accuracy.
 
     Args:
-        make_agent: called with an env and the keywords `seed` and `tensorboard_log`.
-        name: folder of the trained model under `outputs`.
-        timesteps: action tokens to train on, unless the command line says otherwise.
-        description: for `--help`.
+        make_agent: function that creates the agent from an env and the keywords `seed` and `tensorboard_log`.
+        name: name of the folder under `outputs` for the trained model.
+        timesteps: default training budget, in action tokens. `--timesteps` overrides it.
+        description: text for `--help`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timesteps", type=int, default=timesteps, help=f"action tokens to train on (default {timesteps})")
-    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard (default runs)")
+    parser.add_argument(
+        "--timesteps", type=int, default=timesteps, help=f"training budget, in action tokens (default {timesteps})"
+    )
+    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard logs (default runs)")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs") / name, help=f"folder for the model (default outputs/{name})"
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # on a model of this size threads cost more than they give
+    torch.set_num_threads(1)  # more threads are slower for a model of this size
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=TqdmExperimentalWarning)
 
@@ -53,11 +55,11 @@ def teach(make_agent: Callable[..., LanguageAgent], name: str, timesteps: int, d
     print(f"\nheld-out accuracy: {before:.3f} before, {after:.3f} after {seconds:.0f} s on {agent.num_timesteps} tokens")
     agent.save(arguments.out / "agent")
     agent.policy.save_pretrained(arguments.out / "model")
-    print(f"saved {arguments.out / 'agent.zip'} (to go on: {type(agent).__name__}.load)")
-    print(f"saved {arguments.out / 'model'} (plain transformers: AutoModelForCausalLM.from_pretrained)")
+    print(f"saved {arguments.out / 'agent.zip'} (resume with {type(agent).__name__}.load)")
+    print(f"saved {arguments.out / 'model'} (load with AutoModelForCausalLM.from_pretrained)")
     print(f"curves and sample answers: tensorboard --logdir {arguments.logs}")
 
 
 def exam(agent: LanguageAgent, held_out: Any) -> tuple[float, list[str]]:
-    """Greedy accuracy on every held-out problem, and the answers to a few problems."""
+    """Return the greedy accuracy on all held-out problems, and the answers to `SHOWN`."""
     return agent.evaluate(held_out)["success_rate"], agent.generate(SHOWN, deterministic=True)

@@ -1,9 +1,9 @@
-"""The main job: GRPO makes the packaged pupil carry, from nothing but "right" and "wrong".
+"""Train the packaged pupil on addition with GRPO and a 0/1 correctness reward.
 
     python examples/train_grpo.py --seed 0
 
-prints the accuracy on held-out problems before and after and some answers, and leaves TensorBoard logs in `runs` and the
-trained model in `outputs/grpo_addition`.
+The script prints sample answers and the accuracy on held-out problems, before and after training. It writes TensorBoard logs
+to `runs` and the trained model to `outputs/grpo_addition`.
 """
 
 from typing import Any
@@ -16,7 +16,10 @@ from agents import GRPO
 
 
 def make_agent(env: Any, **settings: Any) -> GRPO:
-    """32 problems a rollout, 8 answers to each, one optimizer step; the learning rate falls to 0."""
+    """Create a GRPO agent for the pupil.
+
+    A rollout has 32 problems with 8 answers each and is used for one optimizer step. The learning rate decreases to 0.
+    """
     rate = LinearSchedule(3e-4, 0.0, 1.0)
     return GRPO(llm_env.PUPIL, env, learning_rate=rate, group_size=8, n_envs=256, **settings)
 

@@ -1,16 +1,17 @@
-"""A reward model from preferences: which of two answers is the better one?
+"""Train a reward model on preference pairs with the Bradley-Terry loss.
 
     python examples/train_reward_model.py --seed 0
 
-Two answers to each prompt are sampled from the packaged pupil, and a judge who knows the true reward prefers one of them. A
-classifier with one logit, made from the pupil, learns from those pairs alone (Bradley-Terry: Bradley & Terry 1952, for
-language models Ouyang et al. 2022, arXiv 2203.02155): the loss of a pair is -log sigmoid(r_chosen - r_rejected). Its
-accuracy on held-out pairs is printed, and the model is left in `outputs/reward_model`, where
-`AutoModelForSequenceClassification.from_pretrained` and `llm_env.RewardModel` find it.
+The packaged pupil samples two answers per prompt. A judge that knows the true reward prefers one of them. A classifier with
+one logit, initialized from the pupil, is trained on these pairs only. The loss of a pair is
+-log sigmoid(r_chosen - r_rejected) (Bradley & Terry 1952; for language models Ouyang et al. 2022, arXiv 2203.02155).
+
+The script prints the accuracy on held-out pairs and saves the model to `outputs/reward_model`. Load it with
+`llm_env.RewardModel` or `AutoModelForSequenceClassification.from_pretrained`.
 
     python examples/train_reward_model.py --data pairs.jsonl --model MODEL_DIR
 
-does so with pairs of your own, an object with `prompt`, `chosen` and `rejected` a line, and any base model.
+trains any base model on your own pairs. Each line of the file is an object with `prompt`, `chosen` and `rejected`.
 """
 
 import argparse
@@ -37,11 +38,13 @@ HELD_OUT = 500
 
 
 class Judge:
-    """Knows the true reward of an answer to the pupil's problems, which the reward model is not told: 1 if right, else 0.
+    """Judge that labels pairs of the pupil's answers by the true reward.
+
+    The true reward is 1 if the answer is correct, else 0. The reward model sees only the preferences.
 
     Args:
-        seed: of the problems' order and of the pupil's sampling.
-        split: which of the problems are asked, `"train"` or `"test"`.
+        seed: random seed for the choice of problems and for sampling from the pupil.
+        split: split of the problems, `"train"` or `"test"`. Default `"train"`.
     """
 
     def __init__(self, seed: int, split: str = "train") -> None:
@@ -53,7 +56,7 @@ class Judge:
         self._pupil = LanguagePolicy(llm_env.PUPIL)
 
     def answers(self, count: int) -> tuple[list[Row], list[str], list[str]]:
-        """Problems drawn at random, and two answers of the pupil to each."""
+        """Choose problems at random and sample two answers of the pupil to each."""
         rows = self._random.sample(self._rows, count)
         prompts = self._pupil.tokenizer([row["prompt"] for row in rows])["input_ids"]
         responses, _ = self._pupil.sample(prompts, group_size=2, max_new_tokens=8, generator=self._generator)
@@ -61,7 +64,7 @@ class Judge:
         return rows, texts[::2], texts[1::2]
 
     def pairs(self, count: int) -> list[Pair]:
-        """Preferences: of two answers the better one. Two that are equally good say nothing and are passed over."""
+        """Return preference pairs; skip problems whose two answers have equal reward."""
         pairs: list[Pair] = []
         while len(pairs) < count:
             rows, first, second = self.answers(256)
@@ -75,48 +78,53 @@ class Judge:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Pairs from a `.jsonl` file.
+    """Read preference pairs from a `.jsonl` file.
 
     Raises:
-        ValueError: If a row lacks `prompt`, `chosen` or `rejected`, or one of them is no text.
+        ValueError: If `prompt`, `chosen` or `rejected` of a row is missing or not a string.
     """
     rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         for key in KEYS:
             if not isinstance(row.get(key), str):
-                raise ValueError(f"{path}:{number} has {key}={row.get(key)!r}; prompt, chosen and rejected must be text")
+                raise ValueError(f"{path}:{number} has {key}={row.get(key)!r}; prompt, chosen and rejected must be strings")
     return rows
 
 
 def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and held-out ones, a tenth by a hash of the prompt: no prompt is on both sides.
+    """Split pairs into training pairs and about a tenth of held-out pairs.
+
+    The split depends on a hash of the prompt. No prompt occurs in both splits.
 
     Raises:
-        ValueError: If one of the sides is empty.
+        ValueError: If one of the splits is empty.
     """
     sides = [[pair for pair in pairs if split_of(pair["prompt"]) == side] for side in ("train", "test")]
     if not all(sides):
-        raise ValueError(f"of {len(pairs)} pairs {len(sides[1])} are held out, by their prompts; give pairs of more prompts")
+        raise ValueError(
+            f"{len(sides[1])} of {len(pairs)} pairs are held out (by a hash of the prompt), but training and held-out pairs "
+            "must both be at least 1. Add pairs with other prompts."
+        )
     return sides[0], sides[1]
 
 
 def scored_together(pairs: list[Pair]) -> tuple[list[str], list[str]]:
-    """Return prompts and completions of a batch: all chosen answers, then all rejected ones."""
+    """Return prompts and completions of a batch: all chosen, then all rejected."""
     return [p["prompt"] for p in pairs] * 2, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
 
 
 def train(
     base: str, pairs: list[Pair], seed: int, epochs: int = 4, learning_rate: float = 3e-4, batch_size: int = 64
 ) -> RewardModel:
-    """Return a reward model from a base model, by the Bradley-Terry loss; dropout is off.
+    """Train a reward model with the Bradley-Terry loss, without dropout.
 
     Args:
-        base: path or hub id of a causal language model or a classifier with one label.
-        pairs: the preferences.
-        seed: of the head's first weights and of the order of the pairs.
-        epochs: passes over the pairs.
-        learning_rate: AdamW's; falls to 0.
-        batch_size: pairs in an optimizer step.
+        base: path or hub id of a causal language model or of a classifier with one label.
+        pairs: preference pairs.
+        seed: random seed for the initial weights of the head and for the order of the pairs.
+        epochs: number of passes over the pairs. Default 4.
+        learning_rate: initial learning rate of AdamW; decreases to 0. Default 3e-4.
+        batch_size: pairs per optimizer step. Default 64.
     """
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).eval()
@@ -137,25 +145,25 @@ def train(
 
 
 def accuracy(reward: RewardModel, pairs: list[Pair]) -> float:
-    """Return the share of pairs whose chosen answer scores higher than the rejected one."""
+    """Return the share of pairs whose chosen answer has the higher score."""
     scores = reward(*scored_together(pairs))
     return sum(map(gt, scores[: len(pairs)], scores[len(pairs) :])) / len(pairs)
 
 
 def main() -> None:
-    """Parse the command line, get the pairs, train, report."""
+    """Parse the command line, create or read pairs, train and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help=".jsonl of your own pairs (default: pairs of the pupil's answers)")
-    parser.add_argument("--pairs", type=int, default=1000, help="pairs of the pupil's answers to train on (default 1000)")
-    parser.add_argument("--model", default=llm_env.PUPIL, help="the model to begin with (default the packaged pupil)")
+    parser.add_argument("--data", type=Path, help=".jsonl file of preference pairs (default: pairs of the pupil's answers)")
+    parser.add_argument("--pairs", type=int, default=1000, help="number of training pairs without --data (default 1000)")
+    parser.add_argument("--model", default=llm_env.PUPIL, help="base model (default the packaged pupil)")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/reward_model"), help="folder for the reward model")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # on a model of this size threads cost more than they give
+    torch.set_num_threads(1)  # more threads are slower for a model of this size
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a head that is new is what we want here
+    logging.set_verbosity_error()  # transformers warns that the head has new weights, which is intended
 
     if arguments.data is not None:
         pairs, held_out = split_pairs(read_pairs(arguments.data))

@@ -1,21 +1,22 @@
-"""RLHF end to end, offline: preference pairs, a reward model, and PPO with and without a reference.
+"""Run RLHF end to end: preference pairs, reward model, PPO with and without KL.
 
     python examples/train_rlhf.py --seed 0
 
-A reward model is trained on pairs of the packaged pupil's answers (see `train_reward_model.py`); the better answer of a pair
-is the right sum. Who forgets to carry gets too little, so of the pupil's own answers the larger one is the right one, and
-most clearly so where it alone has three digits: that is what the reward model learns to like. PPO then maximizes its score
-twice from the same start: once with the KL to the pupil in the reward, and once without. The true reward, the share of right
-sums, is measured besides and not paid.
+The script first trains a reward model on pairs of the packaged pupil's answers (see `train_reward_model.py`). The preferred
+answer of a pair is the correct sum. The pupil's wrong answers omit the carry and are too small, so the larger answer of a
+pair is the correct one. The difference is clearest if only the correct answer has three digits. The reward model learns to
+prefer such answers.
 
-Without the KL the policy soon writes what no pair has ever shown the reward model (12+34=126): the proxy goes on rising and
-the true reward falls. This is reward hacking; over-optimization in Gao et al. 2022, arXiv 2210.10760. With it the policy
-chooses among the pupil's own answers, where the reward model knows what it says, and learns to carry as far as that goes:
-57+68=125, but 45+17=52 still, since of two answers of two digits the reward model hardly knows the better one.
+PPO then maximizes the score of the reward model (the proxy) in two runs from the same start: one without and one with the KL
+to the pupil in the reward. The true reward, the share of correct sums, is measured but is not part of the reward.
 
-A table is printed at the end, and the curves are left in
-`outputs/rlhf/rlhf.png`, the reward model in `outputs/rlhf/reward_model`, the policies in `outputs/rlhf/with_kl` and
-`outputs/rlhf/without_kl`.
+Without the KL, the policy soon writes answers that occur in no training pair (12+34=126). The proxy keeps rising and the true
+reward falls. This is reward hacking (over-optimization in Gao et al. 2022, arXiv 2210.10760). With the KL, the policy stays
+close to the pupil's own answers, where the reward model is reliable. It learns to carry in 57+68=125, but still answers
+45+17=52, because the reward model can hardly tell which of two two-digit answers is better.
+
+The script prints a table and writes to `outputs/rlhf`: the curves (`rlhf.png`), the reward model (`reward_model`) and the
+policies (`with_kl`, `without_kl`).
 """
 
 import argparse
@@ -45,12 +46,12 @@ except ImportError as error:
 MEASURES = ("reward/reward_model", "reward/exact_match", "kl")
 SHOWN = ["12+34=", "57+68=", "8+7=", "45+17="]
 CALIBRATED_ON = 1000  # answers of the pupil
-LAST = 4  # rollouts whose mean is the result
-Point = tuple[float, ...]  # tokens, and the means of MEASURES
+LAST = 4  # final rollouts to average
+Point = tuple[float, ...]  # tokens, then the mean of each of MEASURES
 
 
 class Curves(BaseCallback):
-    """Notes what the answers of every rollout were worth, as `points`."""
+    """Callback that records the means of `MEASURES` of every rollout in `points`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,22 +66,28 @@ class Curves(BaseCallback):
 
 
 def make_env(reward: RewardModel, kl_coef: float) -> TextGenerationEnv:
-    """Addition, paid by the reward model; the true reward has weight 0, and the KL is measured even where it costs nothing."""
+    """Create the Addition env with the reward model as reward.
+
+    The true reward has weight 0. The KL is measured even if `kl_coef` is 0.
+    """
     rules = addition(reward=[reward, exact_match], reward_weights=[1.0, 0.0], reference=llm_env.PUPIL, kl_coef=kl_coef)
     return TextGenerationEnv(**rules)
 
 
 def make_agent(env: TextGenerationEnv, **settings: Any) -> PPO:
-    """PPO from the pupil: 256 problems a rollout, one pass over it in four optimizer steps."""
+    """Create a PPO agent for the pupil.
+
+    A rollout has 256 problems and is used for one epoch of four optimizer steps.
+    """
     return PPO(llm_env.PUPIL, env, n_envs=256, batch_size=64, n_epochs=1, **settings)
 
 
 def make_reward(pairs: int, seed: int, out: Path) -> RewardModel:
-    """Train the reward model, say how good it is, save it, and calibrate it on answers of the pupil."""
+    """Train, evaluate and save the reward model; calibrate it on answers of the pupil."""
     judge = Judge(seed)
     reward = train(llm_env.PUPIL, judge.pairs(pairs), seed)
     share = accuracy(reward, Judge(seed, "test").pairs(HELD_OUT))
-    print(f"The reward model agrees with {share:.1%} of {HELD_OUT} held-out pairs, after {pairs} to learn from.")
+    print(f"The reward model agrees with {share:.1%} of {HELD_OUT} held-out pairs after training on {pairs} pairs.")
     reward.model.save_pretrained(out)
     reward.tokenizer.save_pretrained(out)
     rows, answers, _ = judge.answers(CALIBRATED_ON)
@@ -88,7 +95,7 @@ def make_reward(pairs: int, seed: int, out: Path) -> RewardModel:
 
 
 def draw(runs: dict[str, list[Point]], path: Path) -> None:
-    """Proxy, true reward and KL over tokens, one panel each, one line a run."""
+    """Plot proxy, true reward and KL over tokens: one panel each, one line per run."""
     panels = [
         ("Proxy: what is paid", "reward model's score (standard deviations)"),
         ("True reward: what was meant", "share of right sums"),
@@ -109,27 +116,31 @@ def draw(runs: dict[str, list[Point]], path: Path) -> None:
 
 
 def report(table: list[tuple[str, Point]]) -> None:
-    """Print proxy, share of right sums and KL in nats."""
+    """Print proxy, share of correct sums and KL in nats."""
     print(f"\n{'':12}  {'proxy':>6}  {'true':>6}  {'KL':>6}")
     for name, (_, *values) in table:
         print(f"{name:12}  " + "  ".join(f"{value:6.2f}" for value in values))
-    print(f"(the pupil: the first rollout; the others: mean of the last {LAST})\n")
+    print(f"(the pupil: first rollout; other rows: mean of the last {LAST} rollouts)\n")
 
 
 def main() -> None:
-    """Parse the command line; pairs, reward model, PPO twice, figure and table."""
+    """Parse the command line, train the reward model and both policies, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=500, help="preference pairs (default 500)")
-    parser.add_argument("--timesteps", type=int, default=36_000, help="action tokens of each of the two runs (default 36000)")
-    parser.add_argument("--kl-coef", type=float, default=0.3, help="of the run with KL, in reward per nat (default 0.3)")
+    parser.add_argument("--pairs", type=int, default=500, help="number of preference pairs (default 500)")
+    parser.add_argument(
+        "--timesteps", type=int, default=36_000, help="training budget per run, in action tokens (default 36000)"
+    )
+    parser.add_argument(
+        "--kl-coef", type=float, default=0.3, help="KL coefficient of the run with KL, in reward per nat (default 0.3)"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard (default runs)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/rlhf"), help="folder for figure and models")
+    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder for TensorBoard logs (default runs)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/rlhf"), help="output folder for figure and models")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # on a model of this size threads cost more than they give
+    torch.set_num_threads(1)  # more threads are slower for a model of this size
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the reward model's head is new, and is to be
+    logging.set_verbosity_error()  # transformers warns that the head has new weights, which is intended
     warnings.filterwarnings("ignore", category=TqdmExperimentalWarning)
 
     start = time.monotonic()
@@ -149,9 +160,7 @@ def main() -> None:
         print("  ".join(map("".join, zip(SHOWN, agent.generate(SHOWN, deterministic=True), strict=True))))
     draw(runs, arguments.out / "rlhf.png")
     report(table)
-    print(
-        f"{time.monotonic() - start:.0f} s; saved {arguments.out / 'rlhf.png'}, and beside it the reward model and the policies"
-    )
+    print(f"{time.monotonic() - start:.0f} s; saved {arguments.out / 'rlhf.png'}; reward model and policies are beside it")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Memory per GPU and time of a GRPO step for models of 0.5, 7 and 70 billion parameters: computed, not measured.
+"""Compute memory per GPU and time of a GRPO step for several model sizes.
 
     python examples/benchmarks/arithmetic.py
 
-writes `arithmetic.md` into `outputs/benchmarks`; the one in this folder is its output. The functions below are the formulas
-that the page states; `tests/test_arithmetic.py` compares those of memory with tensors that are really there.
+The models have 0.5B, 7B and 70B parameters. The script writes `arithmetic.md` to `outputs/benchmarks`. The file in this folder
+is its output. All numbers are computed, not measured. The functions below implement the formulas of that page.
+`tests/test_arithmetic.py` compares the memory formulas with the sizes of real tensors.
 """
 
 import argparse
@@ -13,25 +14,30 @@ from pathlib import Path
 from arithmetic_text import HEAD, MEMORY_HEAD, TIME_HEAD
 
 GB, GPU = 1e9, 80e9
-USABLE = 0.9  # of a GPU: allocators lose some of it between the pieces
-PEAK, MFU = 989e12, 0.4  # FLOP/s in bfloat16, dense; the share of them that a pass gets
-HBM, HBM_SHARE = 3.35e12, 0.6  # bytes/s; likewise, for a step of decoding
-NVLINK, INFINIBAND, LINK_SHARE = 450e9, 400e9, 0.8  # bytes/s in one direction of a GPU, and of a node of eight
+USABLE = 0.9  # share of GPU memory that is usable; the rest is lost to fragmentation
+PEAK, MFU = 989e12, 0.4  # dense bfloat16 FLOP/s; share that forward and backward passes reach
+HBM, HBM_SHARE = 3.35e12, 0.6  # bytes/s; share that a decoding step reaches
+NVLINK, INFINIBAND, LINK_SHARE = 450e9, 400e9, 0.8  # bytes/s per direction: per GPU, per node of 8
 PROMPTS, GROUP, PROMPT, NEW = 64, 8, 512, 1024
-CHUNK, TABLES = 2**28, 5  # bytes of logits at a time, and how many tables of that size there are at the peak
-RANK = 16
+CHUNK, TABLES = 2**28, 5  # bytes of a chunk of logits; tensors of that size at the peak
+RANK = 16  # of the LoRA adapters
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder of Llama's kind, by its public config.
+    """Sizes of a Llama-like decoder, from its public config.
 
     Attributes:
-        name: on the hub.
-        hidden, layers, heads, kinds, size, intermediate, vocabulary: widths and counts; `kinds` are the heads of keys and
-            values, `size` is a head's.
-        tied: whether the output embedding is the input's.
-        biased: whether queries, keys and values have biases.
+        name: name on the Hugging Face hub.
+        hidden: hidden size.
+        layers: number of layers.
+        heads: number of query heads.
+        kinds: number of KV heads.
+        size: head dimension.
+        intermediate: width of the feed-forward network.
+        vocabulary: vocabulary size.
+        tied: whether input and output embeddings are tied.
+        biased: whether the projections to queries, keys and values have biases.
     """
 
     name: str
@@ -47,25 +53,25 @@ class Model:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of a layer's matrices."""
+        """Input and output sizes of the matrices of a layer."""
         queries, keys = self.heads * self.size, self.kinds * self.size
         mixing = [(self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden)]
         return [*mixing, *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
 
     @property
     def parameters(self) -> int:
-        """N: matrices, biases, norms and embeddings."""
+        """Number of parameters, N: matrices, biases, norms and embeddings."""
         biases = (self.heads + 2 * self.kinds) * self.size * self.biased
         layer = sum(a * b for a, b in self.matrices) + biases + 2 * self.hidden
         return self.layers * layer + self.hidden + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def multiplied(self) -> int:
-        """Parameters that a token is multiplied with: all but an input embedding of its own."""
+        """Parameters used in matrix products, M: all but an untied input embedding."""
         return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
     def adapter(self, rank: int) -> int:
-        """Parameters of LoRA's two matrices beside every matrix of every layer."""
+        """Return the LoRA parameters: two matrices for every matrix of every layer."""
         return self.layers * rank * sum(a + b for a, b in self.matrices)
 
 
@@ -77,21 +83,34 @@ MODELS = [
 
 
 def room(new: int) -> int:
-    """Tokens of a response for which decoding has room: 64, and twice as many whenever they are full."""
+    """Return the allocated KV cache length: 64 tokens, doubled whenever it is full."""
     return 64 * 2 ** max(0, (-(-new // 64) - 1).bit_length())
 
 
 def cache_bytes(model: Model, prompts: int, prompt: int, rows: int, new: int, number: int = 2) -> int:
-    """Return keys and values of prompts, once for a group, and of `new` tokens of each response; `number` bytes each."""
+    """Return the bytes of the KV cache.
+
+    The prompt is cached once per group.
+
+    Args:
+        model: the model.
+        prompts: number of prompts.
+        prompt: tokens per prompt.
+        rows: number of responses.
+        new: tokens per response.
+        number: bytes per number. Default 2 (bfloat16).
+    """
     return 2 * model.layers * model.kinds * model.size * (prompts * prompt + rows * room(new)) * number
 
 
 def activation_bytes(model: Model, positions: int) -> int:
-    """Under bfloat16 and gradient checkpointing: the inputs of all layers, float32, and what one layer keeps.
+    """Return activation bytes with bfloat16 autocast and gradient checkpointing.
 
-    That is of a position, in numbers: float32 the two inputs and outputs of the norms (4 h); bfloat16 the inputs of the
-    matrices (2 h in attention, 2 h in the feed-forward network, of which 1 h is attention's output), queries, keys and values,
-    and four of the feed-forward network's width.
+    These are the float32 inputs of all layers, and the activations of one layer. The latter are, per position:
+
+    - float32: inputs and outputs of both norms (4 h);
+    - bfloat16: inputs of the matrices (h in attention, h in the feed-forward network, n d for the output projection), queries
+      (n d), keys and values (2 k d), and four tensors of the intermediate size f of the feed-forward network.
     """
     h, keys = model.hidden, 2 * model.kinds * model.size
     layer = 4 * 4 * h + 2 * (2 * h + 2 * model.heads * model.size + keys + 4 * model.intermediate)
@@ -100,13 +119,13 @@ def activation_bytes(model: Model, positions: int) -> int:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model lies on S GPUs.
+    """Placement of a model on S GPUs.
 
     Attributes:
-        name: for the tables.
-        gpus: S.
-        sharded: FSDP2; each GPU holds 1/S of all that is held.
-        lora: adapters are trained, and the reference is the model without them.
+        name: name in the tables.
+        gpus: number of GPUs, S.
+        sharded: whether FSDP2 shards everything, so that each GPU holds 1/S. Default False.
+        lora: whether LoRA adapters are trained. The reference is then the model without adapters. Default False.
     """
 
     name: str
@@ -115,7 +134,7 @@ class Sharding:
     lora: bool = False
 
     def held(self, model: Model) -> dict[str, float]:
-        """Return bytes on each GPU by what they are, all the time."""
+        """Return the bytes that each GPU holds permanently, by kind."""
         parts = self.gpus if self.sharded else 1
         trained = model.adapter(RANK) if self.lora else model.parameters
         weights = 4 * (model.parameters + (trained if self.lora else 0))
@@ -124,32 +143,42 @@ class Sharding:
         return {name: size / parts for name, size in kinds.items()}
 
     def working(self, model: Model) -> float:
-        """Bytes of weights in bfloat16 beside those held, during an update: all, or (FSDP2) two layers and the embeddings."""
+        """Return the additional bytes per GPU for bfloat16 weights during an update.
+
+        Data parallel: all weights. FSDP2: two layers, the embeddings and one gradient. LoRA: the largest matrix.
+        """
         if self.lora and not self.sharded:
-            return 2 * max(a * b for a, b in [*model.matrices, (model.hidden, model.vocabulary)])  # cast for each product
+            # Autocast casts one matrix at a time.
+            return 2 * max(a * b for a, b in [*model.matrices, (model.hidden, model.vocabulary)])
         if not self.sharded:
-            return 2 * model.parameters  # autocast keeps them
+            return 2 * model.parameters  # cached by autocast
         layer = sum(a * b for a, b in model.matrices)
-        return 2 * (2 * layer + (1 if model.tied else 2) * model.vocabulary * model.hidden) + 4 * layer  # and a gradient
+        return 2 * (2 * layer + (1 if model.tied else 2) * model.vocabulary * model.hidden) + 4 * layer  # plus one gradient
 
     def update(self, model: Model) -> float:
-        """Return bytes on each GPU at the peak of an update, one group at a time."""
+        """Return the peak bytes per GPU of an update with one group per forward pass."""
         passed = self.working(model) + activation_bytes(model, PROMPT + GROUP * NEW)
         return sum(self.held(model).values()) + passed + TABLES * CHUNK
 
     def gathered(self, model: Model) -> float:
-        """Return bytes of weights in bfloat16 beside those held, while sampling: all; sharded, those of a second model too."""
+        """Return the additional bytes per GPU for bfloat16 weights while sampling.
+
+        FSDP2 without LoRA also gathers the reference. LoRA without FSDP2 casts one matrix at a time.
+        """
         if self.sharded:
             return 2 * model.parameters * (1 if self.lora else 2)
         return self.working(model) if self.lora else 2 * model.parameters
 
     def at_a_time(self, model: Model) -> int:
-        """Groups for whose cache there is room while sampling, of those that a GPU has."""
+        """Return how many of a GPU's groups fit into its memory at a time while sampling."""
         left = GPU * USABLE - sum(self.held(model).values()) - self.gathered(model)
         return max(0, min(PROMPTS // self.gpus, int(left // cache_bytes(model, 1, PROMPT, GROUP, NEW))))
 
     def sampling(self, model: Model) -> float:
-        """Return bytes on each GPU while sampling, with as many groups at a time as there is room for, or one."""
+        """Return the peak bytes per GPU while sampling.
+
+        The number of concurrent groups is the largest that fits, at least one.
+        """
         groups = max(1, self.at_a_time(model))
         return sum(self.held(model).values()) + self.gathered(model) + groups * cache_bytes(model, 1, PROMPT, GROUP, NEW)
 
@@ -163,27 +192,30 @@ SHARDINGS = [
 
 
 def link(gpus: int) -> float:
-    """Bytes/s that a ring over the GPUs moves."""
+    """Return the bandwidth of a ring over the GPUs, in bytes/s."""
     return LINK_SHARE * (NVLINK if gpus <= 8 else INFINIBAND)
 
 
 def all_reduce(size: float, gpus: int) -> float:
-    """Seconds: 2 (S - 1) / S of the bytes pass each GPU."""
+    """Return the seconds of an all-reduce: 2 (S - 1) / S of the bytes pass each GPU."""
     return 2 * (gpus - 1) / gpus * size / link(gpus)
 
 
 def all_gather(size: float, gpus: int) -> float:
-    """Seconds, and those of a reduce-scatter: (S - 1) / S of the bytes pass each GPU."""
+    """Return the seconds of an all-gather or reduce-scatter.
+
+    (S - 1) / S of the bytes pass each GPU.
+    """
     return (gpus - 1) / gpus * size / link(gpus)
 
 
 def seconds(model: Model, sharding: Sharding) -> dict[str, float]:
-    """Of a step, by what it does; see the page."""
+    """Return the seconds of a GRPO step by phase; `arithmetic.md` has the formulas."""
     groups, gpus = PROMPTS // sharding.gpus, sharding.gpus
     waves = -(-groups // max(1, sharding.at_a_time(model)))
     rows = GROUP * groups / waves
     speed = PEAK * MFU
-    # Weights that are not trained are cast for every product: read, written and read again.
+    # Autocast casts frozen weights for every matrix product: float32 read (4), bfloat16 write (2) and read (2).
     read = (8 if sharding.lora and not sharding.sharded else 2) * model.multiplied
     cached = 4 * model.layers * model.kinds * model.size * (groups / waves * PROMPT + rows * NEW / 2)
     token = max((read + cached) / (HBM * HBM_SHARE), 2 * model.multiplied * rows / speed)
@@ -193,7 +225,7 @@ def seconds(model: Model, sharding: Sharding) -> dict[str, float]:
     passes, moved = groups, 0.0
     if sharding.sharded:
         gather, scatter = all_gather(2 * model.parameters, gpus), all_gather(4 * trained, gpus)
-        moved = (1 if sharding.lora else 2) * gather + passes * (2 * gather + scatter)  # sampling, the reference; update
+        moved = (1 if sharding.lora else 2) * gather + passes * (2 * gather + scatter)  # sampling and reference, then update
     else:
         moved = all_reduce(4 * trained, gpus)
     return {
@@ -206,7 +238,7 @@ def seconds(model: Model, sharding: Sharding) -> dict[str, float]:
 
 
 def verdict(model: Model, sharding: Sharding) -> str:
-    """Return whether it fits, and with what."""
+    """Return whether update and sampling fit, and with which `max_num_seqs`."""
     groups, limit = sharding.at_a_time(model), GPU * USABLE
     if sharding.update(model) > limit:
         return "no"
@@ -216,7 +248,7 @@ def verdict(model: Model, sharding: Sharding) -> str:
 
 
 def tables(model: Model) -> list[str]:
-    """Memory and time of a model."""
+    """Return the lines of a model's section: sizes, memory table, time table."""
     memory, times = [*MEMORY_HEAD], [*TIME_HEAD]
     for sharding in SHARDINGS:
         held, fits = sharding.held(model), verdict(model, sharding)
@@ -229,9 +261,9 @@ def tables(model: Model) -> list[str]:
         times.append(f"| {sharding.name} | {sharding.gpus} | {cells} | {sum(parts.values()):.3g} |")
     cache, passed = cache_bytes(model, 1, PROMPT, GROUP, NEW), activation_bytes(model, PROMPT + GROUP * NEW)
     facts = (
-        f"N = {model.parameters:,}, M = {model.multiplied:,}, a = {model.adapter(RANK):,}. The cache of a group takes "
-        f"{cache / GB:.2f} GB, its activations {passed / GB:.1f} GB and the logits {TABLES * CHUNK / GB:.1f} GB. A separate "
-        "critic (PPO) adds as much again as weights, gradients and moments."
+        f"N = {model.parameters:,}, M = {model.multiplied:,}, a = {model.adapter(RANK):,}. Per group, the KV cache "
+        f"takes {cache / GB:.2f} GB and the activations take {passed / GB:.1f} GB. The logits take "
+        f"{TABLES * CHUNK / GB:.1f} GB. A separate critic (PPO) needs the bytes of weights, gradients and moments once more."
     )
     return [
         f"## {model.name}",
@@ -240,20 +272,20 @@ def tables(model: Model) -> list[str]:
         "",
         *memory,
         "",
-        *(times if len(times) > len(TIME_HEAD) else ["No time is given, since nothing fits."]),
+        *(times if len(times) > len(TIME_HEAD) else ["There is no table of time, because no configuration fits."]),
         "",
     ]
 
 
 def page() -> str:
-    """Return all of it."""
+    """Return the text of `arithmetic.md`."""
     return "\n".join([HEAD, *(line for model in MODELS for line in tables(model))]).rstrip() + "\n"
 
 
 def main() -> None:
-    """Write the page."""
+    """Parse the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="folder for the page")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="output folder for the page")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     (out / "arithmetic.md").write_text(page())

@@ -1,16 +1,19 @@
-"""GRPO here and TRL's GRPOTrainer, side by side: what a completion teaches, and what it costs.
+"""Compare sample efficiency and training time of GRPO with TRL's GRPOTrainer.
 
     pip install -c constraints.txt -e ".[extra,bench]"
     python examples/benchmarks/learning.py --model STORIES_MODEL_DIR
 
-Both train the same model on the same prompts in the same order, with the same reward functions and settings (`tasks.py`; what
-they are called in TRL and why stands in `sides.py`), on one CPU thread, in fp32. Two tasks: Addition with the packaged pupil,
-and with a folder of a story model (see `train_stories.py`) the stories about dogs with a KL to the untrained model. The runs
-alternate, here and TRL, seed by seed, so that what else the machine does falls on both.
+Both train the same model on the same prompts in the same order, with the same reward functions and settings, on one CPU thread
+in float32. The settings are in `tasks.py`; `sides.py` maps them to TRL's arguments. There are two tasks:
 
-The reward is the mean over a rollout's completions before they are learned from; the time is that of the training alone,
-without loading and without the exam on held-out problems, and after a first rollout of each side that does not count.
-A table and a figure are left in `outputs/benchmarks`; those in this folder were made by the command above.
+- Addition with the packaged pupil;
+- stories about dogs, with a KL to the untrained model, if `--model` names the folder of a story model (see `train_stories.py`).
+
+The two sides ("here" and "TRL") alternate for every seed, so that other load on the machine affects both.
+
+The reward is the mean over the completions of a rollout, before the update on them. The time is that of training, without
+loading and without the evaluation on held-out problems. A warm-up rollout of each side is not timed. The script writes a table
+and a figure to `outputs/benchmarks`. The files in this folder were made with the command above.
 """
 
 import argparse
@@ -31,16 +34,16 @@ from tasks import Task, addition_task, stories_task
 
 SIDES = ("here", "TRL")
 HOW_TO_READ = (
-    "Mean ± standard deviation over the seeds, or median (least to greatest). Where other programs share the machine, CPU "
-    "seconds are the steadier measure."
+    "Values are mean ± standard deviation over seeds, or median (minimum to maximum). CPU seconds are the more stable measure "
+    "if other programs run on the machine."
 )
-WINDOW = 3  # rollouts whose mean has to reach the target
-Runs = dict[str, list[Run]]  # by side, one run a seed
+WINDOW = 3  # rollouts in the moving average that is compared with the target
+Runs = dict[str, list[Run]]  # by side, one run per seed
 
 
 def compare(task: Task, rollouts: int, seeds: int) -> Runs:
-    """Train on both sides with every seed, in turns."""
-    train_trl(task, train_here(task, 1, seed=0).rows, seed=0)  # imports and lazy initialization are paid for here
+    """Train both sides alternately, for every seed."""
+    train_trl(task, train_here(task, 1, seed=0).rows, seed=0)  # warm-up: imports and lazy initialization
     runs: Runs = {side: [] for side in SIDES}
     for seed in range(seeds):
         runs["here"].append(train_here(task, rollouts, seed))
@@ -53,12 +56,15 @@ def compare(task: Task, rollouts: int, seeds: int) -> Runs:
 
 
 def quarters(run: Run) -> list[float]:
-    """Return mean reward of each quarter of a run, and of all of it."""
+    """Return the mean reward of each quarter of a run, and of the whole run."""
     return [*(float(np.mean(part)) for part in np.array_split(run.rewards, 4)), float(np.mean(run.rewards))]
 
 
 def reached(task: Task, run: Run) -> tuple[float, float]:
-    """Completions and seconds until the mean reward of `WINDOW` rollouts is at least the target; infinite if it never is."""
+    """Return completions and seconds until the reward reaches the target.
+
+    The reward is averaged over `WINDOW` rollouts. Both are infinite if it never reaches the target.
+    """
     means = np.convolve(run.rewards, np.ones(WINDOW) / WINDOW, "valid")
     there = np.flatnonzero(means >= task.target)
     if not len(there):
@@ -68,20 +74,23 @@ def reached(task: Task, run: Run) -> tuple[float, float]:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Return mean and standard deviation over the seeds."""
+    """Format mean ± standard deviation over seeds."""
     deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def middle(values: list[float]) -> str:
-    """Median, and least and greatest, over the seeds; infinite values are such as never came."""
+    """Format median, minimum and maximum over seeds; show infinity as "never"."""
     numbers = (np.median(values), min(values), max(values))
     median, least, most = (f"{number:.0f}" if np.isfinite(number) else "never" for number in numbers)
     return f"{median} ({least} to {most})"
 
 
 def table(task: Task, runs: Runs, before: float | None) -> str:
-    """Return the numbers of one task in Markdown: mean ± standard deviation over the seeds, or the median and the range."""
+    """Format the results of a task as Markdown.
+
+    Values are mean ± standard deviation over seeds, or median and range.
+    """
     rows: list[tuple[str, list[str]]] = []
     parts = {side: np.array([quarters(run) for run in runs[side]]).T.tolist() for side in SIDES}
     for i, name in enumerate(["first quarter", "second quarter", "third quarter", "last quarter", "whole run"]):
@@ -94,8 +103,8 @@ def table(task: Task, runs: Runs, before: float | None) -> str:
     rows.append((f"seconds to a reward of {task.target}", [middle(arrivals[side][1]) for side in SIDES]))
     whole = {side: [run.seconds[-1] for run in runs[side]] for side in SIDES}
     cpu = {side: [run.cpu_seconds for run in runs[side]] for side in SIDES}
-    rows.append(("seconds in all", [middle(whole[side]) for side in SIDES]))
-    rows.append(("CPU seconds in all", [middle(cpu[side]) for side in SIDES]))
+    rows.append(("seconds, total", [middle(whole[side]) for side in SIDES]))
+    rows.append(("CPU seconds, total", [middle(cpu[side]) for side in SIDES]))
 
     seeds, rollouts = len(runs["here"]), len(runs["here"][0].rewards)
     difference = np.subtract(parts["here"][-1], parts["TRL"][-1])
@@ -104,20 +113,23 @@ def table(task: Task, runs: Runs, before: float | None) -> str:
     return "\n".join(
         [
             f"## {task.name}\n",
-            f"{rollouts} rollouts of {task.batch} completions, {task.group_size} to a prompt; learning rate "
+            f"{rollouts} rollouts of {task.batch} completions, {task.group_size} per prompt; learning rate "
             f"{task.learning_rate:g}, KL coefficient {task.kl_coef:g}; {seeds} seeds.\n",
             "| | here | TRL |",
             "|---|---|---|",
             *(f"| {name} | {here} | {trl} |" for name, (here, trl) in rows),
             "",
-            f"Reward of the whole run, here less TRL, seed by seed: {difference.mean():+.4f}, standard error {error:.4f}. "
-            f"Time, TRL's median over ours: {ratios[0]:.2f} on the clock, {ratios[1]:.2f} of CPU.\n",
+            f"Reward of the whole run, here - TRL, paired by seed: {difference.mean():+.4f}, standard error {error:.4f}. "
+            f"Ratio of median times, TRL / here: {ratios[0]:.2f} (wall clock), {ratios[1]:.2f} (CPU).\n",
         ]
     )
 
 
 def draw(results: list[tuple[Task, Runs]], path: Path) -> None:
-    """Reward against completions and against seconds, one row a task: mean and standard deviation over the seeds."""
+    """Plot reward over completions and over seconds, one row per task.
+
+    Lines are means over seeds, bands are standard deviations.
+    """
     figure = Figure(figsize=(11, 4 * len(results)), layout="constrained")
     for (task, runs), axes in zip(results, figure.subplots(len(results), 2, squeeze=False, sharey="row"), strict=True):
         for side, color in zip(SIDES, ("C0", "C1"), strict=True):
@@ -137,20 +149,20 @@ def draw(results: list[tuple[Task, Runs]], path: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line, train, report."""
+    """Parse the command line, train and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a story model; without it Addition is the only task")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each side (default 5)")
-    parser.add_argument("--completions", type=int, help="of every run (default: see tasks.py)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="folder for table and figure")
+    parser.add_argument("--model", help="folder of a story model (default: run only the Addition task)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds per side (default 5)")
+    parser.add_argument("--completions", type=int, help="training budget per run, in completions (default: see tasks.py)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="output folder for table and figure")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # on models of this size threads cost more than they give
+    torch.set_num_threads(1)  # more threads are slower for models of this size
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     tasks = [addition_task(), *([] if arguments.model is None else [stories_task(arguments.model)])]
     if arguments.model is None:
-        print("no --model given: the stories are left out")
+        print("--model is not set: skipping the stories task")
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: list[tuple[Task, Runs]] = []
     versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))

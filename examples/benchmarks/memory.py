@@ -1,15 +1,18 @@
-"""Peak memory and time of one update by GRPO, for each keyword that saves memory, alone and together.
+"""Measure peak memory and time of a GRPO update for each memory-saving argument.
 
     pip install -c constraints.txt -e ".[8bit]"
     python examples/benchmarks/memory.py
 
-A Llama of 7.3 million random weights has answered 4 prompts of 256 tokens with 8 responses of 64 tokens each; all keywords
-learn from the same episodes, with GRPO's loss, a KL and one optimizer step. What is held between two updates (weights,
-reference, optimizer's state) is counted tensor by tensor, after an update, and what an update needs besides (gradients,
-activations, logits) is `peak.peak_bytes`: on CUDA by its allocator, on a CPU by torch's profiler. The updates
-of all keywords take turns, so that what else the machine does falls on all of them; the first turn does not count.
+The arguments are `bf16`, `gradient_checkpointing` and `optimizer="adamw_8bit"`, alone and combined. The model is a Llama with
+7.3 million random weights. It generates 8 responses of 64 tokens for each of 4 prompts of 256 tokens. All agents train on the
+same episodes, with the GRPO loss, a KL term and one optimizer step.
 
-The table is left in `outputs/benchmarks`; the one in this folder is of the defaults.
+Memory that is held between updates (weights, reference, optimizer state) is counted tensor by tensor, after an update. The
+additional memory of an update (gradients, activations, logits) is measured with `peak.peak_bytes`: by the allocator on CUDA,
+by torch's profiler on a CPU. The updates of all agents alternate, so that other load on the machine affects all of them. The
+first update of each agent is a warm-up.
+
+The script writes a table to `outputs/benchmarks`. The table in this folder was made with the default settings.
 """
 
 import argparse
@@ -50,13 +53,13 @@ MB = 2**20
 
 @dataclass
 class Measured:
-    """One set of keywords.
+    """Measurements for one combination of agent arguments.
 
     Attributes:
-        keywords: of the agent.
-        weights, reference, optimizer: bytes on the device between two updates.
-        update: bytes that an update takes besides, at its peak.
-        seconds, cpu_seconds: of the updates that count.
+        keywords: keyword arguments of the agent.
+        weights, reference, optimizer: bytes on the device between updates.
+        update: additional bytes at the peak of an update.
+        seconds, cpu_seconds: wall-clock and CPU time of each timed update.
     """
 
     keywords: dict[str, Any]
@@ -69,31 +72,33 @@ class Measured:
 
     @property
     def peak(self) -> int:
-        """Bytes of all, at the peak of an update."""
+        """Total bytes at the peak of an update."""
         return self.weights + self.reference + self.optimizer + self.update
 
     @property
     def name(self) -> str:
-        """The keywords as they are written."""
+        """Keyword arguments as Python source."""
         return ", ".join(f"{key}={value!r}" for key, value in self.keywords.items()) or "(none)"
 
 
 def parse() -> argparse.Namespace:
-    """Return the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("prompt", 256), ("group", 8), ("new-tokens", 64), ("problems", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("vocabulary", 4096), ("hidden", 256), ("layers", 6), ("heads", 4), ("intermediate", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; small models are faster on one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="folder for the table")
+    parser.add_argument("--repeats", type=int, default=3, help="timed updates (default 3)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; small models are faster with one (default 1)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="output folder for the table")
     return parser.parse_args()
 
 
 def make_agent(work: Work, keywords: dict[str, Any]) -> GRPO:
-    """Return an agent that writes its logs nowhere."""
+    """Create an agent without log output."""
     env = TextGenerationEnv(
         work.texts(),
         even_words,
@@ -109,13 +114,13 @@ def make_agent(work: Work, keywords: dict[str, Any]) -> GRPO:
 
 
 def bytes_on(device: torch.device, tensors: list[Tensor]) -> int:
-    """Of the memory behind some tensors, each counted once."""
+    """Return the bytes of the tensors' storages on a device, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == device.type}
     return sum(storages.values())
 
 
 def measure_memory(agent: GRPO, rollout: Rollout, measured: Measured) -> None:
-    """Fill in the bytes."""
+    """Measure the bytes and store them in `measured`."""
     assert agent.rules.reference is not None
     agent.policy.zero_grad()
     states = [value for state in agent.policy.optimizer.state.values() for value in state.values()]
@@ -128,7 +133,7 @@ def measure_memory(agent: GRPO, rollout: Rollout, measured: Measured) -> None:
 
 
 def measure_time(agent: GRPO, rollout: Rollout, measured: Measured) -> None:
-    """Add the time of an update."""
+    """Time an update and append the result to `measured`."""
     wall, cpu = time.perf_counter(), time.process_time()
     agent.train(copy.copy(rollout))
     if agent.device.type == "cuda":
@@ -138,12 +143,12 @@ def measure_time(agent: GRPO, rollout: Rollout, measured: Measured) -> None:
 
 
 def measure(work: Work, repeats: int) -> list[Measured]:
-    """Return all keywords, in turns."""
+    """Measure all combinations of arguments, with alternating updates."""
     agents = [make_agent(work, keywords) for keywords in ROWS]
     results = [Measured(keywords) for keywords in ROWS]
     rollout = agents[0].sample_rollout()
     for agent, measured in zip(agents, results, strict=True):
-        agent.policy.bf16 = False  # as fast as can be; the optimizer has a state from here on
+        agent.policy.bf16 = False  # warm-up without bf16, which is slow on some CPUs; creates the optimizer state
         agent.train(copy.copy(rollout))
         agent.policy.bf16 = agent.bf16
         measure_memory(agent, rollout, measured)
@@ -156,9 +161,9 @@ def measure(work: Work, repeats: int) -> list[Measured]:
 
 
 def report(results: list[Measured], title: str) -> str:
-    """Return the table."""
+    """Format the table."""
     lines = ["# Memory of an update", "", title, ""]
-    lines += ["| keywords | weights | reference | optimizer | update | peak, MiB | of (none) | time of (none) | by CPU time |"]
+    lines += ["| arguments | weights | reference | optimizer | update | peak, MiB | peak ratio | time ratio | CPU time ratio |"]
     lines += ["| :--- |" + " ---: |" * 8]
     first = results[0]
     for row in results:
@@ -169,19 +174,22 @@ def report(results: list[Measured], title: str) -> str:
             pairs = ((row.seconds, first.seconds), (row.cpu_seconds, first.cpu_seconds))
             times = [f"{median(mine) / median(plain):.2f}" for mine, plain in pairs]
         lines.append(f"| `{row.name}` | {' | '.join([*sizes, *times])} |")
-    lines += ["", f"An update without keywords took {median(first.seconds):.2f} s (median)."]
+    lines += ["", f"The median time of an update of `(none)` was {median(first.seconds):.2f} s."]
     return "\n".join(lines) + "\n"
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 by itself, a CPU as Linux tells."""
+    """Return whether the device has bfloat16 matrix products in hardware.
+
+    For a CPU the answer is read from /proc/cpuinfo.
+    """
     flags = Path("/proc/cpuinfo")
     knows = flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
     return device.type != "cpu" or knows
 
 
 def title_of(work: Work, parameters: int, repeats: int) -> str:
-    """Return what was measured, and how."""
+    """Describe versions, machine, model and shape of the measurement."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
     place = (
         f"{work.threads} thread{'s' * (work.threads > 1)} of a machine with {os.cpu_count()} CPU cores ({platform.machine()})"
@@ -190,16 +198,16 @@ def title_of(work: Work, parameters: int, repeats: int) -> str:
         place = torch.cuda.get_device_name(work.device)
     return (
         f"{versions}; {place}. A Llama of {parameters / 1e6:.1f} million parameters, {work.problems} prompts of {work.prompt} "
-        f"tokens, {work.group} responses of {work.new_tokens} to each, one optimizer step.\n\n"
-        "Between two updates the weights, the reference and the optimizer's state are held; `update` is what one takes besides "
-        f"at its peak: gradients, activations and logits. Times are ratios of medians of {repeats} updates, taken alternately; "
-        "the sampling is in none of them. The time of `bf16` is not measured on a CPU without bfloat16 products, which "
-        "imitates them, several times as slowly as float32."
+        f"tokens, {work.group} responses of {work.new_tokens} tokens each, one optimizer step.\n\n"
+        "Memory is in MiB. Weights, reference and optimizer state are held between updates. `update` is the additional memory "
+        "at the peak of an update: gradients, activations and logits. Ratios are relative to `(none)`. Times are medians of "
+        f"{repeats} updates without sampling; the updates of all rows alternate. The time of `bf16` is not measured on a CPU "
+        "without bfloat16 instructions, which emulates them several times more slowly than float32."
     )
 
 
 def main() -> None:
-    """Parse the command line, measure, report."""
+    """Parse the command line, measure and report."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:

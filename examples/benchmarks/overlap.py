@@ -1,9 +1,9 @@
-"""Sampling and learning at once against one after the other: seconds, and what is learned, by the packaged pupil.
+"""Benchmark GRPO with overlapping sampling and learning (`overlap=True`).
 
     python examples/benchmarks/overlap.py
 
-Both sides take turns, each with one thread for sampling and one for learning, from the same seeds. The table has seconds of
-training and the held-out accuracy after as many tokens; medians over the seeds.
+The script trains the packaged pupil with and without overlap, alternately and with the same seeds. torch uses one thread per
+operation. The table contains the median training time over seeds, and the held-out accuracy of each seed.
 """
 
 import argparse
@@ -16,11 +16,14 @@ import torch
 import llm_env
 from agents import GRPO
 
-SIDES = {"one after the other": False, "at once": True}
+SIDES = {"without overlap": False, "with overlap": True}
 
 
 def run(overlap: bool, seed: int, timesteps: int) -> dict[str, float]:
-    """Seconds of training and held-out accuracy; the first rollout, which finds out what the model can, is not timed."""
+    """Train an agent; return training seconds and held-out accuracy.
+
+    The first rollout is not timed, because it includes one-time setup such as probing the model.
+    """
     agent = GRPO(llm_env.PUPIL, "llm_env/Addition-v0", n_envs=256, seed=seed, overlap=overlap)
     agent.learn(1)
     begun = time.perf_counter()
@@ -31,9 +34,11 @@ def run(overlap: bool, seed: int, timesteps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parse the command line; run all seeds and print the table."""
+    """Parse the command line, run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timesteps", type=int, default=50_000, help="action tokens of a run (default 50000)")
+    parser.add_argument(
+        "--timesteps", type=int, default=50_000, help="training budget per run, in action tokens (default 50000)"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -48,7 +53,9 @@ def main() -> None:
         accuracies = ", ".join(f"{entry['accuracy']:.3f}" for entry in runs)
         print(f"| {name} | {statistics.median(entry['seconds'] for entry in runs):.1f} | {accuracies} |")
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(*found.values(), strict=True)]
-    print(f"\ntimes as fast at once: {statistics.median(ratios):.2f} (median; {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    print(
+        f"\nspeedup with overlap: {statistics.median(ratios):.2f} (median of {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+    )
 
 
 if __name__ == "__main__":

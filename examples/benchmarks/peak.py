@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Return the most bytes that a call has allocated at a time, beyond those allocated before it.
+    """Return the peak bytes allocated during a call, minus those allocated before it.
 
-    On CUDA the caching allocator counts them, elsewhere torch's profiler, which records each allocation and release.
+    On CUDA the peak is that of the caching allocator. On other devices torch's profiler records every allocation and release.
     """
     if device.type != "cuda":
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,4 +1,4 @@
-"""The two sides of `learning.py`: one training run by `agents.GRPO`, and the same run by TRL's `GRPOTrainer`."""
+"""Training runs of `learning.py`, with `agents.GRPO` and TRL's `GRPOTrainer`."""
 
 import tempfile
 import time
@@ -19,14 +19,14 @@ from llm_env.prompts import PromptTable, Row
 
 @dataclass
 class Run:
-    """One training run, rollout by rollout.
+    """Measurements of a training run.
 
     Attributes:
-        rewards: mean reward of a rollout's completions, before they are learned from.
-        seconds: since the training began, when the rollout had been learned from.
-        cpu_seconds: of this process for the whole training; what else the machine does shows less in them.
-        exam: greedy accuracy on held-out problems after the training; None where the task has no exam.
-        rows: the prompts in the order in which they were answered, one row a group.
+        rewards: mean reward of the completions of each rollout, before the update on them.
+        seconds: wall-clock seconds from the start of training to the end of each update.
+        cpu_seconds: CPU seconds of this process for the whole training. Other load on the machine affects them less.
+        exam: greedy accuracy on held-out problems after training. None if the task has no exam.
+        rows: dataset rows of the prompts in the order of training, one per group.
     """
 
     rewards: list[float]
@@ -37,7 +37,7 @@ class Run:
 
 
 class Clock:
-    """Seconds since it was made, of the wall and of this process's CPU, at every tick."""
+    """Stopwatch for wall-clock and CPU seconds since its creation."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -45,13 +45,20 @@ class Clock:
         self.cpu_seconds = 0.0
 
     def tick(self) -> None:
-        """Read both."""
+        """Append the wall-clock seconds and update the CPU seconds."""
         self.seconds.append(time.perf_counter() - self._wall)
         self.cpu_seconds = time.process_time() - self._cpu
 
 
 def exam(task: Task, weights: dict[str, torch.Tensor] | None = None) -> float | None:
-    """Greedy accuracy of the task's model on its held-out problems, with other weights if given; the same for both sides."""
+    """Return the greedy accuracy on held-out problems; None if the task has no exam.
+
+    Both sides use this function.
+
+    Args:
+        task: task with model and exam.
+        weights: state dict to load into the model. Default None (the weights of the task's model).
+    """
     if task.exam is None:
         return None
     agent = GRPO(task.model)
@@ -64,7 +71,7 @@ def exam(task: Task, weights: dict[str, torch.Tensor] | None = None) -> float | 
 
 
 class Notes(BaseCallback):
-    """Notes what every rollout earned and which prompts it answered."""
+    """Callback that records the mean reward and the prompts of every rollout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,13 +87,13 @@ class Notes(BaseCallback):
 
 
 def train_here(task: Task, rollouts: int, seed: int) -> Run:
-    """`rollouts` rollouts with `agents.GRPO`."""
+    """Train for `rollouts` rollouts with `agents.GRPO`."""
     env = TextGenerationEnv(**task.env)
     settings = {"group_size": task.group_size, "n_envs": task.batch, "kl_coef": task.kl_coef}
     agent = GRPO(task.model, env, task.learning_rate, seed=seed, device="cpu", **settings)
     notes, clock = Notes(), Clock()
     for _ in range(rollouts):
-        agent.learn(1, callback=notes, reset_num_timesteps=False)  # whole rollouts are learned from: here one
+        agent.learn(1, callback=notes, reset_num_timesteps=False)  # a budget of one token collects one whole rollout
         clock.tick()
     rows = rows_by_text(env.rules.prompts)
     answered = [rows[text] for text in notes.prompts[:: task.group_size]]
@@ -94,7 +101,7 @@ def train_here(task: Task, rollouts: int, seed: int) -> Run:
 
 
 def rows_by_text(prompts: PromptTable) -> dict[str, Row]:
-    """Prompt and columns of every prompt, as a data set for TRL has them."""
+    """Return dataset rows for TRL (prompt and other columns), by prompt text."""
     return {text: {"prompt": text, **prompts.row(i)} for i, text in enumerate(prompts.texts)}
 
 
@@ -102,56 +109,68 @@ def rows_by_text(prompts: PromptTable) -> dict[str, Row]:
 
 
 class Ticks(TrainerCallback):
-    """Starts a clock when the training begins and reads it after every step."""
+    """Callback that starts a clock when training begins and reads it after every step."""
 
     def __init__(self) -> None:
         self.clock = Clock()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Models and data are there; the first prompt is not yet."""
+        """Start the clock: models and data are loaded, the first rollout has not begun."""
         self.clock = Clock()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The optimizer has made its step."""
+        """Read the clock after the optimizer step."""
         self.clock.tick()
 
 
 def trl_settings(
     task: Task, rollouts: int, seed: int, folder: str, device: str = "cpu", dtype: str = "float32", passes: int = 1
 ) -> GRPOConfig:
-    """TRL's arguments that mean what `agents.GRPO` does. Where TRL's default is another one, the comment says why."""
+    """Return TRL's arguments that are equivalent to the settings of `agents.GRPO`.
+
+    Comments explain deviations from TRL's defaults.
+
+    Args:
+        task: task to train.
+        rollouts: number of rollouts.
+        seed: random seed.
+        folder: output folder of the trainer.
+        device: torch device. Default "cpu".
+        dtype: "float32" or "bfloat16" (autocast). Default "float32".
+        passes: forward passes per update. Default 1.
+    """
     return GRPOConfig(
         output_dir=folder,
         seed=seed,
-        # The model, in the same precision and place.
+        # Model: same precision and device.
         use_cpu=device == "cpu",
         model_init_kwargs={"dtype": torch.float32},
-        bf16=dtype == "bfloat16",  # TRL trains in bf16 by default; here it is fp32
-        gradient_checkpointing=False,  # on by default: the same gradient, more slowly
+        bf16=dtype == "bfloat16",  # TRL's default is True; this package uses float32 by default
+        gradient_checkpointing=False,  # TRL's default is True: same gradient, but slower
         disable_dropout=True,
-        # One rollout of `batch` completions, one optimizer step on all of it, in so many forward passes.
+        # One rollout of `batch` completions and one optimizer step on it, in `passes` forward passes.
         max_steps=rollouts,
         per_device_train_batch_size=task.batch // passes,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
         num_iterations=1,
         num_generations=task.group_size,
-        shuffle_dataset=False,  # the prompts come in the order in which they came on the other side
-        # Sampling from the whole distribution.
+        shuffle_dataset=False,  # same order of prompts as on the other side
+        # Sample from the full distribution.
         max_completion_length=task.env["max_new_tokens"],
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        # The loss of DeepSeekMath: a response's tokens first, then the responses (by default "dapo": all tokens alike).
+        # Loss of DeepSeekMath: mean over the tokens of a response, then over responses (TRL's default "dapo": over all tokens).
         loss_type="grpo",
         scale_rewards="group",
         importance_sampling_level="token",
         epsilon=0.2,
         beta=task.kl_coef,
-        use_bias_correction_kl=False,  # on by default: k3 times the ratio, whose gradient on-policy is that of k2
+        use_bias_correction_kl=False,  # TRL's default is True: k3 times the ratio; its on-policy gradient is that of k2
         mask_truncated_completions=False,
         reward_weights=task.env.get("reward_weights"),
-        # AdamW as in torch; fused by default.
+        # AdamW of torch; TRL's default is the fused version.
         optim="adamw_torch",
         learning_rate=task.learning_rate,
         lr_scheduler_type="constant",
@@ -160,7 +179,7 @@ def trl_settings(
         adam_beta2=0.999,
         adam_epsilon=1e-8,
         max_grad_norm=1.0,
-        # Nothing is written or shown; the reward of every step is kept.
+        # No output and no checkpoints; log the reward of every step.
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -169,7 +188,7 @@ def trl_settings(
 
 
 def train_trl(task: Task, rows: list[Row], seed: int) -> Run:
-    """As many rollouts with TRL as it takes to answer the prompts in `rows`."""
+    """Train with TRL for as many rollouts as the prompts in `rows` need."""
     rollouts = len(rows) * task.group_size // task.batch
     ticks = Ticks()
     with tempfile.TemporaryDirectory() as folder:

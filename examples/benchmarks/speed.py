@@ -1,23 +1,27 @@
-"""Rollouts here and by transformers' `generate`, whole GRPO steps here and by TRL: how long they take, and how much memory.
+"""Benchmark time and memory of rollouts and GRPO steps against other libraries.
+
+Rollouts are compared with transformers' `generate`, GRPO steps with TRL.
 
     pip install -c constraints.txt -e ".[extra,bench]"
     python examples/benchmarks/speed.py
 
-A Llama of 7.3 million random weights answers 8 prompts with G responses of 128 tokens each; a step samples them, pays a reward,
-asks a reference and updates all weights once, with GRPO's loss and a KL (settings: `sides.py`). The end token's probability is
-0 in this model, so that all responses have the same length; every turn's tokens are counted, and another number is an error.
+The model is a Llama with 7.3 million random weights. It generates G responses of 128 tokens for each of 8 prompts. A GRPO step
+samples the responses, computes rewards and reference log-probs, and updates all weights once with the GRPO loss and a KL term
+(settings: `sides.py`). The probability of the end token is 0 in this model, so all responses have the same length. The tokens
+of every repetition are counted; an unexpected number is an error.
 
-First the two sides of a step are compared, for every shape: advantages, loss and gradient on the same tokens agree to 1e-4, or
-nothing is timed. Then each side is a process of its own, and the processes take turns, A B A B, so that what else the machine
-does falls on both; the first turn of each does not count. A moment of a turn belongs to the phase whose function is being run
-(generate, reward, reference, update) or to "other", and the phases of a turn sum up to all of it. Peak memory is that of the
-side's process, imports and all; what it had before its first turn stands beside it.
+First, advantages, loss and gradient of both implementations are compared on the same tokens, for every shape. If they differ
+by more than 1e-4, nothing is timed. Then each implementation (side) runs in a separate process. The processes alternate
+(A B A B), so that other load on the machine affects both. The first repetition of each is a warm-up. Time is assigned to the
+innermost running phase (generate, reward, reference, update), or to "other"; the phases sum up to the whole repetition. Peak
+memory is that of the process, including imports. The memory before the first repetition is reported, too.
 
-A table, a figure and the numbers are left in `outputs/benchmarks` after each shape; those in this folder are of three runs:
-prompts of 16 and of 256 tokens with groups of 8, and 1024 with 4 and 16, `--sides here`. `--numbers speed.json` writes both
-again without measuring, from several runs' files if there are more.
-An update is one forward pass in TRL, and here as many as are the default on the device (on a CPU several small ones, which are
-faster and take less memory). `--passes 4` cuts it into four at least, on both sides.
+The script writes a table, a figure and the numbers to `outputs/benchmarks` after each shape. The files in this folder are from
+three runs: prompts of 16 and of 256 tokens with groups of 8, and prompts of 1024 tokens with groups of 4 and 16
+(`--sides here`). `--numbers speed.json` writes table and figure from one or more files of stored numbers, without measuring.
+
+TRL uses one forward pass per update. This package uses the default of the device: several small passes on a CPU, which are
+faster and need less memory. `--passes 4` splits the update into at least four passes on both sides.
 """
 
 import argparse
@@ -39,38 +43,58 @@ from speed_parts.tables import Results, report
 from speed_parts.work import BETA, Work, build
 from speed_parts.worker import SIDES, Series, measure
 
-Numbers = dict[str, Any]  # what is written to speed.json: settings, title, checks, series
+Numbers = dict[str, Any]  # content of speed.json: settings, title, checks, series
 SETTINGS = ("new_tokens", "problems", "vocabulary", "hidden", "layers", "heads", "intermediate", "threads", "device", "dtype")
 
 
 def parse() -> argparse.Namespace:
-    """Return the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = parser.add_argument_group("the work")
-    shape.add_argument("--prompts", type=int, nargs="+", default=[16, 256, 1024], help="tokens of a prompt")
-    shape.add_argument("--groups", type=int, nargs="+", default=[4, 8, 16], help="responses to a prompt")
-    shape.add_argument("--new-tokens", type=int, default=128, help="tokens of a response")
-    shape.add_argument("--problems", type=int, default=8, help="prompts in a rollout")
-    shape.add_argument("--passes", type=int, default=1, help="forward passes to an update at least, on both sides")
-    model = parser.add_argument_group("the model")
+    shape = parser.add_argument_group("shape")
+    shape.add_argument(
+        "--prompts", type=int, nargs="+", default=[16, 256, 1024], help="prompt lengths in tokens (default 16 256 1024)"
+    )
+    shape.add_argument(
+        "--groups", type=int, nargs="+", default=[4, 8, 16], help="group sizes: responses per prompt (default 4 8 16)"
+    )
+    shape.add_argument("--new-tokens", type=int, default=128, help="response length in tokens (default 128)")
+    shape.add_argument("--problems", type=int, default=8, help="prompts per rollout (default 8)")
+    shape.add_argument(
+        "--passes", type=int, default=1, help="minimum number of forward passes per update, on both sides (default 1)"
+    )
+    model = parser.add_argument_group("model")
     for name, default in (("vocabulary", 4096), ("hidden", 256), ("layers", 6), ("heads", 4), ("intermediate", 1024)):
         model.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="whom to time")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
-    parser.add_argument("--warm-ups", type=int, default=1, help="turns before them")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; small models are faster on one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast")
-    parser.add_argument("--numbers", type=Path, nargs="+", help="files of other runs, to be written out again")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="folder for table, figure and numbers")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="implementations to time (default all)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions (default 3)")
+    parser.add_argument("--warm-ups", type=int, default=1, help="repetitions before them that are not timed (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; small models are faster with one (default 1)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="dtype of computations; bfloat16 uses autocast (default float32)",
+    )
+    parser.add_argument(
+        "--numbers",
+        type=Path,
+        nargs="+",
+        help="speed.json files of earlier runs: write table and figure from them, without measuring",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/benchmarks"), help="output folder for table, figure and numbers"
+    )
     arguments = parser.parse_args()
     if arguments.problems % arguments.passes:
-        parser.error(f"--passes {arguments.passes} must divide --problems {arguments.problems}: groups stay together")
+        parser.error(f"--passes {arguments.passes} must divide --problems {arguments.problems}, because groups are not split")
     return arguments
 
 
 def write(numbers: Numbers, folder: Path) -> str:
-    """Leave table, figure and numbers; the table."""
+    """Write table, figure and numbers; return the table."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.json").write_text(json.dumps(numbers, indent=1))
     results = Results([Series(**series) for series in numbers["series"]])
@@ -82,7 +106,7 @@ def write(numbers: Numbers, folder: Path) -> str:
 
 
 def title(arguments: argparse.Namespace, parameters: int) -> str:
-    """Return what was measured, and how."""
+    """Describe versions, machine, model and shape of the measurement."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
     place = f"{arguments.threads} CPU thread{'s' * (arguments.threads > 1)} ({platform.machine()})"
     if arguments.device.startswith("cuda"):
@@ -90,13 +114,13 @@ def title(arguments: argparse.Namespace, parameters: int) -> str:
     return (
         f"{versions}; {place}, {arguments.dtype}. A Llama of {parameters / 1e6:.1f} million parameters, {arguments.problems} "
         f"prompts, {arguments.new_tokens} new tokens, KL coefficient {BETA:g}. "
-        f"Medians of {arguments.repeats} turns, taken alternately, and ratios of medians; where other programs share the "
-        "machine, CPU time is the steadier measure."
+        f"Times are medians of {arguments.repeats} repetitions; the sides alternate. Speedups are ratios of medians. "
+        "CPU time is the more stable measure if other programs run on the machine."
     )
 
 
 def run(arguments: argparse.Namespace, folder: str) -> str:
-    """Compare and time all shapes; the report."""
+    """Compare and time all shapes; return the report."""
     sizes = (arguments.hidden, arguments.layers, arguments.heads, arguments.intermediate)
     positions = max(2048, max(arguments.prompts) + arguments.new_tokens)
     numbers: Numbers = {"title": title(arguments, build(folder, arguments.vocabulary, *sizes, positions))}
@@ -110,39 +134,47 @@ def run(arguments: argparse.Namespace, folder: str) -> str:
             if found is not None:
                 numbers["checks"].append({"prompt": prompt, "group": group, **found})
                 losses = f"{found['loss_here']:.7f} here, {found['loss_trl']:.7f} in TRL"
-                print(f"prompt {prompt}, group {group}: the loss is {losses}", flush=True)
+                print(f"prompt {prompt}, group {group}: loss {losses}", flush=True)
             for series in results:
                 numbers["series"].append(asdict(series))
-                taken = f"{series.turn:.2f} s" if series.seconds else f"ended by signal {series.died}"
-                print(f"prompt {prompt}, group {group}: a {series.job} of {series.side} takes {taken}", flush=True)
+                taken = f"{series.turn:.2f} s" if series.seconds else f"killed by signal {series.died}"
+                print(f"prompt {prompt}, group {group}: {series.job}, {series.side}: {taken}", flush=True)
             text = write(numbers, arguments.out)
     return text
 
 
 def joined(files: list[Path]) -> Numbers:
-    """Return the numbers of several runs; where two have measured the same, the later one's count.
+    """Join the numbers of several runs.
+
+    If two runs have measured the same series, the later file is used.
 
     Raises:
-        SystemExit: If they have not measured the same kind of work, or a shape with different passes.
+        SystemExit: If settings differ, or if one shape was measured with different numbers of passes.
     """
     runs = [json.loads(file.read_text()) for file in files]
     for run, file in zip(runs, files, strict=True):
         if run["settings"] != runs[0]["settings"]:
-            raise SystemExit(f"{file} is of {run['settings']}, but {files[0]} of {runs[0]['settings']}: they cannot be joined")
+            raise SystemExit(
+                f"--numbers: settings of all files must be equal; got {run['settings']} in {file} and "
+                f"{runs[0]['settings']} in {files[0]}"
+            )
     checks = {(c["prompt"], c["group"]): c for run in runs for c in run["checks"]}
     series = {(s["job"], s["side"], s["prompt"], s["group"]): s for run in runs for s in run["series"]}
     passes: dict[tuple[int, int], int] = {}
     for measured in series.values():
         shape, mine = (measured["prompt"], measured["group"]), measured["passes"]
         if passes.setdefault(shape, mine) != mine:
-            raise SystemExit(f"prompt and group {shape} were measured with {passes[shape]} and {mine} passes to an update")
+            raise SystemExit(
+                f"--numbers: passes must be equal for (prompt, group)={shape}; got {passes[shape]} and {mine}. "
+                "Measure the shape again with one value of --passes."
+            )
     joined_titles = "\n\n".join(dict.fromkeys(run["title"] for run in runs))
     found = {"checks": list(checks.values()), "series": list(series.values())}
     return {"title": joined_titles, "settings": runs[0]["settings"], **found}
 
 
 def main() -> None:
-    """Parse the command line, measure, report."""
+    """Parse the command line, measure and report."""
     arguments = parse()
     if arguments.numbers is not None:
         text = write(joined(arguments.numbers), arguments.out)

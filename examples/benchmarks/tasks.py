@@ -1,4 +1,4 @@
-"""What both sides of `learning.py` are given: the env's arguments and the settings of GRPO, each written down once."""
+"""Define the tasks of `learning.py`: env arguments and settings of both sides."""
 
 import sys
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from typing import Any
 import llm_env
 from llm_env.tasks.addition import addition
 
-sys.path.append(str(Path(__file__).parents[1]))  # train_stories.py stands one folder up
+sys.path.append(str(Path(__file__).parents[1]))  # train_stories.py is one folder up
 from train_stories import BEGINNINGS, about_dogs, own_words
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, an env, and how GRPO is to train the one on the other.
+    """Model, env and GRPO settings of a benchmark task.
 
     Attributes:
-        name: for tables and figures.
+        name: name in tables and figures.
         model: path of the model and its tokenizer.
-        env: arguments of `TextGenerationEnv`; prompts, reward functions and their weights, and limits.
-        group_size: G, completions to one prompt.
-        batch: completions in a rollout, and in its one optimizer step.
-        learning_rate: AdamW's, constant.
-        kl_coef: beta of k3 to the untrained model, in the loss.
-        completions: how many to train on, unless the command line says otherwise.
-        target: a reward; how many completions and seconds it takes to get there is reported.
-        exam: arguments of an env of held-out problems with a success rate; None where there is none.
+        env: arguments of `TextGenerationEnv`: prompts, reward functions and their weights, and limits.
+        group_size: completions per prompt, G.
+        batch: completions per rollout. The rollout is used for one optimizer step.
+        learning_rate: constant learning rate of AdamW.
+        kl_coef: coefficient (beta) of the k3 estimate of the KL to the untrained model, in the loss.
+        completions: default training budget, in completions.
+        target: reward threshold. The completions and seconds until it is reached are reported.
+        exam: arguments of an env with held-out problems and a success rate. Default None (no evaluation).
     """
 
     name: str
@@ -42,18 +42,18 @@ class Task:
 
     @property
     def rewards(self) -> list[Any]:
-        """The reward functions; both sides call them in the same way."""
+        """Reward functions as a list; both sides call them in the same way."""
         reward = self.env["reward"]
         return list(reward) if isinstance(reward, list) else [reward]
 
 
 def addition_task() -> Task:
-    """`llm_env/Addition-v0` and the packaged pupil, as in `train_grpo.py`."""
+    """Return the task of `train_grpo.py`: Addition with the packaged pupil."""
     return Task("Addition", llm_env.PUPIL, addition(), 8, 256, 3e-4, 0.0, 12_800, 0.9, exam=addition(split="test"))
 
 
 def stories_task(model: str) -> Task:
-    """Stories about dogs that stay stories, as in `train_stories.py`."""
+    """Return the task of `train_stories.py`: stories about dogs, with a KL penalty."""
     env = {
         "prompts": BEGINNINGS,
         "reward": [about_dogs, own_words],

@@ -1,1 +1,1 @@
-"""The measurements of `examples/ladder.py`, a file each."""
+"""Measurements for `examples/ladder.py`, one module each."""

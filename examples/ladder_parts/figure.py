@@ -1,4 +1,4 @@
-"""The figure of the ladder: one panel for what each step is for."""
+"""Draw the figure of the ladder: one panel per measurement."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from ladder_parts.runs import STEPS, Curve, Run
 from ladder_parts.tables import Numbers, jackknife, pooled, runs_of, told
 
 COLOURS = dict(zip([step.name for step in STEPS], ["C7", "C0", "C1", "C2", "C3"], strict=True))
-POINTS = 60  # of a mean curve
+POINTS = 60  # points of a mean curve
 
 
 def mean_curve(curves: list[Curve], smooth: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Thousands of tokens (POINTS,) and the curves there, (seeds, POINTS), each a running mean over `smooth` points before."""
+    """Interpolate the seeds' curves on a common grid of tokens.
+
+    Args:
+        curves: one curve per seed.
+        smooth: window of the running mean over preceding points. Default 1 (no smoothing).
+
+    Returns:
+        The grid in thousands of tokens, (POINTS,), and the interpolated curves, (seeds, POINTS).
+    """
     grids = [np.array(curve, dtype=float) for curve in curves]
     begin, end = max(grid[0, 0] for grid in grids), min(grid[-1, 0] for grid in grids)
     tokens = np.linspace(begin, end, POINTS)
@@ -31,14 +39,14 @@ def mean_curve(curves: list[Curve], smooth: int = 1) -> tuple[np.ndarray, np.nda
 
 
 def lines(axes: Axes, runs: list[Run], name: str, smooth: int = 1, **style: Any) -> None:
-    """The mean of a curve over seeds, and a band from the least to the greatest."""
+    """Plot the mean of a curve over seeds, with a band from minimum to maximum."""
     tokens, rows = mean_curve([run.curves[name] for run in runs], smooth)
     (line,) = axes.plot(tokens, rows.mean(0), **style)
     axes.fill_between(tokens, rows.min(0), rows.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def variance_panel(axes: Axes, numbers: Numbers) -> None:
-    """Bars of noise over signal, one group an estimator, one bar a checkpoint."""
+    """Plot noise over signal as bars: one group per estimator, one bar per checkpoint."""
     points = list(zip(*numbers["variance"], strict=True))
     names = list(points[0][0]["estimators"])
     height = 0.8 / len(points)
@@ -56,7 +64,7 @@ def variance_panel(axes: Axes, numbers: Numbers) -> None:
 
 
 def accuracy_panel(axes: Axes, numbers: Numbers) -> None:
-    """Held-out accuracy over tokens."""
+    """Plot held-out accuracy over tokens."""
     for name, runs in runs_of(numbers["ladder"]).items():
         lines(axes, runs, "accuracy", color=COLOURS[name], label=name)
     axes.axhline(0.9, color="black", linewidth=0.7, linestyle=":")
@@ -65,14 +73,14 @@ def accuracy_panel(axes: Axes, numbers: Numbers) -> None:
 
 
 def jumps_panel(axes: Axes, numbers: Numbers) -> None:
-    """KL of every update over tokens."""
+    """Plot the KL of every update over tokens."""
     for name, runs in runs_of(numbers["ladder"]).items():
         lines(axes, runs, "update_kl", smooth=5, color=COLOURS[name], label=name)
     axes.set(title="Size of an update", xlabel="thousand tokens", ylabel="KL(old, new) per token, nats", yscale="log")
 
 
 def collapse_panel(axes: Axes, numbers: Numbers) -> None:
-    """Accuracy at the end of every run, with and without clipping."""
+    """Plot the final accuracy of every run, with and without clipping."""
     runs = runs_of(numbers["collapse"])
     rates = list(dict.fromkeys(name.split(", ")[1] for name in runs))
     for offset, kind, colour in ((-0.12, "clipped", "C0"), (0.12, "not clipped", "C3")):
@@ -89,7 +97,7 @@ def collapse_panel(axes: Axes, numbers: Numbers) -> None:
 
 
 def hacking_panel(axes: Axes, numbers: Numbers) -> None:
-    """Proxy and true reward, without and with the KL."""
+    """Plot proxy and true reward, without and with the KL term."""
     for (name, runs), colour in zip(runs_of(numbers["hacking"]).items(), ("C3", "C0"), strict=True):
         lines(axes, runs, "reward/lazy_teacher", 3, color=colour, linestyle="--", label=f"paid, {name}")
         lines(axes, runs, "reward/exact_match", 3, color=colour, label=f"meant, {name}")
@@ -98,7 +106,7 @@ def hacking_panel(axes: Axes, numbers: Numbers) -> None:
 
 
 def costs_panel(axes: Axes, numbers: Numbers) -> None:
-    """Memory of an update on the larger model, with its seconds written at the bars."""
+    """Plot peak memory of an update of the larger model, labeled with CPU seconds."""
     title, part = list(numbers["costs"].items())[-1]
     names = list(part)
     seconds, sizes = np.array(list(part.values())).T
@@ -111,7 +119,7 @@ def costs_panel(axes: Axes, numbers: Numbers) -> None:
 
 
 def draw(numbers: Numbers, path: Path) -> None:
-    """Write the figure."""
+    """Draw all panels and save the figure."""
     figure = Figure(figsize=(10, 10), layout="constrained")
     panels = [variance_panel, accuracy_panel, jumps_panel, collapse_panel, hacking_panel, costs_panel]
     for axes, panel in zip(figure.subplots(3, 2).flat, panels, strict=True):

@@ -1,4 +1,4 @@
-"""Policy gradients as flat vectors, and unbiased estimates of how much of one is signal and how much is noise."""
+"""Compute policy gradients as flat vectors; estimate their signal and noise."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from agents.rollout import Rollout
 
 
 def evaluate(agent: LanguageAgent, rollout: Rollout) -> Evaluation:
-    """Return what the training path says of a rollout."""
+    """Evaluate a rollout with the forward pass that training uses."""
     return agent.policy.evaluate_actions(rollout.prompts, rollout.responses, agent.temperature)
 
 
 def with_advantages(agent: LanguageAgent, rollout: Rollout, values: Tensor | None) -> Rollout:
-    """Return a copy of a fresh rollout with the agent's advantages of its tokens.
+    """Return a copy of a new rollout with advantages computed by the agent.
 
     Args:
-        agent: says what an advantage is.
-        rollout: stays as it is.
-        values: (B, T + 1), V before each token and after the last; None for agents without a critic.
+        agent: agent whose `compute_advantages` is called.
+        rollout: rollout without advantages. It is not modified.
+        values: value estimates before each token and after the last, (B, T + 1). None for agents without a critic.
     """
     rollout = replace(rollout)
     if values is not None:
@@ -36,15 +36,17 @@ def with_advantages(agent: LanguageAgent, rollout: Rollout, values: Tensor | Non
 
 
 def policy_gradient(agent: LanguageAgent, rollout: Rollout, result: Evaluation) -> Tensor:
-    """Gradient of the agent's `policy_gradient_loss` on fresh episodes (the ratio is 1), without the other terms of its loss.
+    """Compute the gradient of the agent's `policy_gradient_loss` on new episodes.
+
+    The probability ratio is 1. Other terms of the loss are left out.
 
     Args:
-        agent: gives the loss.
-        rollout: with advantages.
-        result: of `evaluate`, at the weights that the episodes were drawn with; its graph is kept for another gradient.
+        agent: agent whose loss is used.
+        rollout: rollout with advantages.
+        result: result of `evaluate`, at the weights that sampled the episodes. Its graph is retained for further gradients.
 
     Returns:
-        (N,) float64, over all weights of the language model.
+        Gradient with respect to all weights of the language model, (N,), float64.
     """
     weights = token_weights(rollout.mask, agent.aggregation, agent.rules.max_new_tokens)
     terms, _ = agent.loss(replace(rollout, old_logp=result.logp.detach()), result, weights)
@@ -54,10 +56,11 @@ def policy_gradient(agent: LanguageAgent, rollout: Rollout, result: Evaluation) 
 
 
 def halves(agent: LanguageAgent, rollout: Rollout) -> tuple[float, float]:
-    """Unbiased estimates of ||E g||^2 and of E||g - E g||^2 from one rollout, g being the mean of its halves' gradients.
+    """Estimate gradient signal ||E g||^2 and noise E||g - E g||^2 from one rollout.
 
-    The halves g1, g2 are independent draws (but for what normalizing over the whole rollout couples), so that
-    E[g1 . g2] = ||E g||^2 and E||g1 - g2||^2 / 4 = E||g - E g||^2. The first may come out negative.
+    g is the mean of g1 and g2, the gradients of the two halves of the rollout. The halves are independent, except where
+    advantages are normalized over the whole rollout. Therefore E[g1 . g2] = ||E g||^2 and
+    E||g1 - g2||^2 / 4 = E||g - E g||^2, so both estimates are unbiased. The estimate of the signal may be negative.
     """
     with torch.no_grad():
         values = evaluate(agent, rollout).values if agent.needs_values else None
@@ -69,11 +72,11 @@ def halves(agent: LanguageAgent, rollout: Rollout) -> tuple[float, float]:
 
 
 class Moments:
-    """Running first and second moments of K gradients of each of several estimators, drawn in the same K rounds.
+    """Running moments of the gradients of several estimators over K rounds.
 
     Args:
-        estimators: how many.
-        size: N, numbers in a gradient.
+        estimators: number of estimators.
+        size: number of elements of a gradient, N.
     """
 
     def __init__(self, estimators: int, size: int) -> None:
@@ -82,22 +85,22 @@ class Moments:
         self.products = torch.zeros(estimators, estimators, dtype=torch.float64)
 
     def add(self, gradients: Tensor) -> None:
-        """Take note of one gradient of each estimator, (estimators, N)."""
+        """Add one round: one gradient per estimator, (estimators, N)."""
         self.count += 1
         self.sums += gradients
         self.products += gradients @ gradients.T
 
     @property
     def signal(self) -> np.ndarray:
-        """(estimators, estimators), unbiased estimates of the products of the mean gradients, E g_i . E g_j: noise may make
-        the estimate of a square negative.
+        """Unbiased estimates of E g_i . E g_j, (estimators, estimators).
 
-        Products of one round, whose noise is common to both, are left out: (S_i . S_j - sum_k g_ik . g_jk) / (K (K - 1)).
+        Two gradients of the same round share their noise. Their products are therefore subtracted:
+        (S_i . S_j - sum_k g_ik . g_jk) / (K (K - 1)). Noise may make the estimate of a square negative.
         """
         return ((self.sums @ self.sums.T - self.products) / (self.count * (self.count - 1))).numpy()
 
     @property
     def noise(self) -> np.ndarray:
-        """(estimators,), unbiased estimates of E||g - E g||^2."""
+        """Unbiased estimates of E||g - E g||^2, (estimators,)."""
         means = self.sums.square().sum(1) / self.count
         return ((self.products.diagonal() - means) / (self.count - 1)).numpy()

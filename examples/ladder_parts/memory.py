@@ -1,4 +1,4 @@
-"""Processor seconds and peak memory of one update, with and without a critic."""
+"""Measure CPU seconds and peak memory of one update, with and without a critic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def larger_llama(vocab_size: int) -> LlamaForCausalLM:
 
 
 def endless_rollout(agent: LanguageAgent, prompt: int, response: int) -> Rollout:
-    """As many random episodes as the agent collects, of random tokens and of random score, each as long as can be."""
+    """Return a rollout of `n_envs` episodes with random tokens and random rewards.
+
+    Every episode has the full length of `response` tokens.
+    """
     generator = np.random.default_rng(0)
     count = agent.n_envs
     tokens = generator.integers(3, agent.policy.vocab_size, (count, prompt + response))
@@ -57,9 +60,10 @@ def endless_rollout(agent: LanguageAgent, prompt: int, response: int) -> Rollout
 
 
 def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Processor seconds (the least of `repeats`) and peak bytes of an update, by agent.
+    """Measure CPU seconds and peak bytes of an update, per agent.
 
-    Bytes are those of weights, gradients, optimizer state and all that an update makes, its first step behind it.
+    The CPU time is the minimum over `repeats` updates. Bytes include weights, gradients, optimizer state and all temporary
+    tensors of an update. The peak covers two updates, because the optimizer state exists only after the first.
     """
     results = {}
     for name, (kind, settings) in CRITICS.items():
@@ -68,7 +72,7 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
         agent = kind(copy.deepcopy(model), env, n_envs=episodes, seed=0, **settings)
         agent.set_logger(Logger(folder=None, output_formats=[]))
 
-        def two_updates(agent: LanguageAgent = agent) -> None:  # the second with the optimizer's state
+        def two_updates(agent: LanguageAgent = agent) -> None:  # optimizer state exists from the second on
             for _ in range(2):
                 agent.train(endless_rollout(agent, prompt, response))
 
@@ -79,6 +83,6 @@ def measure(model: PreTrainedModel, episodes: int, prompt: int, response: int, r
             start = time.process_time()
             agent.train(rollout)
             seconds.append(time.process_time() - start)
-        weights = sum(parameter.nbytes for parameter in agent.policy.parameters())  # were there before
+        weights = sum(parameter.nbytes for parameter in agent.policy.parameters())  # allocated before the peak is measured
         results[name] = (min(seconds), float(weights + peak))
     return results

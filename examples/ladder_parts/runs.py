@@ -1,4 +1,4 @@
-"""The five agents, and training runs of them that note accuracy, the noise of the gradient and the size of every update."""
+"""Define and train five agents; record accuracy, gradient noise and update size."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from llm_env.rules import Rules
 from llm_env.tasks.addition import addition
 from tests.rollouts import collect
 
-EPISODES = 64  # in a rollout, of about four tokens each
-GROUP = 8  # answers to one problem, for GRPO
+EPISODES = 64  # per rollout, about four tokens each
+GROUP = 8  # answers per problem, for GRPO
 EXAM = 256  # held-out problems
-EXAM_EVERY = 500  # tokens
-HALVES_EVERY = 4  # rollouts
+EXAM_EVERY = 500  # tokens between exams
+HALVES_EVERY = 4  # rollouts between measurements of gradient noise
 
 Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the ladder: an agent, its arguments, and those of its env (on top of Addition's)."""
+    """Step of the ladder: agent class with its arguments, and env arguments.
+
+    `rules` holds env arguments in addition to those of `addition()`.
+    """
 
     name: str
     kind: type[LanguageAgent]
@@ -41,8 +44,8 @@ class Step:
     rules: dict[str, Any] = field(default_factory=dict)
 
 
-# Each learning rate is the best of four, a factor of 3 apart, by the accuracy after 8000 tokens of one run with seed 100; the
-# reference has that of clipping, the algorithm being the same.
+# Each learning rate is the best of four, about a factor of 3 apart, by the accuracy after 8000 tokens of one run with seed 100.
+# "reference" uses the learning rate of "clipping", because both are PPO.
 STEPS = [
     Step("naive reward", REINFORCE, {"learning_rate": 3e-4}),
     Step("critic", REINFORCE, {"learning_rate": 3e-4, "baseline": "value"}),
@@ -54,15 +57,15 @@ STEPS = [
 
 @dataclass
 class Run:
-    """What a training run leaves.
+    """Measurements of a training run.
 
     Attributes:
-        curves: lists of (tokens, number) by name.
-            accuracy: share of the exam's problems that are solved, by answers drawn as in training.
-            update_kl: KL(pi_old, pi_new) per token of a whole update, in nats (`train/approx_kl`: the mean over its steps).
-            signal, noise: unbiased estimates of ||E g||^2 and of E||g - E g||^2, g the gradient of a rollout.
+        curves: lists of (tokens, number), by name.
+            accuracy: share of the exam's problems that are solved, with answers sampled as in training.
+            update_kl: KL(pi_old, pi_new) per token of a whole update, in nats. (`train/approx_kl` is a mean over its steps.)
+            signal, noise: unbiased estimates of ||E g||^2 and E||g - E g||^2, where g is the gradient of a rollout.
             reward/<name>, kl: means over the episodes of a rollout.
-        seconds: processor time, measurements included.
+        seconds: CPU time, including measurements.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -74,16 +77,22 @@ class Run:
             self.curves.setdefault(name, []).append((tokens, number))
 
     def values(self, name: str) -> np.ndarray:
-        """Return a curve's numbers without their tokens."""
+        """Return the numbers of a curve, without tokens."""
         return np.array([number for _, number in self.curves[name]])
 
     def tokens_to(self, accuracy: float) -> float:
-        """Action tokens until the first exam of at least `accuracy`; infinity if there was none."""
+        """Return the tokens until an exam reaches `accuracy`; infinity if none does."""
         return next((float(tokens) for tokens, share in self.curves["accuracy"] if share >= accuracy), float("inf"))
 
 
 class Exam:
-    """Held-out problems, the same for every agent, answered with randomness of its own so that no training changes by it."""
+    """Exam on held-out problems, the same for every agent.
+
+    The exam samples with a separate random generator, so it does not change training.
+
+    Args:
+        problems: number of held-out problems. Default `EXAM`.
+    """
 
     def __init__(self, problems: int = EXAM) -> None:
         rules = Rules(**addition(split="test"))
@@ -91,14 +100,17 @@ class Exam:
         self.venv = TextGenerationVectorEnv.from_rules(rules, len(self.indexes))
 
     def __call__(self, agent: LanguageAgent) -> float:
-        """Share of the problems solved, answers drawn as in training."""
+        """Return the share of problems solved, with answers sampled as in training."""
         sampler = Sampler(agent.temperature, generator=torch.Generator().manual_seed(0))
         rollout = collect(agent.policy, self.venv, 1, sampler, self.indexes)
         return float(np.mean([info["is_success"] for info in rollout.infos]))
 
 
 class Watch(BaseCallback):
-    """Notes what every rollout earned, and examines the agent before, about every `EXAM_EVERY` tokens, and after."""
+    """Callback that records the rewards of every rollout and the exam accuracy.
+
+    The exam is held before training, about every `EXAM_EVERY` tokens, and after training.
+    """
 
     def __init__(self, run: Run, exam: Exam) -> None:
         super().__init__()
@@ -120,7 +132,7 @@ class Watch(BaseCallback):
         self.examine()
 
     def examine(self) -> None:
-        """Note the accuracy on held-out problems; it stands in the next row of the logs."""
+        """Record the held-out accuracy in the run and in the logger."""
         accuracy = self.exam(self.model)
         self.run.note(self.model.num_timesteps, accuracy=accuracy)
         self.logger.record("ladder/held_out_accuracy", accuracy)
@@ -128,13 +140,13 @@ class Watch(BaseCallback):
 
 
 class Watched(LanguageAgent):
-    """Mixed into an agent, measures each of its updates."""
+    """Mixin for agents that measures gradient noise and the KL of updates."""
 
     run: Run
     updates = 0
 
     def train(self, rollout: Rollout) -> None:
-        """The agent's own update, with the gradient's noise before it and the policy's jump after it."""
+        """Update the agent; measure gradient noise before and the KL after the update."""
         record, tokens = self.logger.record, self.num_timesteps
         if self.updates % HALVES_EVERY == 0:
             signal, noise = halves(self, rollout)
@@ -151,12 +163,12 @@ class Watched(LanguageAgent):
 
 
 def make_env(**rules: Any) -> TextGenerationEnv:
-    """Addition, with what else the step says."""
+    """Create the Addition env with additional arguments."""
     return TextGenerationEnv(**addition(**rules))
 
 
 def train(step: Step, seed: int, timesteps: int, exam: Exam, logs: str | None) -> Run:
-    """Train a step's agent from the pupil for `timesteps` action tokens; what was measured on the way."""
+    """Train the agent of a step for `timesteps` tokens; return the measurements."""
     kind = type(f"Watched{step.kind.__name__}", (Watched, step.kind), {})
     agent = kind(llm_env.PUPIL, make_env(**step.rules), n_envs=EPISODES, seed=seed, tensorboard_log=logs, **step.settings)
     agent.run = run = Run()

@@ -1,4 +1,4 @@
-"""The numbers of the ladder as Markdown: means and standard deviations over seeds."""
+"""Format the numbers of the ladder as Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import numpy as np
 
 from ladder_parts.runs import STEPS, Run
 
-LAST = 5  # rollouts whose mean is the result of a noisy curve
+LAST = 5  # final rollouts to average for a noisy curve
 Numbers = dict[str, Any]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return mean ± standard deviation over seeds; a single value stands alone."""
+    """Format mean ± standard deviation over seeds; a single value has no deviation."""
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def tokens_to(runs: list[Run], accuracy: float) -> str:
-    """Tokens until an accuracy, over the runs that came to it, and how many these are where not all did."""
+    """Format the tokens to an accuracy, over the runs that reached it.
+
+    If not all runs reached it, the text includes their number.
+    """
     tokens = [run.tokens_to(accuracy) for run in runs]
     reached = [number for number in tokens if np.isfinite(number)]
     share = "" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)} runs)"
@@ -29,26 +32,27 @@ def tokens_to(runs: list[Run], accuracy: float) -> str:
 
 
 def last(run: Run, name: str) -> float:
-    """Return mean over the last rollouts."""
+    """Return the mean of a curve over the last `LAST` rollouts."""
     return float(run.values(name)[-LAST:].mean())
 
 
 def collapsed(run: Run) -> bool:
-    """Return whether the run ended worse than it had begun."""
+    """Return whether the final accuracy is below the initial accuracy."""
     accuracy = run.values("accuracy")
     return bool(accuracy[-1] < accuracy[0])
 
 
 def noise_to_signal(runs: Sequence[Run]) -> float:
-    """E||g - E g||^2 / ||E g||^2 of a rollout's gradient, both averaged over the runs before they are divided."""
+    """Return noise over signal of the gradient, each averaged over runs first."""
     noise, signal = (np.mean([run.values(name).mean() for run in runs]) for name in ("noise", "signal"))
     return float(noise / signal) if signal > 0 else float("inf")
 
 
 def jackknife(estimate: Callable[[Sequence[Any]], float], seeds: Sequence[Any]) -> tuple[float, float]:
-    """Return an estimate from all seeds together, and its standard error, from the estimates that leave one of them out.
+    """Return an estimate from all seeds and its jackknife standard error.
 
-    The error is NaN with a single seed, and infinite where one of the estimates is not finite.
+    The jackknife repeats the estimate with each seed left out. The error is NaN with a single seed. It is infinite if any of
+    the estimates is not finite.
     """
     value, count = estimate(seeds), len(seeds)
     if count == 1:
@@ -60,26 +64,26 @@ def jackknife(estimate: Callable[[Sequence[Any]], float], seeds: Sequence[Any]) 
 
 
 def told(value: float, error: float, digits: int = 2) -> str:
-    """Value ± error, or "?" where the error is as large as the value."""
+    """Format value ± error, or "?" if the error is at least as large as the value."""
     if np.isnan(error):
         return f"{value:.{digits}f}"
     return f"{value:.{digits}f} ± {error:.{digits}f}" if error < abs(value) else "?"
 
 
 def runs_of(part: dict[str, list[dict[str, Any]]]) -> dict[str, list[Run]]:
-    """Runs by name, from what JSON holds."""
+    """Convert runs loaded from JSON to `Run` objects, by name."""
     return {name: [Run(**run) for run in runs] for name, runs in part.items()}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """Format a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def ladder_table(numbers: Numbers) -> str:
-    """Return the five agents."""
-    header = ["step", "agent", "tokens to 90%", "tokens to 95%", "accuracy at the end", "best"]
-    header += ["KL per update, median (nats)", "largest", "noise / signal", "processor s"]
+    """Format the comparison of the five agents."""
+    header = ["step", "agent", "tokens to 90%", "tokens to 95%", "final accuracy", "best accuracy"]
+    header += ["KL per update, median (nats)", "KL, maximum", "noise / signal", "CPU s"]
     rows = []
     for step in STEPS:
         runs = [Run(**run) for run in numbers["ladder"][step.name]]
@@ -99,10 +103,10 @@ def ladder_table(numbers: Numbers) -> str:
 
 
 def pooled(point: Sequence[Numbers], name: str, which: str = "noise / signal") -> float:
-    """Noise over signal of an estimator at a checkpoint, or the cosine between its mean gradient and the naive one's.
+    """Return noise over signal of an estimator, or its cosine with the naive one.
 
-    Each seed's estimates are noisy and may be negative, so they are averaged before they are divided; infinite where that
-    leaves no mean gradient to compare with.
+    The cosine is between the mean gradients. Estimates of a single seed are noisy and may be negative, so they are averaged
+    over seeds before division. The result is infinite if an averaged ||E g||^2 is not positive.
     """
     square, product, noise = np.mean([seed["estimators"][name] for seed in point], axis=0)
     naive, _, _ = np.mean([seed["estimators"]["naive"] for seed in point], axis=0)
@@ -112,22 +116,22 @@ def pooled(point: Sequence[Numbers], name: str, which: str = "noise / signal") -
 
 
 def variance_table(numbers: Numbers) -> str:
-    """Noise over signal, and the cosine to the naive mean gradient, by estimator and checkpoint."""
+    """Format noise over signal and the cosine with the naive gradient."""
     points = list(zip(*numbers["variance"], strict=True))  # by checkpoint, then by seed
     header = ["baseline"]
     for name in ("noise / signal", "cosine"):
-        header += [f"{name} at {np.mean([seed['accuracy'] for seed in point]):.2f} right" for point in points]
+        header += [f"{name} at accuracy {np.mean([seed['accuracy'] for seed in point]):.2f}" for point in points]
     rows = []
     for name in points[0][0]["estimators"]:
         estimates = [partial(pooled, name=name, which=which) for which in ("noise / signal", "cosine")]
         rows.append([name, *(told(*jackknife(estimate, point)) for estimate in estimates for point in points)])
     explained = [spread([seed["explained_variance"] for seed in point]) for point in points]
-    return f"{table(header, rows)}\n\nThe critic explains {', '.join(explained)} of the variance of fresh returns."
+    return f"{table(header, rows)}\n\nExplained variance of the critic on new episodes: {', '.join(explained)}."
 
 
 def collapse_table(numbers: Numbers) -> str:
-    """PPO with and without clipping."""
-    header = ["PPO, learning rate", "best accuracy", "accuracy at the end", "collapsed", "KL per update, median (nats)"]
+    """Format the comparison of PPO with and without clipping."""
+    header = ["PPO, learning rate", "best accuracy", "final accuracy", "collapsed", "KL per update, median (nats)"]
     rows = []
     for name, runs in runs_of(numbers["collapse"]).items():
         accuracies = [run.values("accuracy") for run in runs]
@@ -138,20 +142,20 @@ def collapse_table(numbers: Numbers) -> str:
 
 
 def hacking_table(numbers: Numbers) -> str:
-    """Proxy, true reward and KL, at the first rollout and at the end."""
+    """Format proxy, true reward and KL, in the first rollout and at the end."""
     names = {"reward/lazy_teacher": 2, "reward/exact_match": 2, "kl": 2}
     runs = runs_of(numbers["hacking"])
     first = [run for each in runs.values() for run in each]
     rows = [["the pupil", *(spread([run.values(name)[0] for run in first], digits) for name, digits in names.items())]]
     for name, each in runs.items():
         rows.append([name, *(spread([last(run, key) for run in each], digits) for key, digits in names.items())])
-    return table(["PPO", "proxy (paid)", "right sums (true reward)", "KL per answer, nats"], rows)
+    return table(["PPO", "proxy (training reward)", "correct answers (true reward)", "KL per answer, nats"], rows)
 
 
 def costs_table(numbers: Numbers) -> str:
-    """Seconds and bytes of an update."""
+    """Format CPU seconds and peak memory of an update."""
     parts = numbers["costs"]
-    header = ["agent", *(f"{what}, {name}" for name in parts for what in ("processor s", "peak MiB"))]
+    header = ["agent", *(f"{what}, {name}" for name in parts for what in ("CPU s", "peak MiB"))]
     agents = next(iter(parts.values()))
     rows = []
     for agent in agents:
@@ -161,31 +165,37 @@ def costs_table(numbers: Numbers) -> str:
 
 
 NOTES = {
-    ladder_table: """Every rollout has 64 episodes. Accuracy: share of 256 held-out problems solved by answers drawn as in
-training, examined every 500 tokens. KL(old, new) per token of a whole update: k3 on its own rollout. Noise / signal of a
-rollout's gradient: from its halves, every fourth rollout, averaged over the runs, ± standard error ("?": as large as the
-number). Learning rates: the best of four for each algorithm, by the accuracy after 8000 tokens of one run with another seed;
-the reference has that of clipping. Processor seconds with all measurements.""",
-    variance_table: """E||g - E g||^2 / ||E g||^2 of the gradient of 64 episodes, and the cosine between its mean and the
-naive one's, at the pupil and after a fifth and four fifths of the tokens. The critic: least squares on the last hidden states,
-from other episodes. In groups: 8 problems with 8 answers each, elsewhere 64 problems. "?": the standard error is as large as
-the number.""",
-    collapse_table: """Four passes over each rollout, clip_range 0.2 or 1e6, a third of the tokens. Collapsed: worse at the end
-than the pupil at start.""",
-    hacking_table: """The proxy pays by the length of an answer whose last digit is right. Means of the first rollout and of the
-last five.""",
-    costs_table: """Live tensors at their peak: weights, gradients, optimizer state, activations. One processor thread.""",
+    ladder_table: """Every rollout has 64 episodes.
+
+- Accuracy: share of 256 held-out problems solved, with answers sampled as in training; measured every 500 tokens.
+- KL per update: KL(old, new) per token of a whole update, k3 estimate on the rollout of that update.
+- Noise / signal: of a rollout's gradient, estimated from its two halves. It is measured every fourth rollout and averaged over
+  runs, ± standard error. "?" means that the standard error is at least as large as the number.
+- Learning rates: the best of four per algorithm, by the accuracy after 8000 tokens of one run with another seed.
+  "reference" uses the learning rate of "clipping".
+- CPU s: CPU seconds, including all measurements.""",
+    variance_table: """- Noise / signal: E||g - E g||^2 / ||E g||^2 of the gradient of 64 episodes.
+- Cosine: between the mean gradient and the mean gradient of "naive".
+- Checkpoints: the pupil, and after 1/5 and 4/5 of the tokens.
+- Critic: fitted by least squares on the last hidden states of other episodes.
+- Groups: "naive, in groups", RLOO and GRPO use 8 problems with 8 answers each, the others 64 problems.
+- "?" means that the standard error is at least as large as the number.""",
+    collapse_table: """Each rollout is used for four epochs. clip_range is 0.2 or 1e6. The token budget is a third of that
+above. Collapsed: the final accuracy is below the accuracy of the pupil.""",
+    hacking_table: """The proxy rewards the length of answers whose last digit is correct. "the pupil" is the mean of the first
+rollout, the other rows are means of the last five rollouts.""",
+    costs_table: """Peak of live tensors: weights, gradients, optimizer state, activations. One CPU thread.""",
 }
 
 
 def tables(numbers: Numbers) -> str:
-    """Return the whole of `ladder.md`."""
+    """Return the text of `ladder.md`."""
     seeds, tokens, rounds = (numbers["settings"][name] for name in ("seeds", "timesteps", "rounds"))
     titles = {
-        ladder_table: f"The ladder: {tokens} tokens each, mean ± standard deviation over {seeds} seeds",
-        variance_table: f"Variance of the gradient at fixed weights, {rounds} gradients a seed, ± standard error",
+        ladder_table: f"The ladder: {tokens} tokens per agent, mean ± standard deviation over {seeds} seeds",
+        variance_table: f"Variance of the gradient at fixed weights, {rounds} gradients per seed, ± standard error",
         collapse_table: "PPO with and without clipping",
-        hacking_table: f"A reward that can be hacked, without KL and with kl_coef={numbers['settings']['hacking_kl']}",
-        costs_table: "What an update costs",
+        hacking_table: f"Reward hacking, without KL and with kl_coef={numbers['settings']['hacking_kl']}",
+        costs_table: "Time and memory of an update",
     }
     return "\n\n".join(f"## {title}\n\n{make(numbers)}\n\n{NOTES[make]}" for make, title in titles.items()) + "\n"

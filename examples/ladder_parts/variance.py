@@ -1,4 +1,4 @@
-"""The variance of the policy gradient at fixed weights, by baseline."""
+"""Measure the variance of the policy gradient at fixed weights, per baseline."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from llm_env.lm.scoring import response_states
 from tests.rollouts import collect
 
 SHIFTED, IN_GROUPS = "naive, rewards + 1", "naive, in groups"
-CRITIC_EPISODES = 100  # a round, from which the critic is fitted, and as many to say how good it is
+CRITIC_EPISODES = 100  # per round: as many to fit the critic, and as many to evaluate it
 
-WARM_UP = 10  # rollouts that the running mean has seen before
+WARM_UP = 10  # rollouts that initialize the running mean
 
 ESTIMATORS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {
     "naive": (REINFORCE, {}),
@@ -39,14 +39,21 @@ ESTIMATORS: dict[str, tuple[type[LanguageAgent], dict[str, Any]]] = {
 
 
 def measure(seed: int, rounds: int, checkpoints: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Noise of every estimator's gradient at the weights after each number of tokens of naive training.
+    """Measure the gradient noise of every estimator at checkpoints of naive training.
 
-    Every round draws two rollouts of `EPISODES` episodes, one with as many problems and one with `GROUP` answers to each of
-    fewer; the estimators of a kind share the rollout. The weights stay as they are, the critic is fitted to them.
+    Every round samples two rollouts of `EPISODES` episodes: one with a different problem per episode, and one with `GROUP`
+    answers per problem. Estimators with the same group size share a rollout. The weights of the language model are fixed;
+    the critic is fitted to them.
+
+    Args:
+        seed: random seed.
+        rounds: gradients per estimator and checkpoint.
+        checkpoints: tokens of naive training at each checkpoint, ascending.
 
     Returns:
-        One dict a checkpoint: `tokens`, `accuracy` (share of an exam's problems), `explained_variance` of the critic on fresh
-        episodes, and `estimators`: by name, unbiased estimates of ||E g||^2, E g . E g_naive and E||g - E g||^2.
+        One dict per checkpoint with `tokens`, `accuracy` (share of the exam's problems solved), `explained_variance` (of the
+        critic on new episodes) and `estimators`. The latter maps names to unbiased estimates of ||E g||^2,
+        E g . E g_naive and E||g - E g||^2.
     """
     student = REINFORCE(llm_env.PUPIL, make_env(), n_envs=EPISODES, seed=seed, **STEPS[0].settings)
     exam, results = Exam(), []
@@ -89,10 +96,12 @@ def _at_fixed_weights(policy: LanguagePolicy, rounds: int, seed: int, generator:
 
 @torch.no_grad()
 def fit_critic(policy: LanguagePolicy, sampler: Sampler, seed: int, episodes: int) -> float:
-    """Fit the value head by least squares to the returns of episodes of their own; the language model stays as it is.
+    """Fit the value head by least squares to the returns of separate episodes.
+
+    The language model is not changed.
 
     Returns:
-        The share of the variance of fresh returns, per token, that it explains.
+        Explained variance of the per-token returns of new episodes.
     """
     venv = TextGenerationVectorEnv.from_rules(make_env().rules, episodes)
     venv.reset(seed=seed)
@@ -107,7 +116,7 @@ def fit_critic(policy: LanguagePolicy, sampler: Sampler, seed: int, episodes: in
 
 
 def _states_and_returns(policy: LanguagePolicy, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Last hidden states (tokens, H) that the action tokens are chosen from, and the returns (tokens,) from there on."""
+    """Return hidden states before each token, (tokens, H), and returns, (tokens,)."""
     hidden = response_states(policy.lm.base_model, rollout.prompts, rollout.responses)
     assert hidden is not None
     here = rollout.mask.bool()

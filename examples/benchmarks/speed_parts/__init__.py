@@ -1,1 +1,1 @@
-"""The parts of `examples/benchmarks/speed.py`; a side that is timed is a module that runs as a process of its own."""
+"""Modules of `benchmarks/speed.py`; each timed side runs in a separate process."""

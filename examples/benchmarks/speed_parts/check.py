@@ -1,7 +1,7 @@
-"""Whether this package and TRL compute the same thing: the loss and its gradient on the same tokens, in float32.
+"""Check that this package and TRL compute the same loss and gradient.
 
-The responses are sampled here, and the policy is then moved a little, so that ratios differ from 1 and the KL from 0: right
-after sampling the loss of GRPO is 0 whatever the tokens are.
+The check runs in float32, on the same tokens. This package samples the responses. The weights of the policy are then perturbed,
+so that ratios differ from 1 and the KL differs from 0. Without this, the loss of GRPO would be 0 for all responses.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from speed_parts.with_trl import grpo_trainer
 from speed_parts.work import Work, work_of_this_process
 
 TOLERANCE = 1e-4
-ROUNDING = 1e-6  # float32's, of means over terms of order 1 that cancel
-MOVE = 0.005  # a quarter of what Llama's weights are drawn with: some ratios are clipped
+ROUNDING = 1e-6  # float32 rounding error of means over terms of order 1 that cancel
+MOVE = 0.005  # standard deviation of the perturbation, 1/4 of Llama's initial one: clips some ratios
 
 
 def check_responses(work: Work, agent: GRPO, rollout: Rollout) -> float:
-    """Prompts and responses are as long as asked for, and their log-probs those of plain rows; the largest difference."""
+    """Check lengths and log-probs of a rollout; return the largest difference.
+
+    Log-probs of sampled tokens are compared with those of a plain forward pass per row.
+
+    Raises:
+        SystemExit: If a length is wrong, or a difference is `TOLERANCE` or more.
+    """
     lengths = {(len(prompt), len(response)) for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)}
     if lengths != {(work.prompt, work.new_tokens)}:
-        raise SystemExit(f"prompts and responses are to have {work.prompt} and {work.new_tokens} tokens, not {lengths}")
+        raise SystemExit(f"(prompt, response) lengths must all be {(work.prompt, work.new_tokens)}; got {lengths}")
     difference = 0.0
     for prompt, response, sampled in zip(rollout.prompts, rollout.responses, rollout.sampled_logp, strict=True):
         ids = torch.tensor([prompt + response], device=work.device)
@@ -42,17 +48,17 @@ def check_responses(work: Work, agent: GRPO, rollout: Rollout) -> float:
         difference = max(difference, (plain - sampled).abs().max().item())
     if not difference < TOLERANCE:
         raise SystemExit(
-            f"log-probs of sampled tokens differ by {difference:.2e} from a plain forward's, more than {TOLERANCE:g}"
+            f"log-probs of sampled tokens and of a plain forward pass differ by {difference:.2e}, more than {TOLERANCE:g}"
         )
     return difference
 
 
 def score_by_trl(trainer: GRPOTrainer, rollout: Rollout) -> dict[str, Tensor]:
-    """The same responses as TRL's training loop has them: with advantages, log-probs of the reference and of the old policy."""
+    """Return TRL's inputs for a rollout: advantages, reference and old log-probs."""
 
     def given(prompt_ids: list[list[int]], *_: object, **__: object) -> tuple[list[list[int]], None]:
         if [list(prompt) for prompt in prompt_ids] != rollout.prompts:
-            raise SystemExit("TRL's prompts are not the tokens of the prompts here")
+            raise SystemExit("TRL tokenizes the prompts differently from this package")
         return [list(response) for response in rollout.responses], None
 
     trainer._generate_single_turn = given
@@ -66,24 +72,24 @@ def score_by_trl(trainer: GRPOTrainer, rollout: Rollout) -> dict[str, Tensor]:
 
 
 def gradient(model: torch.nn.Module) -> Tensor:
-    """Of all weights, as one vector in float64."""
+    """Return the gradients of all weights as one float64 vector."""
     return torch.cat([p.grad.flatten().double() for _, p in sorted(model.named_parameters()) if p.grad is not None])
 
 
 def agree(name: str, here: float, trl: float) -> None:
-    """Stop unless two numbers are the same but for the tolerance."""
+    """Raise SystemExit if two numbers differ by more than the tolerance."""
     if not math.isclose(here, trl, rel_tol=TOLERANCE, abs_tol=ROUNDING):
-        raise SystemExit(f"{name} is {here:.8g} here and {trl:.8g} in TRL: they differ by more than {TOLERANCE:g} of it")
+        raise SystemExit(f"{name} is {here:.8g} here and {trl:.8g} in TRL: they differ by more than {TOLERANCE:g} (relative)")
 
 
 def compare(work: Work, folder: str) -> dict[str, float]:
-    """Loss and gradient on both sides.
+    """Compare advantages, loss and gradient of both sides.
 
     Raises:
-        SystemExit: If they are not the same.
+        SystemExit: If they differ by more than the tolerance.
     """
     agent = grpo_agent(work)
-    agent.max_grad_norm = float("inf")  # as it comes
+    agent.max_grad_norm = float("inf")  # compare unclipped gradients
     rollout = agent.sample_rollout()
     result = {"log_probs": check_responses(work, agent, rollout)}
     agent.make_trainer().compute_old_logprobs(rollout)
@@ -107,7 +113,7 @@ def compare(work: Work, folder: str) -> dict[str, float]:
     agree("the norm of the gradient", here.norm().item(), trl.norm().item())
     if not difference <= TOLERANCE:
         raise SystemExit(
-            f"the gradients, of norm {here.norm():.8g} here and {trl.norm():.8g} in TRL, differ by {difference:.2e} of it, "
+            f"gradients (norm {here.norm():.8g} here, {trl.norm():.8g} in TRL) differ by {difference:.2e} (relative), "
             f"more than {TOLERANCE:g}"
         )
     clipped = statistics["clip_fraction"]
@@ -115,7 +121,7 @@ def compare(work: Work, folder: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Compare, and print the numbers as JSON."""
+    """Compare both sides and print the numbers as JSON."""
     with os.fdopen(os.dup(1), "w") as answers, tempfile.TemporaryDirectory() as folder:
         os.dup2(2, 1)
         print(json.dumps(compare(replace(work_of_this_process(), dtype="float32"), folder)), file=answers)

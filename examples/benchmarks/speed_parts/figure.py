@@ -1,4 +1,4 @@
-"""The figure: what a step's time is made of, and how it grows with the group; a column for each prompt length."""
+"""Draw step time by phase and its growth with group size, per prompt length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINES = {HERE: "black", TRL: "C4"}
 
 
 def bars(axes: Axes, results: Results, prompt: int, groups: list[int]) -> None:
-    """A stack of phases for each group size and side."""
+    """Plot stacked bars of phases, one bar per group size and side."""
     marks: list[tuple[float, str]] = []
     for i, group in enumerate(groups):
         for x, side in ((i - 0.21, HERE), (i + 0.21, TRL)):
@@ -38,7 +38,7 @@ def bars(axes: Axes, results: Results, prompt: int, groups: list[int]) -> None:
 
 
 def lines(axes: Axes, results: Results, prompt: int, groups: list[int]) -> None:
-    """Seconds against group size, and what they would be in proportion to those of the smallest."""
+    """Plot seconds over group size, with a dotted line for proportional growth."""
     for side, colour in LINES.items():
         points = [(s.group, s.turn) for s in (results.get("step", side, prompt, group) for group in groups) if s is not None]
         if points:
@@ -52,7 +52,7 @@ def lines(axes: Axes, results: Results, prompt: int, groups: list[int]) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw; the lines only where there is more than one group size."""
+    """Draw and save the figure; omit the lines if there is only one group size."""
     shapes = results.shapes("step")
     groups = {prompt: [g for p, g in shapes if p == prompt] for prompt in sorted({p for p, _ in shapes})}
     grows = max(map(len, groups.values())) > 1

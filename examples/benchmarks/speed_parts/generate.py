@@ -1,4 +1,4 @@
-"""Rollouts by transformers' own `generate`, a row for every response."""
+"""Worker process for transformers: rollouts with `generate`, one row per response."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from speed_parts.work import work_of_this_process
 
 
 def main() -> None:
-    """Take turns until there are none any more."""
+    """Run jobs until standard input ends."""
     work = work_of_this_process()
     line = Line(work.device)
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).to(work.device).eval()

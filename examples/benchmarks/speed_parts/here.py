@@ -1,4 +1,4 @@
-"""This package's side: rollouts by `policy.sample`, steps by `GRPO.learn`."""
+"""Worker process for this package: `policy.sample` and `GRPO.learn`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from speed_parts.work import BETA, LEARNING_RATE, Work, even_words, work_of_this
 
 
 def grpo_task(work: Work) -> Task:
-    """Return the work as `sides.py` takes it."""
+    """Convert the work to a `Task`, for `sides.py`."""
     env = {
         "prompts": work.texts(),
         "reward": even_words,
@@ -26,7 +26,7 @@ def grpo_task(work: Work) -> Task:
 
 
 def grpo_agent(work: Work) -> GRPO:
-    """Return the agent, with its env."""
+    """Create the agent with its env."""
     task = grpo_task(work)
     settings = {"group_size": task.group_size, "n_envs": task.batch, "kl_coef": task.kl_coef}
     settings |= {"micro_batch_size": work.batch // work.passes, "bf16": work.dtype == "bfloat16"}
@@ -34,7 +34,7 @@ def grpo_agent(work: Work) -> GRPO:
 
 
 def main() -> None:
-    """Take turns until there are none any more."""
+    """Run jobs until standard input ends."""
     work = work_of_this_process()
     line = Line(work.device)
     agent = grpo_agent(work)
@@ -53,7 +53,7 @@ def main() -> None:
                 tokens = sum(map(len, responses))
             else:
                 before = agent.num_timesteps
-                agent.learn(1, reset_num_timesteps=False)  # whole rollouts are learned from: here one
+                agent.learn(1, reset_num_timesteps=False)  # a budget of one token collects one whole rollout
                 tokens = agent.num_timesteps - before
         line.done(tokens)
 

@@ -1,4 +1,4 @@
-"""A worker's end of the line to the process that commands it, and its clock."""
+"""Communication of a worker with the controller process, and timing of phases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PHASES = ("generate", "reward", "reference", "update", "other")
 
 
 class Phases:
-    """Where the time of a turn goes: every moment belongs to the innermost of the phases under way, else to "other".
+    """Timer that assigns time to the innermost running phase, or to "other".
 
     Args:
-        device: on CUDA, what was begun in a phase is waited for at its end.
+        device: torch device. On CUDA, the timer synchronizes at the start and end of each phase.
 
     Attributes:
-        seconds: of the wall clock, by phase.
-        cpu_seconds: of this process, by phase.
+        seconds: wall-clock seconds by phase.
+        cpu_seconds: CPU seconds of this process by phase.
     """
 
     def __init__(self, device: str) -> None:
@@ -34,17 +34,17 @@ class Phases:
         self.begin()
 
     def begin(self) -> None:
-        """Start a turn."""
+        """Reset all phases and start the timer."""
         self.seconds, self.cpu_seconds = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
         self._under_way = ["other"]
         self._since = self._now()
 
     def end(self) -> None:
-        """Stop: the sum of the seconds of all phases is the whole turn."""
+        """Stop the timer. The phases sum up to the time since `begin`."""
         self._count()
 
     def time(self, owner: Any, method: str, phase: str) -> None:
-        """Let what `owner.method` takes belong to `phase`."""
+        """Wrap `owner.method` so that its time is assigned to `phase`."""
         function = getattr(owner, method)
 
         @functools.wraps(function)
@@ -77,13 +77,17 @@ class Phases:
 
 
 class Line:
-    """Jobs come in as lines of standard input, what they took goes out as lines of JSON; other output becomes an error's.
+    """Worker side of the protocol: read jobs, write results as JSON lines.
+
+    Jobs are lines of standard input. Results go to the original standard output. All other output is redirected to standard
+    error.
 
     Args:
-        device: whose memory is reported: the process's resident memory for the CPU, what torch has allocated on CUDA.
+        device: torch device whose memory is reported: resident memory of the process for the CPU, memory allocated by torch
+            for CUDA.
 
     Attributes:
-        phases: the clock of the turn under way.
+        phases: timer of the current job.
     """
 
     def __init__(self, device: str) -> None:
@@ -93,17 +97,17 @@ class Line:
         self.phases = Phases(device)
 
     def ready(self) -> None:
-        """Everything is loaded: say how much memory that took."""
+        """Report that everything is loaded, with the memory in use."""
         self._send(before=torch.cuda.memory_allocated() if self._cuda else resident("VmRSS"))
 
     def next_job(self) -> str:
-        """Wait for a job, and start the clock; empty where there is none any more."""
+        """Wait for the next job and start the timer; return an empty string if none."""
         job = sys.stdin.readline().strip()
         self.phases.begin()
         return job
 
     def done(self, tokens: int) -> None:
-        """The job is done, with so many response tokens."""
+        """Stop the timer; report response tokens, times and peak memory."""
         self.phases.end()
         peak = torch.cuda.max_memory_allocated() if self._cuda else resident("VmHWM")
         self._send(tokens=tokens, seconds=self.phases.seconds, cpu_seconds=self.phases.cpu_seconds, peak=peak)
@@ -113,7 +117,7 @@ class Line:
 
 
 def resident(field: str) -> int:
-    """Return bytes of this process's memory, now (`VmRSS`) or at most so far (`VmHWM`), as Linux counts them."""
+    """Return resident memory in bytes, current (`VmRSS`) or peak (`VmHWM`)."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])

@@ -1,4 +1,4 @@
-"""The report in Markdown: medians over the turns of a series, and ratios of medians."""
+"""Format the Markdown report: medians over repetitions, and ratios of medians."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ Cells = Iterable[Any]
 
 
 class Results:
-    """All series of a run, by job, side and shape."""
+    """Series of a run, by job, side and shape."""
 
     def __init__(self, series: list[Series]) -> None:
         self._series = {(s.job, s.side, s.prompt, s.group): s for s in series}
 
     def get(self, job: str, side: str, prompt: int, group: int) -> Series | None:
-        """Return the series, where there are turns in it."""
+        """Return a series, or None if it has no timed repetitions."""
         found = self._series.get((job, side, prompt, group))
         return found if found is not None and found.seconds else None
 
     def shapes(self, job: str) -> list[tuple[int, int]]:
-        """(P, G) of the job, in order."""
+        """Return the sorted shapes (P, G) of a job."""
         return sorted({(s.prompt, s.group) for s in self._series.values() if s.job == job})
 
     def died(self) -> list[Series]:
-        """Return those whose worker a signal ended."""
+        """Return the series whose worker was killed by a signal."""
         return [s for s in self._series.values() if s.died is not None]
 
 
 def rows(head: Cells, lines: Iterable[Cells]) -> str:
-    """Return a table."""
+    """Format a Markdown table."""
     head = list(head)
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [head, ["---:"] * len(head), *lines])
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """As text; a dash for what was not measured."""
+    """Format a number, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
-    """Return a quotient, where there are both."""
+    """Return `above / below`, or None if one of them is None."""
     return None if above is None or below is None else above / below
 
 
 def of(series: Series | None, name: str) -> float | None:
-    """Return an attribute, where there is a series."""
+    """Return an attribute of a series as float, or None if there is no series."""
     return None if series is None else float(getattr(series, name))
 
 
 def rollouts(results: Results) -> str:
-    """Tokens a second."""
+    """Format the table of rollouts: tokens per second, speedup and peak memory."""
 
     def line(prompt: int, group: int) -> Cells:
         here, other = (results.get("rollout", side, prompt, group) for side in (HERE, GENERATE))
@@ -63,12 +63,12 @@ def rollouts(results: Results) -> str:
         ratios = [ratio(*speeds), ratio(of(other, "cpu_turn"), of(here, "cpu_turn"))]
         return [prompt, group, *(number(x, 0) for x in speeds), *map(number, ratios), *(number(x, 0) for x in memory)]
 
-    head = ["prompt", "group", "here, tokens/s", "`generate`, tokens/s", "times as fast", "by CPU time"]
-    return rows([*head, "peak MB here", "`generate`"], (line(*shape) for shape in results.shapes("rollout")))
+    head = ["prompt", "group", "here, tokens/s", "`generate`, tokens/s", "speedup", "speedup, CPU time"]
+    return rows([*head, "peak MiB, here", "peak MiB, `generate`"], (line(*shape) for shape in results.shapes("rollout")))
 
 
 def steps(results: Results) -> str:
-    """Seconds a step, and memory."""
+    """Format the table of steps: seconds, speedup and memory."""
 
     def line(prompt: int, group: int) -> Cells:
         here, trl = (results.get("step", side, prompt, group) for side in (HERE, TRL))
@@ -78,12 +78,13 @@ def steps(results: Results) -> str:
         memory = [*(number(x, 0) for x in peak), number(ratio(*peak)), *(number(x, 0) for x in before)]
         return [prompt, group, next(s.passes for s in (here, trl) if s is not None), *times, *memory]
 
-    head = ["prompt", "group", "passes", "here, s", "TRL, s", "times as fast", "by CPU time", "peak MB here", "TRL", "here/TRL"]
-    return rows([*head, "MB before, here", "TRL"], (line(*shape) for shape in results.shapes("step")))
+    head = ["prompt", "group", "passes", "here, s", "TRL, s", "speedup", "speedup, CPU time"]
+    head += ["peak MiB, here", "peak MiB, TRL", "peak, here / TRL", "MiB before, here", "MiB before, TRL"]
+    return rows(head, (line(*shape) for shape in results.shapes("step")))
 
 
 def phases(results: Results) -> str:
-    """Seconds by phase, in brackets those of the CPU."""
+    """Format the table of seconds by phase; CPU seconds are in parentheses."""
 
     def lines() -> Iterable[Cells]:
         for prompt, group in results.shapes("step"):
@@ -97,7 +98,7 @@ def phases(results: Results) -> str:
 
 
 def growth(results: Results) -> str:
-    """Seconds per step against group size; empty where only one group size was measured."""
+    """Format the growth of step time with group size; empty for a single size."""
 
     def lines() -> Iterable[Cells]:
         for prompt in sorted({prompt for prompt, _ in results.shapes("step")}):
@@ -117,14 +118,14 @@ def growth(results: Results) -> str:
         return ""
     head = ["prompt", "side", "seconds by group size", "from a to b", "t_b / (b/a t_a)", "(t_b - t_a) / ((b/a - 1) t_a)"]
     return (
-        "## Growth with the group\n\nSeconds per step of the largest group, b, over what they would be in proportion to those "
-        "of the smallest, a; and the seconds that are added from a to b over those that would be added in proportion. In both, "
-        f"1 is proportional; in brackets, by CPU time.\n\n{rows(head, found)}\n"
+        "## Growth with the group size\n\na is the smallest group size, b the largest, and t_a and t_b are the seconds per "
+        "step. The last two columns compare t_b, and the growth from t_a to t_b, with growth proportional to the group size. A "
+        f"value of 1 means proportional growth. Values in parentheses are for CPU time.\n\n{rows(head, found)}\n"
     )
 
 
 def checks(found: list[dict[str, float]]) -> str:
-    """Return what was compared before the timing."""
+    """Format the table of the comparison before timing."""
     lines = (
         [
             *(int(c[name]) for name in ("prompt", "group")),
@@ -134,27 +135,29 @@ def checks(found: list[dict[str, float]]) -> str:
         ]
         for c in sorted(found, key=lambda c: (c["prompt"], c["group"]))
     )
-    head = ["prompt", "group", "loss here", "loss in TRL", "gradients' relative difference"]
-    return rows([*head, "log-probs, sampled less plain, at most", "ratios clipped"], lines)
+    head = ["prompt", "group", "loss here", "loss in TRL", "gradients, relative difference"]
+    return rows([*head, "log-probs, largest difference", "clip fraction"], lines)
 
 
 def report(title: str, found: list[dict[str, float]], results: Results) -> str:
-    """Everything that is known so far."""
+    """Format the report of all results so far."""
     parts = [f"# Speed, side by side\n\n{title}\n"]
     if found:
         parts.append(
-            "## The same is computed\n\nOn responses sampled here, in float32, after the policy was moved away from the one "
-            f"that sampled and from the reference. Up to two prompts.\n\n{checks(found)}\n"
+            "## Comparison of loss and gradient\n\nBoth sides compute loss and gradient in float32, on the same responses to "
+            "at most two prompts, sampled by this package. The weights of the policy were perturbed after sampling, so that it "
+            "differs from the sampling policy and from the reference. Log-probs of sampled tokens are compared with those of a "
+            f"plain forward pass.\n\n{checks(found)}\n"
         )
     if results.shapes("rollout"):
         parts.append(f"## Rollouts\n\n{rollouts(results)}\n")
     if results.shapes("step"):
         parts.append(f"## GRPO steps\n\n{steps(results)}\n")
-        parts.append(f"## Seconds of a step by phase (in brackets, of CPU)\n\n{phases(results)}\n")
+        parts.append(f"## Seconds of a step by phase (CPU seconds in parentheses)\n\n{phases(results)}\n")
         parts.append(growth(results))
     parts += [
-        f"The {s.job} of {s.side} at prompt {s.prompt}, group {s.group} was ended by signal {s.died} after {len(s.seconds)} "
-        "turns that count; 9 is the one that Linux sends where memory runs out.\n"
+        f"The {s.job} of {s.side} at prompt {s.prompt}, group {s.group} was killed by signal {s.died} after {len(s.seconds)} "
+        "timed repetitions. Linux sends signal 9 if memory runs out.\n"
         for s in results.died()
     ]
     return "\n".join(filter(None, parts))

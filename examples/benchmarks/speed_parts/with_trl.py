@@ -1,4 +1,7 @@
-"""TRL's side: steps by `GRPOTrainer`, whose own training loop is halted between two of them."""
+"""Worker process for TRL: steps of `GRPOTrainer`.
+
+A callback pauses TRL's training loop between steps.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from speed_parts.here import grpo_task
 from speed_parts.line import Line
 from speed_parts.work import Work, work_of_this_process
 
-STEPS = 1_000_000  # more than anybody asks for
-EPOCH = 64  # rollouts; the data loader is made anew after them
+STEPS = 1_000_000  # more than any benchmark run needs
+EPOCH = 64  # rollouts per epoch; TRL creates the data loader again after each epoch
 
 
 def grpo_trainer(work: Work, folder: str, callbacks: list[TrainerCallback]) -> GRPOTrainer:
-    """Return the trainer, with its models and prompts."""
+    """Create the trainer with models and prompts."""
     task = grpo_task(work)
     trainer = GRPOTrainer(
         model=task.model,
@@ -33,10 +36,10 @@ def grpo_trainer(work: Work, folder: str, callbacks: list[TrainerCallback]) -> G
 
 
 class Turns(TrainerCallback):
-    """Makes a turn of every step: the training loop waits in here until the next one is asked for.
+    """Callback that waits for the next job after each training step.
 
     Attributes:
-        tokens: of the last rollout's responses.
+        tokens: response tokens of the last rollout.
     """
 
     def __init__(self, line: Line) -> None:
@@ -44,13 +47,13 @@ class Turns(TrainerCallback):
         self.tokens = 0
 
     def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
-        """Models and data are there; the first prompt is not yet."""
+        """Report readiness and wait for the first job: models and data are loaded."""
         self.line.phases.time(optimizer, "step", "update")
         self.line.ready()
         self._wait()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The optimizer has made its step."""
+        """Report the finished step and wait for the next job."""
         self.line.done(self.tokens)
         self._wait()
 
@@ -59,7 +62,7 @@ class Turns(TrainerCallback):
             raise SystemExit
 
     def count(self, trainer: GRPOTrainer) -> None:
-        """Note how many tokens each rollout has."""
+        """Wrap generation so that it counts the response tokens of each rollout."""
         generate = trainer._generate_single_turn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -71,15 +74,15 @@ class Turns(TrainerCallback):
 
 
 def main() -> None:
-    """Take turns until there are none any more."""
+    """Run jobs until standard input ends."""
     work = work_of_this_process()
     line = Line(work.device)
     turns = Turns(line)
     with tempfile.TemporaryDirectory() as folder:
         trainer = grpo_trainer(work, folder, [turns])
         turns.count(trainer)
-        # A step is a call of `training_step` for each pass, the first of which makes the rollout in `_prepare_inputs`, and one
-        # of the optimizer.
+        # A step calls `training_step` once per pass, then the optimizer. The first call collects the rollout in
+        # `_prepare_inputs`.
         line.phases.time(trainer, "training_step", "update")
         line.phases.time(trainer, "_prepare_inputs", "other")
         line.phases.time(trainer, "_generate_single_turn", "generate")

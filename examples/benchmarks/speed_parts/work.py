@@ -1,4 +1,4 @@
-"""What every side is given: a model, prompts and a reward that make the work of all sides equal."""
+"""Define model, prompts and reward of `speed.py`, the same for all sides."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<end>"
-BETA = 0.04  # of the KL to the reference, as in DeepSeekMath
+BETA = 0.04  # KL coefficient, as in DeepSeekMath
 LEARNING_RATE = 1e-6
 
 
 @dataclass(frozen=True)
 class Work:
-    """One shape of the work.
+    """Shape and settings of a measurement.
 
     Attributes:
         model: folder of the model and its tokenizer.
-        vocabulary: V; the last id is the end token.
-        prompt: P, tokens of every prompt.
-        group: G, responses to each.
-        new_tokens: T of every response.
-        problems: prompts in a rollout.
-        passes: forward passes that a rollout is cut into for the update at least, with one optimizer step after them; here it
-            may be more, by default on a CPU.
-        device: where it is done.
-        dtype: what matrix products are computed in; weights are float32, with autocast over them for another dtype.
-        threads: of torch.
+        vocabulary: vocabulary size, V. The last id is the end token.
+        prompt: tokens per prompt, P.
+        group: responses per prompt, G.
+        new_tokens: tokens per response, T.
+        problems: prompts per rollout.
+        passes: minimum number of forward passes per update. One optimizer step follows them. This package may use more, by
+            default on a CPU.
+        device: torch device.
+        dtype: dtype of matrix products, by autocast if not float32. Weights are float32.
+        threads: number of torch threads.
     """
 
     model: str
@@ -50,53 +50,54 @@ class Work:
 
     @property
     def batch(self) -> int:
-        """Responses in a rollout."""
+        """Responses per rollout."""
         return self.problems * self.group
 
     @property
     def tokens(self) -> int:
-        """Response tokens in a rollout."""
+        """Response tokens per rollout."""
         return self.batch * self.new_tokens
 
     def texts(self) -> list[str]:
-        """Return the prompts: P words each, drawn evenly."""
+        """Return the prompts: P random words each, uniformly distributed."""
         numbers = np.random.default_rng(self.prompt).integers(self.vocabulary - 1, size=(self.problems, self.prompt))
         return [" ".join(f"w{number}" for number in row) for row in numbers]
 
     def autocast(self) -> torch.autocast:
-        """Return what turns are taken in."""
+        """Return the autocast context of a measurement."""
         dtype = getattr(torch, self.dtype)
         return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not torch.float32)
 
     def smaller(self, problems: int) -> Work:
-        """Return the same with fewer prompts, in one pass."""
+        """Return a copy with at most `problems` prompts and one pass."""
         return replace(self, problems=min(problems, self.problems), passes=1)
 
     def to_argument(self) -> str:
-        """For the command line of a worker."""
+        """Return the settings as JSON, for the command line of a worker."""
         return json.dumps(asdict(self))
 
 
 def work_of_this_process() -> Work:
-    """Return the work that the command line names."""
+    """Parse the settings from the command line; set threads, seed and OOM priority."""
     work = Work(**json.loads(sys.argv[1]))
-    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out it is this process that ends, no other
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, Linux kills this process first
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)
     return work
 
 
 def even_words(completions: list[str], **_: Any) -> list[float]:
-    """Return the reward: the share of words with an even number."""
+    """Return as reward the share of words with an even number."""
     return [float(np.mean([word[-1] in "02468" for word in completion.split()])) for completion in completions]
 
 
 def build(folder: str, vocabulary: int, hidden: int, layers: int, heads: int, intermediate: int, positions: int) -> int:
-    """Write a Llama with random weights, and a tokenizer for which each of `w0 w1 ...` is one token; the number of parameters.
+    """Save a random Llama and its tokenizer; return the number of parameters.
 
-    The end token is never drawn, so that every response has the greatest length, without a mask that some side would have to
-    pay for: the first channel of the hidden states is a constant, into which no layer writes, and the end token's embedding,
-    which is tied to the output, makes a logit of it whose exponential is 0 in float32.
+    Each of the words `w0`, `w1`, ... is one token. The end token has probability 0, so every response has the maximum length.
+    This needs no logit mask, which would cost time on one of the sides. Instead, the first channel of the hidden states is a
+    constant, because no layer writes to it. The embedding of the end token, tied to the output embedding, turns it into a
+    logit whose exponential is 0 in float32.
     """
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""The commanding end: workers as processes of their own, and turns taken by them one after the other."""
+"""Controller of `speed.py`: start worker processes and run their jobs alternately."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from speed_parts.work import Work
 HERE, GENERATE, TRL = SIDES = ("here", "generate", "TRL")
 MODULES = dict(zip(SIDES, ("speed_parts.here", "speed_parts.generate", "speed_parts.with_trl"), strict=True))
 JOBS = {"rollout": (HERE, GENERATE), "step": (HERE, TRL)}
-CHECKED = 2  # prompts on which loss and gradient are compared
+CHECKED = 2  # prompts for the comparison of loss and gradient
 
 
 @dataclass
 class Series:
-    """The turns of one side at one job and shape.
+    """Timed repetitions of a job by one side, for one shape.
 
     Attributes:
         job: `"rollout"` or `"step"`.
         side: one of `SIDES`.
-        prompt, group: P and G.
-        passes: forward passes to an update.
-        tokens: response tokens in a turn.
-        before: bytes of memory before the first turn.
-        peak: bytes of memory at most, up to the last turn.
-        seconds: by phase, a dict a turn.
-        cpu_seconds: of the process, by phase, a dict a turn.
-        died: the signal that ended the worker, None where none did; there may be no turns then.
+        prompt, group: prompt length in tokens (P) and group size (G).
+        passes: forward passes per update.
+        tokens: response tokens per repetition.
+        before: memory in bytes before the first repetition. Default 0.
+        peak: peak memory in bytes up to the last repetition. Default 0.
+        seconds: wall-clock seconds by phase, one dict per repetition.
+        cpu_seconds: CPU seconds of the process by phase, one dict per repetition.
+        died: number of the signal that killed the worker. Default None (not killed).
     """
 
     job: str
@@ -51,29 +51,29 @@ class Series:
 
     @property
     def turn(self) -> float:
-        """Median of the turns' seconds."""
+        """Median wall-clock seconds of a repetition."""
         return median(sum(turn.values()) for turn in self.seconds)
 
     @property
     def cpu_turn(self) -> float:
-        """Median of the turns' CPU seconds."""
+        """Median CPU seconds of a repetition."""
         return median(sum(turn.values()) for turn in self.cpu_seconds)
 
     def phase(self, name: str) -> float:
-        """Median of the turns' seconds in a phase."""
+        """Return the median wall-clock seconds of a phase."""
         return median(turn[name] for turn in self.seconds)
 
     def cpu_phase(self, name: str) -> float:
-        """Median of the turns' CPU seconds in a phase."""
+        """Return the median CPU seconds of a phase."""
         return median(turn[name] for turn in self.cpu_seconds)
 
 
 class Killed(Exception):
-    """A signal has ended a worker; the number is the argument."""
+    """Raised if a worker was killed by a signal, with the signal number."""
 
 
 def start(module: str, work: Work) -> subprocess.Popen[str]:
-    """Return a side's process."""
+    """Start a module as a worker process."""
     folder = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -88,11 +88,11 @@ def start(module: str, work: Work) -> subprocess.Popen[str]:
 
 
 def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Return the next thing that a worker says.
+    """Wait for the next answer of a worker.
 
     Raises:
-        Killed: If a signal has ended it.
-        SystemExit: If it has failed; what it said of that is on standard error.
+        Killed: If the worker was killed by a signal.
+        SystemExit: If the worker failed. Its error message is on standard error.
     """
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -101,11 +101,11 @@ def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     code = process.wait()
     if code < 0:
         raise Killed(-code)
-    raise SystemExit(f"{' '.join(process.args[1:3])} has failed; see above")  # type: ignore[index]
+    raise SystemExit(f"{' '.join(process.args[1:3])} failed; its error message is above")  # type: ignore[index]
 
 
 class Worker:
-    """One side's process, for one shape; it is loading until `ready`."""
+    """Worker process of one side, for one shape; `ready` waits until it has loaded."""
 
     def __init__(self, side: str, work: Work) -> None:
         self.side, self.work = side, work
@@ -113,28 +113,28 @@ class Worker:
         self._before = 0
 
     def ready(self) -> None:
-        """Wait until everything is loaded."""
+        """Wait until the worker has loaded the model."""
         self._before = answer_of(self._process)["before"]
 
     def series(self, job: str) -> Series:
-        """Room for the turns at a job."""
+        """Create an empty series for a job."""
         work = self.work
         return Series(job, self.side, work.prompt, work.group, work.passes, work.tokens, self._before)
 
     def turn(self, series: Series, counts: bool) -> None:
-        """Do the job once and add it to the series, if it counts.
+        """Run a job once; add the times to the series if `counts` is True.
 
         Raises:
-            Killed: If a signal ended the worker.
-            SystemExit: If it has not done all the work.
+            Killed: If the worker was killed by a signal.
+            SystemExit: If the number of response tokens is wrong, or the worker failed.
         """
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer, or that there is none, says why
+        with suppress(BrokenPipeError):  # `answer_of` reports the reason
             print(series.job, file=self._process.stdin, flush=True)
         answer = answer_of(self._process)
         if answer["tokens"] != self.work.tokens:
             raise SystemExit(
-                f"a {series.job} of {self.side} has {answer['tokens']} response tokens, it should have {self.work.tokens}"
+                f"a {series.job} of {self.side} has {answer['tokens']} response tokens; expected {self.work.tokens}"
             )
         series.peak = answer["peak"]
         if counts:
@@ -142,18 +142,18 @@ class Worker:
             series.cpu_seconds.append(answer["cpu_seconds"])
 
     def close(self) -> None:
-        """Let the process end."""
+        """Close standard input, so that the process ends, and wait for it."""
         self._process.communicate()
 
 
 def measure(work: Work, sides: list[str], repeats: int, warm_ups: int) -> tuple[dict[str, float] | None, list[Series]]:
-    """Return all jobs at one shape; the sides of a job take turns.
+    """Compare and time the sides for one shape; the sides of a job alternate.
 
     Returns:
-        What `speed_parts.check` says, where both sides of a step are there, and the series.
+        The result of `speed_parts.check`, or None unless both sides of the step job are measured. The series of all jobs.
 
     Raises:
-        SystemExit: If the sides do not compute the same, or one has failed.
+        SystemExit: If the sides compute different results, or a worker failed.
     """
     checking = start("speed_parts.check", work.smaller(CHECKED)) if set(JOBS["step"]) <= set(sides) else None
     workers = {side: Worker(side, work) for side in sides}
@@ -165,10 +165,12 @@ def measure(work: Work, sides: list[str], repeats: int, warm_ups: int) -> tuple[
         for job, able in JOBS.items():
             results += turns(job, [workers[side] for side in able if side in workers], repeats, warm_ups)
             if job == "rollout" and GENERATE in workers:
-                workers.pop(GENERATE).close()  # it has no other job; its memory is given back
+                workers.pop(GENERATE).close()  # it has no other job; free its memory
         return found, results
     except Killed as killed:
-        raise SystemExit(f"signal {killed} has ended a worker before its first turn; is there memory enough?") from killed
+        raise SystemExit(
+            f"signal {killed} killed a worker before its first repetition. Check whether the machine has enough memory."
+        ) from killed
     finally:
         for worker in workers.values():
             worker.close()
@@ -177,7 +179,7 @@ def measure(work: Work, sides: list[str], repeats: int, warm_ups: int) -> tuple[
 
 
 def turns(job: str, workers: list[Worker], repeats: int, warm_ups: int) -> list[Series]:
-    """Return one job, A B A B; a worker that is killed is left out from there on."""
+    """Run a job alternately (A B A B) on all workers; skip workers that were killed."""
     series = [worker.series(job) for worker in workers]
     for i in range(warm_ups + repeats):
         for worker, mine in zip(workers, series, strict=True):
