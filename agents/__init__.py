@@ -1,5 +1,6 @@
 """Agents that train causal language models on text envs, through the Stable-Baselines3 API."""
 
+from agents.callbacks import TimeLimit
 from agents.diagnostics import check_agent
 from agents.extractors import TokenEmbeddingExtractor
 from agents.grpo import GRPO
@@ -8,4 +9,4 @@ from agents.ppo import PPO
 from agents.reinforce import REINFORCE
 from agents.vec_env import TextVecEnv
 
-__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv", "TokenEmbeddingExtractor", "check_agent"]
+__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv", "TimeLimit", "TokenEmbeddingExtractor", "check_agent"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.callbacks import (
-    StopRollout,
     remaining_timesteps,
     sync_callbacks,
     update_kl_controllers,
@@ -75,7 +75,7 @@ from agents.policy import Evaluation, LanguagePolicy
 from agents.policy.gradient_checkpointing import check_gradient_checkpointing
 from agents.policy.prompt_encoding import encode_prompts
 from agents.rollout import Rollout, concat
-from agents.sampling.generate import OnTokens, StepState, ignore_tokens
+from agents.sampling.generate import OnTokens, StepState, StopRollout, ignore_tokens
 from agents.sampling.sampler import Sampler
 from agents.training.objective import LossTerms, Statistics
 from agents.training.optimizers import check_sharding, class_of, make_optimizer
@@ -474,8 +474,7 @@ class LanguageAgent(BaseAlgorithm):
                 tb_log_name or type(self).__name__,
             )
         sync_callbacks(callback, self.policy, self.communicator, self.seed)
-        if self.communicator.size == 1:
-            self._on_tokens = watch_sampling(callback)
+        self._on_tokens = watch_sampling(callback)
         callback.on_training_start(locals(), globals())
         iteration = 0
         try:
@@ -508,7 +507,8 @@ class LanguageAgent(BaseAlgorithm):
         except StopRollout:
             pass
         except BaseException:  # also KeyboardInterrupt: write what was logged so far, then re-raise
-            self.logger.dump(self.num_timesteps)
+            with suppress(OSError):  # the error under way matters more
+                self.logger.dump(self.num_timesteps)
             raise
         finally:
             self._on_tokens = ignore_tokens
@@ -694,7 +694,14 @@ class LanguageAgent(BaseAlgorithm):
         """Write what has been recorded to the logger's outputs."""
         new_timesteps = self.num_timesteps - self._num_timesteps_at_start
         record_time(self.logger, iteration, self.num_timesteps, new_timesteps, self.start_time)
-        self.logger.dump(self.num_timesteps)
+        try:
+            self.logger.dump(self.num_timesteps)
+        except OSError as error:  # TensorBoard's writer does not name its file
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error}; the logs were not written. The last update is kept: save the agent to go on",
+                error.filename or self.logger.dir,
+            ) from error
         if self._samples:
             print_samples(self._samples)
             self._samples = []
@@ -1069,10 +1076,14 @@ class LanguageAgent(BaseAlgorithm):
         return full_state_dict(super().get_parameters()) | ({} if weights is None else {"reference": weights})
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
-        """Load weights: those of `get_parameters`, or a checkpoint's."""
+        """Load weights from a dict, as `get_parameters` returns it, or from a checkpoint of this algorithm.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or was saved by another algorithm.
+        """
         params = load_path_or_dict
         if not isinstance(params, dict):
-            verify_archive(params)
+            self._check_file(params)
             _, params, _ = load_from_zip_file(params, device=device, load_data=False)
         self._reference_weights = params.get("reference")
         weights = {key: params[key] for key in params if key != "reference"}
@@ -1083,6 +1094,16 @@ class LanguageAgent(BaseAlgorithm):
         super().set_parameters(weights, exact_match, device)
         if self.env is not None:
             self._restore_reference(self.rules)
+
+    @classmethod
+    def _check_file(cls, path: Any) -> None:
+        """Check that a path or file object is a complete checkpoint of this algorithm; raise a ValueError if not."""
+        if isinstance(path, (str, Path)) and Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a folder, as save_pretrained writes it; make an agent of it: {cls.__name__}({str(path)!r}, env)"
+            )
+        verify_archive(path)
+        check_algorithm(path, cls)
 
     def _restore_reference(self, rules: Rules) -> None:
         """Load the reference's weights from a checkpoint into the env's reference, if there are any."""
@@ -1137,12 +1158,7 @@ class LanguageAgent(BaseAlgorithm):
         """
         with get_communicator().section("load"):
             get_communicator().all_gather_object(None)  # the main process has finished the file
-        if isinstance(path, (str, Path)) and Path(path).is_dir():
-            raise ValueError(
-                f"{path} is a folder, as save_pretrained writes it; make an agent of it: {cls.__name__}({str(path)!r}, env)"
-            )
-        verify_archive(path)
-        check_algorithm(path, cls)
+        cls._check_file(path)
         if isinstance(policy, LanguagePolicy):
             raise TypeError("policy is a LanguagePolicy; give the model, such as LanguagePolicy.lm, or its path")
         if policy is not None and not isinstance(policy, (str, Path, nn.Module)):

@@ -13,6 +13,7 @@ from agents.compatibility import agree_on_ends
 from agents.distributed.communicator import Communicator
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout
+from agents.sampling.generate import StopRollout
 from agents.vec_env import unique_rules
 from llm_env.reference import KLController
 
@@ -77,18 +78,14 @@ def all_callbacks(callback: BaseCallback | None) -> Iterator[BaseCallback]:
         yield from all_callbacks(part)
 
 
-class StopRollout(Exception):
-    """A callback asked to stop while a rollout was being sampled: it is neither trained on nor counted."""
-
-
 class TimeLimit(BaseCallback):
     """Stop training after some seconds, also in the middle of a rollout, which is then not counted.
 
-    Any callback with a method `should_stop() -> bool` is asked in this way: at every decoding step of the policy, and after
-    every rollout.
+    A callback with a method `should_stop() -> bool` is asked at every decoding step. With several processes, every process
+    asks its own callbacks, and all stop if one does.
 
     Args:
-        seconds: of one call of `learn`.
+        seconds: time limit of one call of `learn`, in seconds.
         clock: returns the time in seconds.
 
     Raises:
@@ -147,7 +144,9 @@ def with_progress_bar(callback: Any) -> list[BaseCallback]:
 
 
 def watch_sampling(callback: BaseCallback) -> Callable[[int], None]:
-    """Return what is called with the number of new tokens in every decoding step: progress bars, and who may ask to stop.
+    """Return a function that updates progress bars and asks callbacks to stop at every decoding step.
+
+    It takes the number of new tokens of this process.
 
     Raises:
         StopRollout: If a callback's `should_stop()` is true.

@@ -73,10 +73,24 @@ class Recorder:
                 file.write(b"\n")
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append records."""
-        lines = "".join(json.dumps(record, default=_plain) + "\n" for record in records)
-        with self.path.open("ab") as file:
-            file.write(lines.encode())
+        """Append records.
+
+        Raises:
+            OSError: If they cannot be written, for instance because the disk is full. The file is then as before.
+        """
+        lines = memoryview("".join(json.dumps(record, default=_plain) + "\n" for record in records).encode())
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    while lines:  # an unbuffered write may be partial
+                        lines = lines[file.write(lines) :]
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:  # a full disk does not name the file
+            text = f"{error.strerror or error}; the episodes were not recorded"
+            raise OSError(error.errno, text, error.filename or str(self.path)) from error
 
 
 def _unfinished_line(path: Path) -> bytes:

@@ -184,6 +184,21 @@ class Told(BaseCallback):
         return self.act() if self.n_calls == 2 else True
 
 
+class Stops(BaseCallback):
+    """Asks to stop at a decoding step."""
+
+    def __init__(self, asked_until):
+        super().__init__()
+        self.left = asked_until
+
+    def _on_step(self):
+        return True
+
+    def should_stop(self):
+        self.left -= 1
+        return self.left <= 0
+
+
 def told(folder):
     """One process is told to stop; its callback fails; an update fails; one evaluates alone."""
     rank = int(os.environ["RANK"])
@@ -200,6 +215,8 @@ def told(folder):
     agent = make_agent()
     agent.learn(150, callback=Told(lambda: rank == 1))
     found = {"stopped at": agent.num_timesteps}
+    agent.learn(150, callback=Stops(asked_until=3 if rank == 1 else 10**9))
+    found["stopped while sampling"] = agent.num_timesteps, agent._n_updates
     for exam in (False, True):
         callback = Told(lambda: rank == 1 or fail(OSError("the disk is full")), exam)
         found[f"error, exam {exam}"] = said(lambda callback=callback: agent.learn(150, callback=callback))

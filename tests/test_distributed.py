@@ -127,6 +127,7 @@ def test_what_one_process_is_told_by_a_callback_all_do(alone, tmp_path):
     for one in found:
         assert one["stopped at"] == 0 and furthest(one["weights"], alone[0]["GRPO"]["weights"]) < 1e-6
         assert "at evaluate (results), learn " in one["apart"]
+        assert one["stopped while sampling"] == (0, 0)
     for exam, told in (
         (False, "process 0 of 2 failed, and all stop with it: OSError"),
         (True, "at learn (results), evaluate ("),

@@ -1,7 +1,10 @@
 """Ctrl-C and errors at any moment of `learn`: going on gives the weights of the run that nobody interrupted."""
 
+import errno
 import os
+import resource
 import signal
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -221,6 +224,46 @@ def test_a_full_disk_and_a_folder_that_cannot_be_made_name_the_file(tmp_path, mo
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"agent\.zip was not written"):
         agent.save(tmp_path / "file" / "agent")
+
+
+@contextmanager
+def file_size_limit(size):
+    """Let the operating system refuse to write a file beyond `size` bytes (EFBIG)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_record_that_does_not_fit_the_disk_names_the_file_and_loses_nothing(tmp_path):
+    def make(name):
+        env = make_env(TOKENIZER, letters, tuple("abcdefg"), max_new_tokens=6, record=tmp_path / name)
+        return GRPO(make_model("llama", len(TOKENIZER)), env, group_size=4, n_envs=ROLLOUT, seed=0, learning_rate=1e-2)
+
+    whole, agent = make("whole.jsonl").learn(TOKENS), make("cut.jsonl")
+    agent.learn(1)
+    done, size = agent.num_timesteps, (tmp_path / "cut.jsonl").stat().st_size
+    with file_size_limit(size + 1000), pytest.raises(OSError, match="episodes were not recorded") as caught:
+        agent.learn(TOKENS - done, reset_num_timesteps=False)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / "cut.jsonl")
+    assert agent.num_timesteps == done and (tmp_path / "cut.jsonl").stat().st_size == size
+    agent.learn(TOKENS - done, reset_num_timesteps=False)
+    assert same(agent, whole)
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread ends
+def test_logs_that_do_not_fit_the_disk_name_their_folder_and_the_agent_goes_on(tmp_path):
+    whole = uninterrupted("GRPO")
+    agent = make_agent("GRPO")
+    agent.tensorboard_log = str(tmp_path / "runs")
+    with file_size_limit(2000), pytest.raises(OSError, match="the logs were not written") as caught:
+        agent.learn(TOKENS)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / "runs" / "GRPO_1")
+    agent.learn(TOKENS - agent.num_timesteps, reset_num_timesteps=False, tb_log_name="next")
+    assert same(agent, whole)
 
 
 def test_a_second_ctrl_c_in_an_update_says_what_is_lost_and_the_agent_goes_on(tmp_path, capsys):

@@ -322,6 +322,7 @@ def test_the_algorithm_of_a_file(wrote, tmp_path):
             else:
                 message = rf"saved by {wrote.__name__}, not by {reads.__name__}; load it with {wrote.__name__}.load"
                 refused(reads.load, source, error=ValueError, match=message)
+                refused(agent_of(make_model("llama", V), reads).set_parameters, source, error=ValueError, match=message)
 
 
 def as_of_0_1(path):

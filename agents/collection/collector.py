@@ -16,7 +16,7 @@ from agents.distributed.fsdp import full_params
 from agents.engines.base import Completions, DecodingSpec, Engine
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, concat, from_episodes
-from agents.sampling.generate import OnTokens, ignore_tokens
+from agents.sampling.generate import OnTokens, StopRollout, ignore_tokens
 from agents.sampling.sampler import Sampler
 from agents.vec_env import rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
@@ -260,15 +260,22 @@ def reference_model(rules: Rules) -> nn.Module | None:
 
 
 def gather_rollout(communicator: Communicator, local: Rollout | None, error: Exception | None, device: torch.device) -> Rollout:
-    """Return the rollout of all processes, from the episodes of each; an error in one process is raised in all.
+    """Gather the episodes of all processes into one rollout; raise an error of one process in all.
 
     Args:
         communicator: the processes.
-        local: the episodes of this process; None where it has none.
-        error: what went wrong in this process, if anything did.
-        device: of the result.
+        local: the episodes of this process; None if it has none.
+        error: the error that ended collection in this process, or None.
+        device: device of the result.
+
+    Raises:
+        StopRollout: If a callback asked to stop in any process.
     """
     if communicator.size > 1 and local is not None:
         local = local.to(torch.device("cpu"))
-    parts = [part for part in communicator.gather_or_raise(local, error) if part is not None]
+    stop = error if isinstance(error, StopRollout) else None
+    gathered = communicator.gather_or_raise((local, stop is not None), None if stop is not None else error)
+    if any(stopped for _, stopped in gathered):
+        raise stop or StopRollout("a callback of another process asked to stop")
+    parts = [part for part, _ in gathered if part is not None]
     return parts[0] if communicator.size == 1 else concat(parts).to(device)

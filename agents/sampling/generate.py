@@ -25,6 +25,10 @@ StopRule = Callable[[Sequence[int]], bool]
 OnTokens = Callable[[int], None]
 
 
+class StopRollout(Exception):
+    """Raised by `on_tokens` to end a rollout early: it is neither trained on nor counted."""
+
+
 def ignore_tokens(count: int) -> None:
     """Do nothing with the number of new tokens."""
 
