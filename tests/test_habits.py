@@ -356,8 +356,6 @@ def test_mypy_finds_a_misspelt_keyword_from_outside(tmp_path):
     # Skip large packages that the script does not use: mypy is then three times faster.
     skipped = "[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nfollow_imports = silent\n{skipped}")
-        "[mypy]\nfollow_imports = silent\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"
-    )
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = str(tmp_path / "venv" / "bin" / "python")
     (folder,) = (tmp_path / "venv").glob("lib/python*/site-packages")
