@@ -180,10 +180,10 @@ def response_states(
     """
     fed = responses if with_last else [row[:-1] for row in responses]
     groups = groups_of(prompts, fed)
-    way = sharing_mode(base, BatchShape.of(*groups), prefix_sharing)
-    if way is not None:
+    mode = sharing_mode(base, BatchShape.of(*groups), prefix_sharing)
+    if mode is not None:
         try:
-            return group_states(base, *groups, way)
+            return group_states(base, *groups, mode)
         except PrefixSharingUnsupported:
             if prefix_sharing is True:
                 raise
