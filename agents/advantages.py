@@ -10,7 +10,7 @@ STD_EPSILON = 1e-4  # added to a standard deviation before dividing by it, as TR
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Reward to go: G_t = r_t + gamma * G_{t+1}, over action tokens only.
+    """Compute discounted returns (reward to go) G_t = r_t + gamma * G_{t+1}, over action tokens only.
 
     `rewards`, `mask` and the result are (B, T); the result is 0 outside the mask.
     """
@@ -25,18 +25,18 @@ def gae(
     gae_lambda: float,
     last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438) over action tokens.
+    """Compute generalized advantage estimates (GAE) over action tokens.
 
-    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lambda * A_{t+1}, where t+1 is the *next action token*:
-    tokens outside the mask, padding or written by the env, are skipped.
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lambda * A_{t+1}, where t+1 is the *next action token*.
+    Tokens outside the mask (padding, or written by the env) are skipped. Source: Schulman et al. 2016, arXiv 1506.02438.
 
     Args:
-        rewards: (B, T), one number per action token.
+        rewards: (B, T), one reward per action token.
         values: (B, T), V of the state before each action.
         mask: (B, T), 0/1.
-        gamma: discount per action token.
-        gae_lambda: lambda.
-        last_values: (B,), V of the state after the last action; None means 0, the end of an episode.
+        gamma: discount factor per action token.
+        gae_lambda: lambda, the trade-off between bias and variance.
+        last_values: (B,), V of the state after the last action. None means 0, for episodes that have ended.
 
     Returns:
         Advantages and returns (advantages + values), both (B, T) and 0 outside the mask.
@@ -54,14 +54,16 @@ def gae(
 
 
 def group_relative(rewards: Tensor, group_size: int, scale: str = "std") -> Tensor:
-    """A_i = (r_i - mean) / (std + 1e-4) over the answers to one prompt (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
+    """Compute group-relative advantages A_i = (r_i - mean) / (std + 1e-4) over the responses to one prompt.
 
-    The standard deviation has Bessel's correction. A group of equal rewards gets exactly 0.
+    The standard deviation has Bessel's correction. Groups of equal rewards get exactly 0. Source: DeepSeekMath (GRPO),
+    arXiv 2402.03300, section 4.1.2.
 
     Args:
         rewards: (B,), groups of `group_size` consecutive responses.
         group_size: G, at least 2.
-        scale: `"std"` of the group, `"batch"` for the std of all B rewards, `"none"` for no division (Dr. GRPO).
+        scale: the divisor. `"std"`: the std of the group. `"batch"`: the std of all B rewards. `"none"`: no division
+            (Dr. GRPO).
 
     Returns:
         (B,) advantages.
@@ -70,20 +72,22 @@ def group_relative(rewards: Tensor, group_size: int, scale: str = "std") -> Tens
 
 
 def group_relative_steps(rewards: Tensor, step_ends: Tensor, group_size: int, scale: str = "std") -> Tensor:
-    """Process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3).
+    """Compute group-relative advantages from step rewards (process supervision).
 
-    The rewards of all steps of all answers of a group are normalized together, (r - mean) / (std + 1e-4), as in
-    `group_relative`; then A_{i,t} is the sum of the normalized rewards of the steps of answer i that end at token t or after.
-    Steps of reward 0 count, and steps that end at one token count as one. A group of equal step rewards gets exactly 0.
+    The step rewards of all responses of a group are normalized together, (r - mean) / (std + 1e-4), as in `group_relative`.
+    A_{i,t} is the sum of the normalized rewards of the steps of response i that end at token t or later. Steps of reward 0
+    are included. Steps that end at the same token count as one. Groups of equal step rewards get exactly 0. Source:
+    DeepSeekMath, arXiv 2402.03300, section 4.1.3.
 
     Args:
-        rewards: (B, T), what was paid at each token, groups of `group_size` consecutive responses.
-        step_ends: (B, T), 1 at the last token of each step, 0 elsewhere; rewards elsewhere do not count.
+        rewards: (B, T), reward at each token, groups of `group_size` consecutive responses.
+        step_ends: (B, T), 1 at the last token of each step, 0 elsewhere. Rewards at other tokens are ignored.
         group_size: G, at least 2.
-        scale: what is divided by: `"std"` of the group's step rewards, `"batch"` for that of all, `"none"`.
+        scale: the divisor. `"std"`: the std of the group's step rewards. `"batch"`: the std of all step rewards. `"none"`: no
+            division.
 
     Returns:
-        (B, T) advantages; after the last step of an answer they are 0.
+        (B, T) advantages; 0 after the last step of a response.
     """
     groups, ends = _groups(rewards, group_size), step_ends.to(rewards.dtype)
     steps = _centred_and_scaled(groups, ends.view_as(groups), scale).view_as(rewards)
@@ -91,10 +95,17 @@ def group_relative_steps(rewards: Tensor, step_ends: Tensor, group_size: int, sc
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
-    """A_i = r_i - mean of the other answers' rewards (RLOO, arXiv 2402.14740), (B,) -> (B,); 0 where all are equal.
+    """Compute leave-one-out advantages (RLOO): A_i = r_i - mean of the group's other rewards.
 
-    It is G / (G - 1) times the distance to the group's mean, and, unlike that, without bias: what is taken off does not
-    depend on the answer itself.
+    This equals G / (G - 1) times the difference to the group's mean. Unlike that difference, it is unbiased: the baseline
+    does not depend on the response itself. Source: arXiv 2402.14740.
+
+    Args:
+        rewards: (B,), groups of `group_size` consecutive responses.
+        group_size: G, at least 2.
+
+    Returns:
+        (B,) advantages; 0 in groups of equal rewards.
     """
     return group_relative(rewards, group_size, "none") * group_size / (group_size - 1)
 
@@ -106,7 +117,16 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def _centred_and_scaled(groups: Tensor, chosen: Tensor, scale: str) -> Tensor:
-    """Distances to the mean of each row of `groups`, (N, K), over the chosen (1) entries; 0 at the others."""
+    """Center the chosen entries of each row of `groups` and divide them by the scale.
+
+    Args:
+        groups: (N, K).
+        chosen: N * K entries in any shape, 1 at entries that count, 0 elsewhere.
+        scale: `"std"` of the row, `"batch"` for the std of all chosen entries, `"none"`.
+
+    Returns:
+        (N, K); 0 at entries that are not chosen, and in rows of equal entries.
+    """
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r} must be 'std', 'batch' or 'none'")
     here = chosen.view_as(groups).bool()
@@ -124,20 +144,20 @@ def _std(values: Tensor) -> Tensor:
 
 
 def _equal(groups: Tensor, here: Tensor) -> Tensor:
-    """(N,) bool: rows whose chosen entries are all equal, or of which there are none."""
+    """Return (N,) bool, True for rows whose chosen entries are all equal, or that have none."""
     return torch.where(here, groups, -torch.inf).amax(1) <= torch.where(here, groups, torch.inf).amin(1)
 
 
 def equal_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """(B / G,) bool: the groups whose rewards are all equal and from which nothing can be learned."""
+    """Return (B / G,) bool, True for groups of equal rewards, which give no gradient."""
     groups = rewards.view(-1, group_size)
     return _equal(groups, torch.ones_like(groups).bool())
 
 
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Advantages (B, T) with mean 0 and standard deviation 1 over all action tokens of the batch; 0 outside the mask.
+    """Normalize advantages (B, T) to mean 0 and std 1 over all action tokens of the batch; 0 outside the mask.
 
-    With fewer than two action tokens there is no spread to divide by, and only the mean is taken off.
+    With fewer than two action tokens, the mean is subtracted without division by a std.
     """
     chosen = advantages[mask.bool()]
     std = chosen.std() if chosen.numel() > 1 else torch.ones_like(chosen.sum())

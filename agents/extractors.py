@@ -1,4 +1,4 @@
-"""What lets the agents of Stable-Baselines3 read tokens."""
+"""Features extractor of text observations, for the agents of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from torch import Tensor, nn
 
 
 class TokenEmbeddingExtractor(BaseFeaturesExtractor):
-    """Features of the tokens so far, for SB3's own agents on a text env: token ids as plain numbers teach them little.
+    """Features extractor that embeds tokens, for Stable-Baselines3's own agents on a text env.
+
+    SB3's default extractors pass token ids on as plain numbers, from which an agent learns little. Use it as follows:
 
         stable_baselines3.PPO(
             "MultiInputPolicy", env, policy_kwargs={"features_extractor_class": TokenEmbeddingExtractor}
         )
 
-    and `"MlpPolicy"` on an env with `observation="flat"`. Every token becomes the sum of an embedding of its id and one of
-    its position. A linear layer reads all of them in their places, so that their order, and with it the prompt, is seen;
-    beside it stands the last token by itself, whose position says how many there are. Padding counts as zero, whatever its id.
+    On an env with `observation="flat"`, use `"MlpPolicy"`. Every token becomes the sum of a token embedding and a position
+    embedding; padding becomes zero, whatever its id. The features are the concatenation of two parts. The first is the
+    embedding of the last token, whose position encodes the number of tokens. The second is a linear layer with ReLU over the
+    concatenated embeddings of all positions, which keeps their order.
 
-    The linear layer has L * embedding_dim * features_dim weights: meant for short texts and small vocabularies. A language
-    model is trained with the agents of this package.
+    The linear layer has about L * embedding_dim * features_dim weights, so this class is meant for short texts and small
+    vocabularies. To train a language model, use the agents of this package.
 
     Args:
-        observation_space: a text env's, of either form.
-        features_dim: F, the size of the feature vector.
+        observation_space: observation space of a text env, dict or flat.
+        features_dim: size of the feature vector, F.
         embedding_dim: size of an embedding; less than F.
 
     Raises:
-        ValueError: If the space is not a text env's, or `embedding_dim` leaves no room.
+        ValueError: If the space is not that of a text env, or `embedding_dim` is not between 1 and F - 1.
     """
 
     def __init__(self, observation_space: spaces.Space, features_dim: int = 128, embedding_dim: int = 32) -> None:
@@ -44,7 +47,7 @@ class TokenEmbeddingExtractor(BaseFeaturesExtractor):
         self.read = nn.Linear(length * embedding_dim, features_dim - embedding_dim)
 
     def forward(self, observations: dict[str, Tensor] | Tensor) -> Tensor:
-        """Features (B, F) of observations in which SB3 has made every number a float, which holds ids up to 2**24."""
+        """Return features (B, F). SB3 converts observations to float32, which represents ids up to 2**24 exactly."""
         if isinstance(observations, dict):
             ids, mask = observations["input_ids"], observations["attention_mask"] > 0
         else:

@@ -1,7 +1,7 @@
 """Losses and KL estimators: pure functions on (B, T) tensors. B responses, T tokens; masks are 1 at action tokens.
 
-Every loss is a sum of per-token terms times `token_weights`. The weights are taken over a whole optimizer step, so that
-the gradient is the same however the step is cut into micro-batches or padded.
+Every loss is the sum of per-token terms times `token_weights`. The weights are computed over a whole optimizer step. So the
+gradient does not depend on padding or on how the step is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from torch import Tensor
 AGGREGATIONS = ("token", "sequence", "constant")
 RATIO_LEVELS = ("token", "sequence")
 SURROGATES = ("clip", "cispo")
-LOG_RATIO_LIMIT = 20.0  # clamped before exp: clamping after it gives 0 * inf = NaN in the backward pass
+LOG_RATIO_LIMIT = 20.0  # clamp before exp: clamping afterwards gives 0 * inf = NaN in the backward pass
 
 
 def token_weights(mask: Tensor, aggregation: str = "token", length_limit: int | None = None) -> Tensor:
-    """Compute the weight of every token in the loss of one optimizer step, (B, T); 0 outside the mask.
+    """Compute the loss weight of every token in one optimizer step, (B, T); 0 outside the mask.
 
     Args:
-        mask: (B, T), 0/1, of all responses of the step.
-        aggregation: `"token"`, the mean over all action tokens (DAPO, arXiv 2503.14476); `"sequence"`, the mean over each
-            response's tokens and then over responses (GRPO, arXiv 2402.03300); `"constant"`, the sum divided by
+        mask: (B, T), 0/1, over all responses of the step.
+        aggregation: `"token"`: mean over all action tokens (DAPO, arXiv 2503.14476). `"sequence"`: mean over the tokens of
+            each response, then mean over responses (GRPO, arXiv 2402.03300). `"constant"`: sum over all tokens divided by
             B * length_limit (Dr. GRPO, arXiv 2503.20783).
-        length_limit: the constant of `"constant"`, in tokens; T by default.
+        length_limit: length in the divisor of `"constant"`, in tokens. Default: T.
+
+    Raises:
+        ValueError: If `aggregation` is none of these.
     """
     mask = mask if mask.is_floating_point() else mask.float()
     if aggregation == "token":
@@ -38,15 +41,18 @@ def token_weights(mask: Tensor, aggregation: str = "token", length_limit: int | 
 
 
 def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor | None = None, level: str = "token") -> Tensor:
-    """Rho = pi / pi_old, (B, T), from log-probs in nats.
+    """Compute the probability ratio rho = pi / pi_old, (B, T).
 
     Args:
-        logp: (B, T), log pi of the action tokens.
-        old_logp: (B, T), log pi_old of them.
-        mask: (B, T), 0/1; needed for `"sequence"`.
-        level: `"token"`: each token's own; `"sequence"`: the geometric mean over the response's tokens, s_i, at each of them
-            (GSPO, arXiv 2507.18071). Its gradient is that of the paper's GSPO-token, s_i * grad log pi at each token,
-            which adds up to GSPO's where a response's tokens share advantage and weight.
+        logp: (B, T), log pi of the action tokens, in nats.
+        old_logp: (B, T), log pi_old of the action tokens, in nats.
+        mask: (B, T), 0/1; required for `"sequence"`.
+        level: `"token"`: one ratio per token. `"sequence"`: s_i, the geometric mean of the ratios of the response's tokens, at
+            each of these tokens (GSPO, arXiv 2507.18071). The gradient is that of the paper's GSPO-token, s_i * grad log pi
+            at each token. It sums to GSPO's gradient if all tokens of a response have the same advantage and weight.
+
+    Raises:
+        ValueError: If `level` is neither.
     """
     log_ratio = logp - old_logp
     if level == "sequence":
@@ -60,16 +66,17 @@ def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor | None = None, level: str
 
 
 def truncated_importance(old_logp: Tensor, sampled_logp: Tensor, cap: float) -> Tensor:
-    """min(pi_old / pi_sampled, cap) per token, (B, T), without gradient: what makes tokens of another policy count as pi_old's.
+    """Compute truncated importance weights min(pi_old / pi_sampled, cap) per token, (B, T), without gradient.
 
-    pi_old is the policy before the update by the training path, pi_sampled what drew the tokens: another engine's kernels, or
-    older weights. Truncated importance sampling, Ionides 2008, https://doi.org/10.1198/106186008X320456; for this gap Yao et
-    al. 2025, https://fengyao.notion.site/off-policy-rl.
+    They correct for tokens that were sampled from a policy other than pi_old. pi_old is the policy before the update, as
+    computed in training. pi_sampled is the policy that sampled the tokens: an engine with other kernels, or older weights.
+    Truncated importance sampling: Ionides 2008, https://doi.org/10.1198/106186008X320456. Between training and sampling
+    engines: Yao et al. 2025, https://fengyao.notion.site/off-policy-rl.
 
     Args:
         old_logp: (B, T), log pi_old of the action tokens, in nats.
-        sampled_logp: (B, T), log pi_sampled of them.
-        cap: the largest weight; bounds the variance, at the price of a bias where it is reached.
+        sampled_logp: (B, T), log pi_sampled of the action tokens, in nats.
+        cap: maximum weight. It bounds the variance, but adds a bias where weights are truncated.
     """
     return ratio(old_logp, sampled_logp).detach().clamp(max=cap)
 
@@ -81,10 +88,10 @@ def clipped_terms(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps_high) A) per token, (B, T) (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+    """Compute PPO's clipped loss -min(rho A, clip(rho, 1 - eps, 1 + eps_high) A) per token, (B, T).
 
-    With `dual_clip` = c, where A < 0: -max(c A, that min), so that a rho without bound cannot make an update without bound
-    (Ye et al. 2020, arXiv 1912.09729).
+    Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7. With `dual_clip` = c and A < 0, the loss is
+    -max(c A, min(...)), which is bounded even if rho is not (dual-clip PPO, Ye et al. 2020, arXiv 1912.09729).
     """
     clipped = rho.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     objective = torch.minimum(rho * advantages, clipped * advantages)
@@ -96,16 +103,17 @@ def clipped_terms(
 def cispo_terms(
     logp: Tensor, rho: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
 ) -> Tensor:
-    """-sg[clip(rho, 1 - eps, 1 + eps_high)] A log pi per token, (B, T) (CISPO: MiniMax-M1, arXiv 2506.13585).
+    """Compute the CISPO loss -sg[clip(rho, 1 - eps, 1 + eps_high)] A log pi per token, (B, T).
 
-    The importance weight is clipped and no gradient goes through it, so that no token falls out of the update.
+    The importance weight is clipped and detached (sg), so that every token contributes a gradient. Source: MiniMax-M1,
+    arXiv 2506.13585.
     """
     clipped = rho.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     return -clipped.detach() * advantages * logp
 
 
 def check_dual_clip(dual_clip: float | None, surrogate: str) -> None:
-    """Raise if `dual_clip` is given for a surrogate whose weights are clipped on both sides."""
+    """Raise if `dual_clip` is set with `surrogate="cispo"`, which clips weights on both sides already."""
     if dual_clip is not None and surrogate == "cispo":
         raise ValueError(f"dual_clip={dual_clip} has no meaning for surrogate='cispo', whose weights are clipped on both sides")
 
@@ -122,7 +130,7 @@ def surrogate_terms(
     level: str = "token",
     surrogate: str = "clip",
 ) -> Tensor:
-    """Minus the objective per token, (B, T): `clipped_terms` or `cispo_terms` of the `ratio`; see `clipped_surrogate`."""
+    """Compute the policy loss per token, (B, T): `clipped_terms` or `cispo_terms`. See `clipped_surrogate`."""
     rho = ratio(logp, old_logp, mask, level)
     if surrogate == "clip":
         return clipped_terms(rho, advantages, clip_range, clip_range_high, dual_clip)
@@ -143,31 +151,35 @@ def clipped_surrogate(
     length_limit: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """Return the policy's loss, a scalar: `surrogate_terms` summed with `token_weights`.
+    """Compute the policy loss, a scalar: the sum of `surrogate_terms` times `token_weights`.
 
     Args:
         logp: (B, T), log pi of the action tokens, in nats.
-        old_logp: (B, T), log pi_old of them.
+        old_logp: (B, T), log pi_old of the action tokens, in nats.
         advantages: (B, T).
         mask: (B, T), 0/1.
-        clip_range: eps.
-        clip_range_high: eps of the upper bound ("clip-higher", DAPO); `clip_range` by default.
-        aggregation: see `token_weights`.
-        length_limit: see `token_weights`.
-        options: `dual_clip` (a number above 1, or None), `level` of the ratio (`"token"`, `"sequence"`) and `surrogate`
-            (`"clip"`, `"cispo"`).
+        clip_range: eps, clip range of the ratio.
+        clip_range_high: eps of the upper bound ("clip-higher", DAPO). Default: `clip_range`.
+        aggregation: `"token"`, `"sequence"` or `"constant"`; see `token_weights`.
+        length_limit: length in the divisor of `"constant"`, in tokens; see `token_weights`.
+        options: `dual_clip` (a number above 1, or None), `level` of the ratio (`"token"` or `"sequence"`) and `surrogate`
+            (`"clip"` or `"cispo"`).
     """
     terms = surrogate_terms(logp, old_logp, advantages, mask, clip_range, clip_range_high, **options)
     return weighted_sum(terms, token_weights(mask, aggregation, length_limit))
 
 
 def weighted_sum(terms: Tensor, weights: Tensor) -> Tensor:
-    """Sum of terms * weights where the weight is not 0: what stands at padding, even a NaN, does not count."""
+    """Sum terms * weights over positive weights, so that NaN at padding has no effect."""
     return (torch.where(weights > 0, terms, 0.0) * weights).sum()
 
 
 def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_vf: float | None) -> Tensor:
-    """0.5 * max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) per token, (B, T); unclipped with None."""
+    """Compute the clipped value loss per token, (B, T).
+
+    0.5 * max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), eps = `clip_range_vf`. Not clipped if `clip_range_vf` is
+    None.
+    """
     error = (values - returns) ** 2
     if clip_range_vf is not None:
         clipped = old_values + (values - old_values).clamp(-clip_range_vf, clip_range_vf)
@@ -176,26 +188,28 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, clip_range_
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Return the plain estimate of KL(pi, pi_ref) per token: -d, d = ref_logp - logp.
+    """Estimate KL(pi, pi_ref) per token by k1 = -d, d = ref_logp - logp.
 
-    Both inputs and the result are (B, T), in nats. Unbiased, of either sign; as a loss its expected gradient is zero.
+    Both inputs and the result are (B, T), in nats. Unbiased; may be negative. As a loss, its expected gradient is zero.
     http://joschu.net/blog/kl-approx.html
     """
     return logp - ref_logp
 
 
 def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """d^2 / 2, d = ref_logp - logp, per token: biased, but on-policy its gradient is that of the reverse KL.
+    """Estimate KL(pi, pi_ref) per token by k2 = d^2 / 2, d = ref_logp - logp.
 
-    Both inputs and the result are (B, T), in nats. http://joschu.net/blog/kl-approx.html
+    Both inputs and the result are (B, T), in nats. Biased, but on-policy its gradient is that of the reverse KL.
+    http://joschu.net/blog/kl-approx.html
     """
     return 0.5 * (ref_logp - logp) ** 2
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Schulman's low-variance estimate of KL(pi, pi_ref) per token: exp(d) - d - 1, d = ref_logp - logp.
+    """Estimate KL(pi, pi_ref) per token by k3 = exp(d) - d - 1, d = ref_logp - logp.
 
-    Both inputs and the result are (B, T), in nats; never negative. d is clamped to +-20 before exp.
+    Schulman's low-variance estimator. Both inputs and the result are (B, T), in nats; never negative. d is clamped to +-20
+    before exp.
     http://joschu.net/blog/kl-approx.html
     """
     d = (ref_logp - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -208,8 +222,10 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 def ratio_statistics(
     logp: Tensor, old_logp: Tensor, mask: Tensor, low: float, high: float, level: str = "token"
 ) -> dict[str, Tensor]:
-    """Means over the action tokens: `approx_kl`, Schulman's estimate of KL(pi_old, pi), and `clip_fraction`, the share of
-    ratios (of the given level) outside [1 - low, 1 + high].
+    """Compute `approx_kl` and `clip_fraction`, means over the action tokens.
+
+    `approx_kl` is Schulman's k3 estimate of KL(pi_old, pi), from token ratios. `clip_fraction` is the fraction of ratios (of the
+    given level) outside [1 - low, 1 + high].
     """
     with torch.no_grad():
         here = mask.bool()

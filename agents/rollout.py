@@ -1,4 +1,4 @@
-"""A rollout: the record of a batch of episodes that travels through training."""
+"""The rollout buffer: a batch of episodes with all data that training needs."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from torch import Tensor, nn
 
 @dataclass
 class Rollout:
-    """B episodes with responses of up to T tokens, padded on the right; rows iG..iG+G-1 answer one prompt.
+    """A batch of B episodes with responses of up to T tokens, padded on the right.
+
+    Rows iG..iG+G-1 are the responses to one prompt.
 
     Attributes:
         prompts: B lists of token ids.
-        responses: B lists of token ids, the end token included.
-        mask: (B, T) float32, 1 at action tokens (the end token is one, padding is not).
-        rewards: (B, T) float32, what the env paid for each action token.
-        sampled_logp: (B, T) float32, log pi by the sampling path, in nats.
-        ref_logp: (B, T) float32, log pi_ref, in nats; None without a reference.
-        step_ends: (B, T) float32, 1 at the last token of each step that was rewarded; where the env tells of no steps,
-            at the last token and where something was paid.
-        truncated: (B,) bool, ended by the length limit.
+        responses: B lists of token ids, including the end token.
+        mask: (B, T) float32, 1 at action tokens (the end token is an action, padding is not).
+        rewards: (B, T) float32, reward of each action token.
+        sampled_logp: (B, T) float32, log pi as computed while sampling, in nats.
+        ref_logp: (B, T) float32, log pi_ref, in nats; None without a reference model.
+        step_ends: (B, T) float32, 1 at the last token of each rewarded step, and at every token with a nonzero reward. If the
+            env reports no steps, also 1 at the last token of the response.
+        truncated: (B,) bool, True if the length limit ended the episode.
         infos: B dicts, the last info of each episode.
-        group_size: G.
-        old_logp: (B, T) float32, log pi by the training path before the first update, in nats; None until computed.
-        old_values: (B, T) float32, V by the training path before the first update; None without a value head.
+        group_size: number of consecutive responses to one prompt, G.
+        old_logp: (B, T) float32, log pi as computed in training, before the first update, in nats; None until computed.
+        old_values: (B, T) float32, V as computed in training, before the first update; None without a value head.
         last_values: (B,) float32, V of the state after the last token; None without a value head.
         advantages: (B, T) float32; None until computed.
-        returns: (B, T) float32, targets of the values; None without a value head.
+        returns: (B, T) float32, regression targets of the values; None without a value head.
     """
 
     prompts: list[list[int]]
@@ -55,21 +57,21 @@ class Rollout:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(B,) int64, action tokens of each episode."""
+        """Number of action tokens of each episode, (B,) int64."""
         return np.array([len(response) for response in self.responses])
 
     @property
     def scores(self) -> Tensor:
-        """(B,) float32, each episode's undiscounted return: the sum of its rewards."""
+        """Undiscounted return of each episode, (B,) float32: the sum of its rewards."""
         return self.rewards.sum(1)
 
     def to(self, device: torch.device) -> Rollout:
-        """Return a copy with all tensors on a device."""
+        """Return a copy with all tensors on the device."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def select(self, rows: Sequence[int]) -> Rollout:
-        """Return some of the rows, cut to the longest response among them."""
+        """Return a rollout of some rows, padded to the longest response among them."""
         width = max(len(self.responses[row]) for row in rows)
         index = torch.as_tensor(rows, device=self.mask.device)
         chosen: dict[str, Any] = {}
@@ -82,7 +84,7 @@ class Rollout:
 
 
 def concat(rollouts: Sequence[Rollout]) -> Rollout:
-    """Return the episodes of several rollouts as one, padded to the longest response."""
+    """Concatenate rollouts, padded to the longest response."""
     width = max(rollout.mask.shape[1] for rollout in rollouts)
     columns: dict[str, Any] = {}
     for name, value in vars(rollouts[0]).items():
@@ -113,18 +115,19 @@ def from_episodes(
     group_size: int,
     device: torch.device,
 ) -> Rollout:
-    """Pad B episodes to a rollout.
+    """Build a rollout from B episodes, with padding on the right.
 
     Args:
         prompts: B lists of token ids.
         responses: B lists of token ids.
-        rewards: B rows of one number per action token.
-        logprobs: B rows, log pi of the action tokens by the sampling path, in nats.
-        ref_logprobs: B rows, log pi_ref of them, in nats; None without a reference.
-        truncated: B bools, whether the length limit ended the episode.
-        infos: B dicts, the last info of each episode; `step_ends` lists the tokens at which rewarded steps end.
-        group_size: G.
-        device: of the tensors.
+        rewards: B rows with one reward per action token.
+        logprobs: B rows with log pi of the action tokens as computed while sampling, in nats.
+        ref_logprobs: B rows with log pi_ref of the action tokens, in nats; None without a reference model.
+        truncated: B bools, True if the length limit ended the episode.
+        infos: B dicts, the last info of each episode. The optional entry `step_ends` lists the token indices at which rewarded
+            steps end.
+        group_size: number of consecutive responses to one prompt, G.
+        device: device of the tensors.
     """
     return Rollout(
         prompts=prompts,

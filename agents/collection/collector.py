@@ -101,7 +101,9 @@ class ResponseCollector:
         steps: list[Any] = []
 
         def on_turns(_: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
-            steps.append(venv.step_responses(spread(rows, turns, venv.num_envs), spread(rows, logprobs, venv.num_envs)))
+            steps.append(
+                venv.step_responses(scatter_rows(rows, turns, venv.num_envs), scatter_rows(rows, logprobs, venv.num_envs))
+            )
             return [None] * len(turns)
 
         heads = [prompts[row] for row in rows[:: self.group_size]]
@@ -249,7 +251,7 @@ def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
     return {**info, "prompt": prompt, "completion": completion}
 
 
-def spread(rows: range, values: Sequence[Any], count: int) -> list[Any]:
+def scatter_rows(rows: range, values: Sequence[Any], count: int) -> list[Any]:
     """Return a list of `count` entries: `values` at `rows`, and empty lists at the rows of other processes."""
     return [[]] * rows.start + list(values) + [[]] * (count - rows.stop)
 

@@ -1,16 +1,16 @@
-"""Trials of a few tokens that find out, once a model, how rows of different lengths can share its forward pass.
+"""Detect a model's capabilities with trial forward passes: padding side, causality, attention windows.
 
-A forward pass over B rows has one of two layouts:
+Each trial uses a few tokens and runs once per model. A forward pass over B rows has one of two layouts:
 
-- "left": `[prompt, padded on the left | response, padded on the right]` under an attention mask, with position ids. The model
-  has to ignore what the mask hides, and to count positions without it: RWKV, xLSTM and BART's decoders do not.
-- "right": whole rows, padded on the right, and nothing but token ids. It suits every causal model: no token sees a later one.
+- "left": `[prompt, padded on the left | response, padded on the right]`, with an attention mask and position ids. The model
+  must ignore masked tokens and must not count them as positions. RWKV, xLSTM and BART's decoders do not.
+- "right": whole rows, padded on the right, without a mask. It works with every causal model, as no token attends to later ones.
 
-A model whose log-probs of a token depend on later tokens is refused: sampling, which does not have them yet, would draw from
-another distribution than the one that is trained.
+A model is rejected if its log-probs of a token depend on later tokens. Sampling does not have these tokens yet, so it would
+sample from a different distribution than the one that is trained.
 
-Outputs that are not finite, or that hardly differ from token to token (a head that begins at zero), tell nothing. Then there is
-no verdict: what suits every causal model is done, and the trial is made again the next time.
+A trial is inconclusive if its outputs are not finite, or hardly differ between tokens (for example, with a head initialized to
+zero). Then the choice is the one that works with every causal model, and the trial is repeated next time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from llm_env.lm.inputs import evaluation_mode, model_inputs, pad, without_cache
 from llm_env.lm.positions import max_positions
 from llm_env.lm.shared_prompt import WindowProbe, attention_by, window_of
 
-LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # of the rows of a trial, in tokens; for models with few positions
-LONG = 160  # of a row that is longer than most chunks, blocks and windows that a config does not name
-TOLERANCE = 1e-3  # of the outputs' spread: in tiny models rounding stays under 1e-5 of it, and faults are over 2e-3
-LEAST_SPREAD = 1 / 32  # of the outputs' size, in half precision; in float32 it is 5e-4
-LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that a mask can describe
+LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # row lengths of a trial, in tokens; SHORT for models with few positions
+LONG = 160  # row length, in tokens, that exceeds most attention chunks, blocks and windows that configs do not name
+TOLERANCE = 1e-3  # relative to the outputs' std: in tiny models, rounding is below 1e-5 and faults are above 2e-3
+LEAST_SPREAD = 1 / 32  # minimum std between tokens in half precision, relative to the outputs' RMS; in float32 5e-4
+LAYERS = {"full_attention", "sliding_attention"}  # layer types that a mask can describe
 REMEDY = "give a causal language model, as AutoModelForCausalLM.from_pretrained(...) loads it"
 
 
@@ -42,17 +42,17 @@ class NotCausal(TypeError):
 
 @contextmanager
 def trial(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within, without gradients and autocast; the modules' modes are restored after it."""
+    """Context for a trial: evaluation mode, no gradients, no autocast. Restores the modules' modes afterwards."""
     with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         yield
 
 
 @contextmanager
 def refusing(model: PreTrainedModel) -> Iterator[None]:
-    """An error within becomes one that says what model it is that cannot be used.
+    """Context that converts errors to `NotCausal`, with the model's class in the message.
 
     Raises:
-        NotCausal: If anything but a lack of memory is raised within.
+        NotCausal: If the block raises anything but an out-of-memory error.
     """
     try:
         yield
@@ -66,14 +66,14 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Return how many token ids a language model, or one without its head, embeds.
+    """Return the number of token ids that a model embeds; the model may have a head or not.
 
     Raises:
-        NotCausal: If it embeds no ids, or several codebooks of them.
+        NotCausal: If the model does not embed token ids, or embeds several codebooks of them.
     """
     try:
         embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # decoders of encoder-decoder models without their heads; ids are embedded before positions
+    except NotImplementedError:  # headless decoders of encoder-decoder models; their first embedding is that of ids
         embeddings = next(module for module in model.modules() if isinstance(module, nn.Embedding))
     if not isinstance(getattr(embeddings, "weight", None), Tensor):
         raise NotCausal(
@@ -84,50 +84,50 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 
 def trial_rows(model: PreTrainedModel, short: bool = False) -> list[list[int]]:
-    """Return rows of different lengths, of tokens from the middle of the vocabulary: special tokens stand at its ends."""
+    """Return trial rows of different lengths. Tokens are from the middle of the vocabulary, to avoid special tokens."""
     lengths = LENGTHS if _room(model) > LENGTHS[0] and not short else SHORT
     rows = [[token(model, 5 * i + 3 * row) for i in range(length)] for row, length in enumerate(lengths)]
     padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
     if isinstance(padding, int) and 0 <= padding < vocabulary_of(model):
-        rows[0][1] = padding  # RoBERTa gives it no position, XLM hides it; it may be drawn all the same
+        rows[0][1] = padding  # RoBERTa gives it no position, XLM masks it, but the policy can still sample it
     return rows
 
 
 def _room(model: PreTrainedModel) -> int:
-    """Return how many tokens a row of a trial may have; some models use up to four positions for other things (ProphetNet)."""
+    """Return the maximum length of a trial row; some models reserve up to four positions (ProphetNet)."""
     return min(LONG, (max_positions(model) or LONG + 4) - 4)
 
 
 def token(model: PreTrainedModel, number: int) -> int:
-    """A token id from the middle third of the vocabulary, in no pattern: rows of one token over and over would hide faults."""
+    """Return a pseudo-random token id from the middle third of the vocabulary; repeated tokens would hide faults."""
     size = vocabulary_of(model)
     span = max(size // 3, min(size, 3))
     return min(size // 3, size - span) + ((number + 1) * 2654435761 % 2**32 >> 8) % span  # Knuth's multiplicative hash
 
 
 def agree(outputs: Sequence[Tensor], expected: Sequence[Tensor], noise: float | Tensor = 0.0) -> bool:
-    """Return whether outputs (n, H) a row are those expected, up to rounding.
+    """Return whether outputs equal the expected outputs up to rounding.
 
-    The measure is how much the expected outputs differ from token to token, so that a fault shows in nearly uniform
-    distributions, too. A model in half precision rounds more.
+    The tolerance is relative to how much the expected outputs differ between tokens. So a fault is also detected in nearly
+    uniform distributions. It is larger in half precision.
 
     Args:
-        outputs: of some rows, (n, H) each.
-        expected: of the same rows.
-        noise: the largest difference that the size of a batch makes, in the outputs' unit.
+        outputs: the outputs of some rows, (n, H) each.
+        expected: the expected outputs of the same rows, (n, H) each.
+        noise: the largest difference that another batch size causes, in the outputs' unit.
     """
     relative = max(TOLERANCE, 16 * torch.finfo(expected[0].dtype).eps)
     return bool(_difference(outputs, expected) <= relative * _spread(torch.cat(list(expected))) + 4 * noise)
 
 
 def _spread(outputs: Tensor) -> Tensor:
-    """How much outputs (n, H) differ from token to token, a root mean square."""
+    """Return how much outputs (n, H) differ between tokens, as a root mean square."""
     tokens = outputs.float()
     return (tokens - tokens.mean(0)).square().mean().sqrt()
 
 
 def tells(outputs: Tensor) -> bool:
-    """Whether a trial on outputs (n, H) means anything: they are finite, and differ by far more than they are rounded."""
+    """Return whether outputs (n, H) are informative: finite, and different between tokens by far more than rounding."""
     size = outputs.float().square().mean().sqrt()
     least = min(4 * torch.finfo(outputs.dtype).eps / TOLERANCE, LEAST_SPREAD) * size
     return bool(outputs.isfinite().all() and _spread(outputs) > least)
@@ -138,7 +138,7 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor
 
 
 def plain_outputs(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Logits, or last hidden states of a model without a head, (B, L, H), of rows of one length from token ids alone."""
+    """Run a model on equally long rows of token ids, without padding; return logits or last hidden states (B, L, H)."""
     return _outputs(model, input_ids=torch.tensor(rows, device=model.device))
 
 
@@ -152,9 +152,10 @@ Verdicts = WeakKeyDictionary[PreTrainedModel, bool]
 
 
 def passes_once(model: PreTrainedModel, verdicts: Verdicts, passes: Callable[[PreTrainedModel], bool]) -> bool:
-    """Return whether a model passes a trial, which is made once; an error within it, but for a lack of memory, is a failure.
+    """Return whether a model passes a trial, and cache the result in `verdicts`.
 
-    Without a verdict, see the module, it does not for the time being.
+    An error in the trial counts as a failure; an out-of-memory error is re-raised. If the model's outputs are uninformative
+    (see the module), the result is False and is not cached.
     """
     if model not in verdicts:
         with trial(model):
@@ -173,15 +174,16 @@ _takes_left: Verdicts = WeakKeyDictionary()
 
 
 def takes_left_padding(model: PreTrainedModel) -> bool:
-    """Whether a pass in the "left" layout gives what a plain forward pass gives for each row alone; found out by a trial.
+    """Return whether a model supports left padding, according to a trial.
 
-    Without a verdict, see the module, it does not for the time being.
+    It does if a forward pass in the "left" layout gives the same outputs as each row alone. If the trial is inconclusive (see
+    the module), the result is False and is not cached.
 
     Args:
-        model: a causal language model, or one without its head.
+        model: a causal language model, with or without its head.
 
     Raises:
-        NotCausal: If the model computes nothing from token ids alone, or a token's outputs depend on later tokens.
+        NotCausal: If the model cannot compute outputs from token ids alone, or a token's outputs depend on later tokens.
     """
     if model not in _takes_left:
         with trial(model):
@@ -214,18 +216,18 @@ def _try_padding(model: PreTrainedModel) -> bool | None:
     prompts, mask = pad([row[:cut] for row, cut in zip(rows, cuts, strict=True)], "left", model.device)
     rest, rest_mask = pad([row[cut:] for row, cut in zip(rows, cuts, strict=True)], "right", model.device)
     ids, mask = torch.cat([prompts, rest], 1), torch.cat([mask, rest_mask], 1)
-    ids = ids.masked_fill(mask == 0, rows[1][-1])  # the embedding of token 0 may be zero, which hides a fault
+    ids = ids.masked_fill(mask == 0, rows[1][-1])  # not token 0: its embedding may be zero, which hides faults
     try:
         padded = _outputs(model, **model_inputs(model, ids, mask))
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # the "right" layout is taken
+    except Exception:  # use the "right" layout
         return False
     return agree([outputs[keep] for outputs, keep in zip(padded, mask.bool(), strict=True)], alone, noise)
 
 
 def _long_outputs(model: PreTrainedModel, row: list[int]) -> Tensor | None:
-    """Outputs at a row's tokens, which a row of `LONG` tokens begins with; None for models that describe what they see."""
+    """Return the outputs at a row's tokens when the row is extended to `LONG` tokens; None if `describable`."""
     length = _room(model)
     if length <= len(row) or describable(model.base_model):
         return None
@@ -236,9 +238,9 @@ _describable: Verdicts = WeakKeyDictionary()
 
 
 def describable(base: PreTrainedModel) -> bool:
-    """Whether all layers of a model without its head say what they see: nothing hidden but by windows that the config names.
+    """Return whether the config describes the attention of all layers: full, or in the sliding window that it names.
 
-    A trial on a few tokens would not show a window, a chunk or a block that is hidden in a model's own attention.
+    A trial on a few tokens cannot detect a window, chunk or block that is implemented in a model's own attention code.
     """
     if base not in _describable:
         with trial(base):
@@ -258,17 +260,17 @@ def _describes(base: PreTrainedModel) -> bool:
         window = window_of(base)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # an error that is the model's own comes again where it is computed in earnest
+    except Exception:  # an error of the model itself is raised again in the real forward pass
         return False
     found = {seen for seen in probe.windows if seen is not None}
-    layers = range(getattr(config, "num_hidden_layers", 0))  # a layer that is computed twice keeps two sets of keys
+    layers = range(getattr(config, "num_hidden_layers", 0))  # a layer that is computed twice has two sets of keys
     return sorted(probe.layers) == list(layers) and found == (set() if window is None else {window})
 
 
 def padding_side(model: PreTrainedModel) -> Literal["left", "right"]:
-    """Return the layout of a forward pass that scores rows; see the module.
+    """Return the layout of a forward pass that scores rows, "left" or "right"; see the module.
 
-    "left" takes a trial and a model that describes what it sees, since the trial's padding is short.
+    "left" requires that the trial passes and that the model is `describable`, since the trial only tests short padding.
     """
     return "left" if takes_left_padding(model) and describable(model.base_model) else "right"
 
@@ -277,7 +279,7 @@ _widths: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 
 def width_of(base: PreTrainedModel) -> int:
-    """H, the width of the last hidden states of a model without its head, from a pass over one token."""
+    """Return the hidden size H of a model without its head, from a forward pass over one token."""
     if base not in _widths:
         with trial(base):
             _widths[base] = plain_outputs(base, [[0]]).shape[-1]

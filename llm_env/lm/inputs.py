@@ -1,4 +1,4 @@
-"""A forward pass over rows of token ids: its keyword arguments, and the modules' mode."""
+"""Inputs of a forward pass: padding, attention mask, position ids, and evaluation mode."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from transformers import PreTrainedModel
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows of token ids as one int64 tensor (B, longest row), and the 0/1 mask of the same shape and type.
+    """Pad rows of token ids with token 0; results must not depend on that value.
 
-    The padding is token 0; nothing may depend on its value.
+    Args:
+        rows: B lists of token ids.
+        side: "left" or "right".
+        device: device of the result.
+
+    Returns:
+        The ids and the 0/1 attention mask, both (B, longest row) int64.
     """
     width = max((len(row) for row in rows), default=0)
     ids, mask = torch.zeros((2, len(rows), width), dtype=torch.int64).unbind()
@@ -26,16 +32,17 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple
 
 
 def pad_with_tokens(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of token ids, (B, longest row), padded on the right with the first token of each, to which no model does a thing."""
+    """Pad rows on the right with each row's first token, which models do not treat as padding; return (B, longest row)."""
     ids, mask = pad(rows, "right", device)
     return torch.where(mask.bool(), ids, ids[:, :1])
 
 
 def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Return keyword arguments of a forward pass, with the positions that padding on the left would otherwise shift.
+    """Return keyword arguments of a forward pass, with position ids that skip left padding.
 
-    GPT-2's absolute positions need them; models without `position_ids` (ALiBi) count by the mask themselves. A model whose
-    `forward` takes no mask gets none, and a trial finds that it takes no padding on the left (`llm_env.lm.capabilities`).
+    Models with absolute positions (GPT-2) need the position ids. Models without the argument (ALiBi) derive positions from the
+    mask. If `forward` takes no `attention_mask`, none is passed; a trial in `llm_env.lm.capabilities` then finds that the model
+    does not support left padding.
     """
     inputs = {"input_ids": input_ids} | ({"attention_mask": attention_mask} if takes(model, "attention_mask") else {})
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -44,24 +51,24 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 def only_last(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """Return keyword arguments of a forward pass that makes logits at the last positions alone, if the model knows how to."""
+    """Return keyword arguments that limit logits to the last `count` positions; empty if the model has no such option."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """Return keyword arguments of a forward pass that keeps no cache, if the model knows any (GPT-1 does not)."""
+    """Return keyword arguments that disable the KV cache; empty if the model has no such option (GPT-1)."""
     return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
 def takes(model: nn.Module, name: str) -> bool:
-    """Return whether a model's `forward` takes a keyword argument, by name or among `**kwargs`."""
+    """Return whether a model's `forward` accepts a keyword argument, by name or through `**kwargs`."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and afterwards back into the mode that it was in."""
+    """Context with every module in evaluation mode; restores each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""Which rows of a batch share a forward pass."""
+"""Split a batch into micro-batches by a token budget."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from llm_env.lm.scoring import head_of
 from llm_env.lm.shared_prompt import Rows
 from llm_env.lm.sharing import BatchShape, PrefixSharing, sharing_modes
 
-DEFAULT_TOKENS_CPU = 2048  # positions in a forward pass: more than about this are slower (a Llama of 7M, one thread)
+DEFAULT_TOKENS_CPU = 2048  # tokens per forward pass; larger passes are slower (measured: a Llama of 7M parameters, one thread)
 
 
 def padded_tokens(model: PreTrainedModel, length: int, prefix_sharing: PrefixSharing) -> Callable[[BatchShape], int]:
-    """How many positions a forward pass over rows of up to `length` tokens has, padding included, prompts as it shares them."""
+    """Return a function that counts the tokens of a forward pass over a batch, including padding.
+
+    Args:
+        model: a causal language model.
+        length: maximum length of a prompt and its response, in tokens.
+        prefix_sharing: see `llm_env.lm.sharing.sharing_modes`. A shared prompt counts once.
+    """
     base = model.base_model
     able = sharing_modes(base, length, prefix_sharing) if head_of(model) is not None else ()
     width = width_of(base) if able else 1
@@ -31,24 +37,28 @@ def micro_batches(
     max_tokens_per_batch: int | None,
     prefix_sharing: PrefixSharing,
 ) -> list[list[int]]:
-    """Return rows as forward passes, in each of which the rows of a prompt stand together.
+    """Split rows into forward passes within a token budget; rows of a prompt are adjacent.
 
-    All go into one pass where that keeps to the bounds. Else passes are filled from the longest rows to the shortest, once with
-    the rows of a prompt kept together where they fit, and once row by row, where prompts are computed again but short rows are
-    not padded to the longest of their group; the plan with fewer tokens is taken. The passes decide
-    about time and memory and nothing else.
+    If all rows fit into one pass, there is one pass. Otherwise passes are filled from the longest rows to the shortest, by two
+    plans, and the plan with fewer tokens is used:
+
+    - by prompt: the rows of a prompt stay together if they fit, so that the prompt can be shared;
+    - by row: prompts may be computed several times, but short rows are not padded to the longest row of their group. Not tried
+      if `prefix_sharing=True`.
+
+    The split affects time and memory only, not the results.
 
     Args:
-        model: says whether prompts can be computed once.
+        model: a causal language model; determines whether prompts can be shared.
         prompts: B lists of token ids.
         lengths: B lengths of the responses, in tokens.
-        most: rows of a pass.
-        max_tokens_per_batch: positions of a pass; None is `DEFAULT_TOKENS_CPU`, or as many as the longest group needs, on a
-            CPU, and no limit elsewhere.
+        most: maximum number of rows per pass.
+        max_tokens_per_batch: token budget of a pass, including padding. None: on a CPU, `DEFAULT_TOKENS_CPU` or the size of
+            the largest group, whichever is larger; no limit on other devices.
         prefix_sharing: see `llm_env.lm.sharing.sharing_modes`.
 
     Returns:
-        The numbers of the rows in each pass. One that holds more positions than the budget holds a single row.
+        The row indices of each pass. A pass exceeds the budget only if it has a single row.
     """
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
     positions = padded_tokens(model, longest, prefix_sharing)
@@ -86,9 +96,10 @@ def _fill(
     fits: Callable[[BatchShape], bool],
     positions: Callable[[BatchShape], int],
 ) -> tuple[list[list[int]], int]:
-    """Units of rows, each from its longest to its shortest, as passes; and the positions of all passes.
+    """Fill passes with units of rows, and return the passes and their total number of tokens.
 
-    A unit that fits into no pass is cut; another begins a new pass where it does not fit into the one at hand.
+    The rows of a unit are sorted from longest to shortest. A unit too large for any pass is split. A unit that does not fit
+    into the current pass starts a new one.
     """
     parts: list[list[int]] = [[]]
     extents = [BatchShape()]

@@ -1,4 +1,4 @@
-"""Causal language models of transformers: loading one and refusing what is none."""
+"""Load causal language models of transformers, and check that a model is one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
     """Load a causal language model from a path or hub id.
 
     Args:
-        path: a folder or hub id.
-        name: the argument that `path` was given as; for messages.
+        path: a folder or a hub id.
+        name: name of the caller's argument, for error messages.
         settings: keyword arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        TypeError: If the files hold another kind of model (encoder-decoder, classifier, no head, bidirectional).
-        ValueError: If the files hold Python code, which is not run.
-        OSError: If there is no model.
+        TypeError: If the checkpoint is not of a causal language model (encoder-decoder, classifier, no head, bidirectional).
+        ValueError: If the checkpoint needs its own Python code, which is not run.
+        OSError: If there is no model at the path.
     """
     text = str(path)
     check_model_name(path, name)
@@ -44,8 +44,8 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             raise ValueError(_with_code(text, name))
         raise TypeError(
-            f"{name}={text!r} holds a {kind}, which AutoModelForCausalLM does not load; {REMEDY}. A model of images and text "
-            "is loaded with its own class, and the object given"
+            f"{name}={text!r} holds a {kind}, which AutoModelForCausalLM does not load; {REMEDY}. Load a model of images and "
+            "text with its own class and pass the object"
         )
     if config.is_encoder_decoder or _OTHER_HEAD.search(kind):
         raise TypeError(f"{name}={text!r} holds a {kind}, which is not a causal language model; {REMEDY}")
@@ -59,7 +59,7 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
     if not _is_known(kind):
         warn(
             f"{name}={text!r} holds a {kind}, which transformers does not know, and is loaded as a {type(model).__name__}; if "
-            "they do not compute the same, load it with its own class and give the object"
+            "the two classes compute different outputs, load the model with its own class and pass the object"
         )
     check_causal(model, name)
     return model
@@ -71,28 +71,28 @@ def _is_known(kind: str) -> bool:
 
 def _with_code(path: str, name: str) -> str:
     return (
-        f"{name}={path!r} holds Python code, which is not run from a path; load the model yourself and give the "
+        f"{name}={path!r} holds Python code, which is not run from a path; load the model yourself and pass the "
         f"object: AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)"
     )
 
 
 def check_causal(model: PreTrainedModel, name: str) -> None:
-    """Raise if a model is not a causal language model, found out by forward passes over a few tokens.
+    """Raise if a model is not a causal language model, according to trial forward passes.
 
     Args:
         model: any model of transformers.
-        name: the argument that it was given as; for messages.
+        name: name of the caller's argument, for error messages.
 
     Raises:
-        TypeError: If it is an encoder-decoder, gives no logits over its vocabulary at every token, reads tokens to come, or
-            computes nothing from token ids alone.
+        TypeError: If the model is an encoder-decoder, does not return logits over its vocabulary at every token, attends to
+            later tokens, or cannot compute outputs from token ids alone.
     """
     kind = type(model).__name__
     if model.config.is_encoder_decoder:
         raise TypeError(f"{name} is a {kind}, an encoder-decoder model; {REMEDY}")
     if _OTHER_HEAD.search(kind):
         raise TypeError(f"{name} is a {kind}, which is not a causal language model; {REMEDY}")
-    if getattr(model, "hf_quantizer", None) is not None:  # on some CPUs a pass would pack its weights into another form
+    if getattr(model, "hf_quantizer", None) is not None:  # on some CPUs a forward pass repacks quantized weights
         if model.get_output_embeddings() is None:
             raise TypeError(f"{name} is a {kind}, which has no language-model head; {REMEDY}")
         return
@@ -110,7 +110,7 @@ def _check_outputs(model: PreTrainedModel, name: str) -> None:
         logits = getattr(model(**model_inputs(model, ids, torch.ones_like(ids)), **without_cache(model)), "logits", None)
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{name} is a {kind}, which gives no logits: it has no language-model head; {REMEDY}")
-    outputs = min(size, getattr(model.config.get_text_config(), "vocab_size", size))  # some have embeddings for images as well
+    outputs = min(size, getattr(model.config.get_text_config(), "vocab_size", size))  # some models embed image tokens as well
     if logits.ndim != 3 or logits.shape[1] != width or logits.shape[2] < outputs:
         raise TypeError(
             f"{name} is a {kind}, which gives logits of shape {tuple(logits.shape)} for {width} tokens of a vocabulary of "

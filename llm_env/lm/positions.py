@@ -1,4 +1,4 @@
-"""How many tokens a model can read."""
+"""Find the maximum sequence length of a model, and check lengths against it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-LIMITS = (  # the names under which configs give the number of positions
+LIMITS = (  # config names of the number of positions
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
@@ -19,19 +19,20 @@ LIMITS = (  # the names under which configs give the number of positions
     "n_ctx",
     "seq_length",
 )
-_POSITIONS = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")  # names of tables of learned or fixed positions
+_POSITIONS = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")  # module names of position embeddings, learned or fixed
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model can read, prompt and response together; None where it has no limit.
+    """Return the maximum length of prompt and response together, in tokens; None if unlimited.
 
-    The limit is that of the config of the text model, under any of `LIMITS`, or the size of a table of positions (less its
-    offset, as in OPT and BART), whichever is smaller. Beyond a table a forward pass fails. Beyond the limit of rotary positions
-    it does not, but the model has not learned them, so that they count as a limit as well. `context_length` (RWKV) is a hint
-    about its training and is not read; nor is the `seq_length` of models that compute ALiBi for any length (BLOOM).
+    It is the smaller of two limits: the number of positions in the text model's config, under the first name of `LIMITS` that
+    is set; and the size of its position embedding, minus the offset (OPT, BART). Beyond the size of a position embedding, a
+    forward pass fails. With rotary positions it does not, but the model was not trained on longer sequences, so the config's
+    number counts as a limit, too. Two names are ignored: `context_length` (RWKV), which only describes the training, and the
+    `seq_length` of models that compute ALiBi for any length (BLOOM).
     """
     config, decoder = model.config.get_text_config(), model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):  # a part that has the name by chance, such as ModernBERT's head
+    if not isinstance(decoder, PreTrainedModel):  # something else with the same name, such as ModernBERT's head
         decoder = model.base_model
     hints = {"context_length", *(["seq_length"] if hasattr(decoder, "build_alibi_tensor") else [])}
     named = [getattr(config, name, None) for name in LIMITS if config.attribute_map.get(name, name) not in hints]
@@ -40,7 +41,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def _position_tables(module: nn.Module, config: Any) -> Iterator[nn.Embedding]:
-    """The tables of absolute positions in a text model, but not those of models of images in it, which have other configs."""
+    """Yield the absolute position embeddings of a text model; skip submodels with other configs (images)."""
     for name, part in module.named_children():
         if isinstance(part, nn.Embedding):
             if _POSITIONS.search(name) and "rel" not in name:
@@ -50,22 +51,22 @@ def _position_tables(module: nn.Module, config: Any) -> Iterator[nn.Embedding]:
 
 
 def _usable(table: nn.Embedding) -> int:
-    """Return the positions of a table that tokens can have."""
+    """Return the number of usable rows of a position embedding."""
     reserved = 0 if table.padding_idx is None else table.padding_idx + 1
     return table.weight.shape[0] - int(getattr(table, "offset", 0)) - reserved
 
 
 def check_length(limit: int | None, prompt: int, new: int, owner: str = "the model") -> None:
-    """Raise if a prompt and what follows it have more tokens than a model has positions.
+    """Raise if the longest prompt and its new tokens exceed a model's number of positions.
 
     Args:
-        limit: of the model, see `max_positions`.
-        prompt: tokens of the longest prompt.
-        new: `max_new_tokens`; 0 where nothing follows.
-        owner: whose limit it is; for messages.
+        limit: number of positions, see `max_positions`; None for no limit.
+        prompt: length of the longest prompt, in tokens.
+        new: `max_new_tokens`; 0 if no tokens are generated.
+        owner: name of the model, for error messages.
 
     Raises:
-        ValueError: If there are more.
+        ValueError: If `prompt + new` exceeds the limit.
     """
     if limit is None or prompt + new <= limit:
         return

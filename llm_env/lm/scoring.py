@@ -1,4 +1,4 @@
-"""One forward pass over prompts and responses: the path by which a policy is trained and a reference is asked."""
+"""Score responses: log-probs and entropies from one forward pass, for training a policy and for the reference model."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from llm_env.lm.inputs import model_inputs, only_last, pad, pad_with_tokens, tak
 from llm_env.lm.shared_prompt import PrefixSharingUnsupported, Rows, group_states
 from llm_env.lm.sharing import BatchShape, PrefixSharing, groups_of, sharing_mode, sharing_modes
 
-FORBIDDEN = -1e9  # as a logit: its probability is exactly 0, and 0 * log 0 stays finite in the entropy
-CHUNK_BYTES = 2**28  # of logits at a time, in float32
+FORBIDDEN = -1e9  # logit of a forbidden token: probability exactly 0, and finite, so that 0 * log 0 in the entropy is 0
+CHUNK_BYTES = 2**28  # size of the float32 logits that are computed at a time
 
-ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what models call what they do to logits
+ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config names of operations on logits
 
 Head = Callable[[Tensor], Tensor]
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
-    """Matrix products in bfloat16 within, if `bf16`; weights stay as they are, float32."""
+    """Return an autocast context to bfloat16 if `bf16`, else a null context. Weights keep their dtype."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def log_probs_and_entropies(
     logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log softmax(logits / temperature) at the tokens and the distributions' entropies, in float32 and nats.
+    """Compute log-probs of tokens and entropies of softmax(logits / temperature), in nats.
 
     Args:
         logits: (N, V).
         tokens: (N,) int64.
-        temperature: divides the logits.
-        entropy: whether the entropies are wanted; they are 0 if not.
+        temperature: divisor of the logits.
+        entropy: whether to compute entropies; if False, zeros are returned instead.
 
     Returns:
-        (N,) and (N,).
+        Log-probs (N,) and entropies (N,), float32.
     """
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     with torch.autocast(logits.device.type, enabled=False):
@@ -53,9 +53,9 @@ def log_probs_and_entropies(
 
 
 class _LogProbsAndEntropies(torch.autograd.Function):
-    """Keeps one table (N, V) for the backward pass, l = log_softmax(x) with p = exp(l).
+    """Log-probs and entropies that save a single (N, V) tensor for the backward pass.
 
-    d l_token / d x = onehot(token) - p, and d H / d x = -p * (l + H).
+    With l = log_softmax(x) and p = exp(l): d l_token / d x = onehot(token) - p, and d H / d x = -p * (l + H).
     """
 
     @staticmethod
@@ -72,14 +72,22 @@ class _LogProbsAndEntropies(torch.autograd.Function):
         table, tokens, entropies = ctx.saved_tensors
         of_logp = torch.zeros_like(entropies) if of_logp is None else of_logp
         factors = -of_logp[:, None]
-        if of_entropies is not None:  # a loss without them costs nothing here
+        if of_entropies is not None:  # skipped if the loss does not use entropies
             factors = factors - of_entropies[:, None] * (table + entropies[:, None])
         out = table.exp().mul_(factors)
         return out.scatter_add_(-1, tokens[:, None], of_logp[:, None]), None, None
 
 
 def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
-    """Return logits of the distribution over the allowed tokens, in float32; unchanged where `allowed` (bool) is None."""
+    """Mask the logits of forbidden tokens.
+
+    Args:
+        logits: (N, V).
+        allowed: (N, V) bool, True at allowed tokens; None allows all.
+
+    Returns:
+        (N, V) logits in float32; the unchanged logits if `allowed` is None.
+    """
     if allowed is None:
         return logits
     return logits.float().masked_fill(torch.as_tensor(~allowed, device=logits.device), FORBIDDEN)
@@ -87,13 +95,13 @@ def restrict(logits: Tensor, allowed: np.ndarray | None) -> Tensor:
 
 @dataclass
 class Scored:
-    """What a model says of B responses of up to T tokens; padded on the right.
+    """Scores of B responses of up to T tokens, padded on the right.
 
     Attributes:
         logp: (B, T) float32, log pi of the response tokens, in nats; 0 at padding.
-        entropy: (B, T) float32, of the distributions they were drawn from, in nats; 0 at padding. None if not asked for.
+        entropy: (B, T) float32, entropy of the distribution of each token, in nats; 0 at padding. None if not requested.
         mask: (B, T) int64, 1 at response tokens.
-        states: (B, T + 1, H), the hidden state before each token and after the last; None if not asked for.
+        states: (B, T + 1, H), hidden states before each token and after the last; None if not requested.
     """
 
     logp: Tensor
@@ -113,19 +121,21 @@ def score(
     states: bool = False,
     prefix_sharing: PrefixSharing = "auto",
 ) -> Scored:
-    """Return log-probs of all response tokens, from one pass in which prompts that follow each other are computed once.
+    """Compute log-probs of all response tokens in one forward pass.
 
-    Logits are made of some tokens at a time (`CHUNK_BYTES`) and made again in the backward pass, never of all.
+    Consecutive equal prompts may be computed once (prefix sharing). Logits are computed in chunks of at most `CHUNK_BYTES` and
+    recomputed in the backward pass, so the logits of all tokens are never in memory at once. A model that is computed as a
+    whole (see `head_of`) has no such chunks.
 
     Args:
         model: any causal language model of transformers.
         prompts: B lists of token ids, at least one token each.
         responses: B lists of token ids, at least one token each.
-        vocab_size: V; logits of ids beyond it, which pad some models' embeddings, are cut off: they are no actions.
-        temperature: divides the logits.
-        allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
-        entropy: also of the distributions' entropies.
-        states: also return the hidden states.
+        vocab_size: V, the number of actions. Logits of higher ids, which only pad some models' embeddings, are ignored.
+        temperature: divisor of the logits.
+        allowed: B bool arrays (n, V), True at tokens that were allowed at each position; all tokens by default.
+        entropy: whether to compute entropies.
+        states: whether to return hidden states.
         prefix_sharing: see `sharing_mode`.
     """
     targets, mask = pad(responses, "right", model.device)
@@ -133,8 +143,8 @@ def score(
     if head is None:
         if prefix_sharing is True:
             raise ValueError(
-                f"prefix_sharing=True, but {type(model).__name__} does more than a matrix product to make logits and is "
-                "computed as a whole; set prefix_sharing='auto'"
+                f"prefix_sharing=True, but {type(model).__name__} computes its logits by more than a matrix product, so that "
+                "it is computed as a whole; set prefix_sharing='auto'"
             )
         hidden, known = _plain_outputs(model, prompts, responses, states)
         head = _identity
@@ -160,7 +170,7 @@ def score(
 def _in_chunks(
     scores: Callable[..., tuple[Tensor, Tensor]], states: Tensor, tokens: Tensor, allowed: np.ndarray | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """`scores` of N tokens, (N,) each, from `size` tokens at a time; of more than that the logits are not kept."""
+    """Apply `scores` to chunks of `size` tokens, with activation checkpointing; return (N,) and (N,)."""
     if len(tokens) <= size:
         return scores(states, tokens, allowed)
     parts = [slice(i, i + size) for i in range(0, len(tokens), size)]
@@ -174,16 +184,24 @@ def _in_chunks(
 def response_states(
     base: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool = True, prefix_sharing: PrefixSharing = "auto"
 ) -> Tensor:
-    """Return the hidden states (B, T + 1, H) before each response token and after the last, of a model without its head.
+    """Compute hidden states before each response token and after the last.
 
-    Without the last token's (B, T, H): nothing but V of the state after it depends on it.
+    Args:
+        base: a model without its head.
+        prompts: B lists of token ids.
+        responses: B lists of token ids.
+        with_last: whether to feed the last token of each response. Only the value of the state after it needs that.
+        prefix_sharing: see `sharing_mode`.
+
+    Returns:
+        (B, T + 1, H); (B, T, H) without the last token.
     """
     fed = responses if with_last else [row[:-1] for row in responses]
     groups = groups_of(prompts, fed)
-    way = sharing_mode(base, BatchShape.of(*groups), prefix_sharing)
-    if way is not None:
+    mode = sharing_mode(base, BatchShape.of(*groups), prefix_sharing)
+    if mode is not None:
         try:
-            return group_states(base, *groups, way)
+            return group_states(base, *groups, mode)
         except PrefixSharingUnsupported:
             if prefix_sharing is True:
                 raise
@@ -192,7 +210,7 @@ def response_states(
 
 
 def _last_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """Return the last hidden states, of a model that has no head, or whose head is a part of it (Llama 4)."""
+    """Return the last hidden states of a model without a head, or whose base model includes the head (Llama 4)."""
     if model.get_output_embeddings() is None:
         states = getattr(model(**inputs, **without_cache(model)), "last_hidden_state", None)
         if states is None:
@@ -202,10 +220,10 @@ def _last_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 
 def _with_states(model: PreTrainedModel, **inputs: Any) -> tuple[Any, Tensor]:
-    """Outputs and last hidden states of a model with its head.
+    """Return the outputs and the last hidden states of a model with its head.
 
     Raises:
-        TypeError: If the model gives no hidden states.
+        TypeError: If the model returns no hidden states.
     """
     if not takes(model, "output_hidden_states"):
         raise TypeError(_no_states(model))
@@ -217,15 +235,19 @@ def _with_states(model: PreTrainedModel, **inputs: Any) -> tuple[Any, Tensor]:
 
 def _no_states(model: PreTrainedModel) -> str:
     return (
-        f"the {type(model).__name__} gives no hidden states, so that no value head can be put on it; let its forward return "
-        "hidden_states where output_hidden_states=True, or train it by an algorithm without a critic (GRPO, REINFORCE)"
+        f"the {type(model).__name__} gives no hidden states, which a value head needs; make its forward return hidden_states "
+        "if output_hidden_states=True, or train it with an algorithm without a critic (GRPO, REINFORCE)"
     )
 
 
 def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
-    """Rows `[prompt | response]` for a forward pass in the model's layout, and what takes (B, T + 1, X) from its outputs.
+    """Pad rows `[prompt | response]` in the model's layout for a forward pass.
 
-    These are at the last token of each prompt and at those of each response. See `llm_env.lm.capabilities`.
+    See `llm_env.lm.capabilities` for the layouts.
+
+    Returns:
+        The keyword arguments of the forward pass, and a function that selects (B, T + 1, X) from its outputs: those at the
+        last token of each prompt and at the tokens of each response.
     """
     width = max(map(len, fed))
     if padding_side(model) == "left":
@@ -238,7 +260,7 @@ def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[st
     at = (first[:, None] + torch.arange(width + 1, device=ids.device)).clamp(max=ids.shape[1] - 1)
 
     def taken(outputs: Tensor) -> Tensor:
-        """Return where a model gives only the last outputs, the others come before them."""
+        """Select the outputs at `at`; shift the indices if the model returned only the last outputs."""
         places = at - (ids.shape[1] - outputs.shape[1])
         return outputs.gather(1, places[..., None].expand(-1, -1, outputs.shape[-1]))
 
@@ -246,18 +268,18 @@ def _laid_out(model: PreTrainedModel, prompts: Rows, fed: Rows) -> tuple[dict[st
 
 
 def _plain_outputs(model: PreTrainedModel, prompts: Rows, responses: Rows, with_last: bool) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits before each response token, from the whole language model: for a head that stands not alone."""
+    """Return hidden states and logits before each response token, from the model with its head (see `head_of`)."""
     inputs, taken = _laid_out(model, prompts, responses if with_last else [row[:-1] for row in responses])
-    before = min(map(len, prompts)) if padding_side(model) == "right" else max(map(len, prompts))  # the first that is taken
+    before = min(map(len, prompts)) if padding_side(model) == "right" else max(map(len, prompts))  # first output used
     last = only_last(model, inputs["input_ids"].shape[1] - before + 1)
     arguments = {**inputs, **last, **without_cache(model)}
     if not with_last:
         logits = taken(model(**arguments).logits)
         return logits, logits
-    if model.base_model is model:  # no part of it ends where its head begins (Llama 4)
+    if model.base_model is model:  # Llama 4 has no module without the head
         outputs, states = _with_states(model, **arguments)
         return taken(states), taken(outputs.logits)
-    read: list[Any] = []  # by the head; the last of `hidden_states` may be another one (Gemma 3n)
+    read: list[Any] = []  # the head's input; the last of `hidden_states` may differ (Gemma 3n)
     hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: read.append(outputs))
     try:
         logits = taken(model(**arguments).logits)
@@ -272,10 +294,10 @@ _heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def head_of(model: PreTrainedModel) -> Head | None:
-    """Return the map from last hidden states to logits, if it is the output embedding alone; None where a model does more.
+    """Return the output embedding if it alone maps last hidden states to logits, else None.
 
-    Which of the two is found out by a trial, once a model. Logits that tell nothing (see `llm_env.lm.capabilities`) are no
-    verdict: what is done to them, such as a soft cap, would not show.
+    A trial forward pass decides, once per model. If the logits are uninformative (see `llm_env.lm.capabilities`), the result
+    is None and the trial is repeated next time: an operation on them, such as a soft cap, would not show.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if head is None or model.base_model is model or any(getattr(config, name, None) not in (None, 1) for name in ON_LOGITS):
@@ -288,14 +310,14 @@ def head_of(model: PreTrainedModel) -> Head | None:
                 states = model.base_model(input_ids=ids, **without_cache(model.base_model)).last_hidden_state
             if not tells(logits[0]):
                 return None
-            # Bit for bit: a soft cap hardly shows on small logits. RemBERT's last states are of another width.
+            # Exact comparison: a soft cap hardly changes small logits. RemBERT's head takes another width than its last states.
             fits = _inputs_of(head) in (None, states.shape[-1])
             _heads[model] = fits and torch.equal(logits, head(states))
     return head if _heads[model] else None
 
 
 def _inputs_of(head: nn.Module) -> int | None:
-    """How wide the states are that a head multiplies, from its weight (V, H); None if it has none."""
+    """Return the input width H of a head from its weight (V, H); None if it has no weight."""
     weight = getattr(head, "weight", None)
     return None if weight is None else weight.shape[-1]
 
@@ -305,7 +327,10 @@ def _identity(logits: Tensor) -> Tensor:
 
 
 def try_out(model: PreTrainedModel) -> None:
-    """Run the trials on which scoring relies, of a language model or of one without its head, before the first batch.
+    """Run all trials that scoring relies on, so that errors are raised before the first batch.
+
+    Args:
+        model: a language model, with or without its head.
 
     Raises:
         NotCausal: If the model cannot be trained on token ids; see `llm_env.lm.capabilities.takes_left_padding`.

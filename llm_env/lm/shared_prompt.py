@@ -1,14 +1,15 @@
-"""One forward pass over groups of responses to one prompt, with each prompt computed once.
+"""Prefix sharing: one forward pass over groups of responses that computes each prompt once.
 
-A row of the batch is `[prompt | response 1 | ... | response G]`. Responses attend to the prompt and, causally, to themselves,
-not to each other, and their positions continue from the prompt's end: the result is that of G rows `[prompt | response]`,
-for P + G * T tokens instead of G * (P + T). There are three modes:
+A row of the batch is `[prompt | response 1 | ... | response G]`. A response attends to the prompt and, causally, to itself, but
+not to the other responses. Its position ids continue from the prompt's end. The result equals that of G rows
+`[prompt | response]`, but takes P + G * T tokens instead of G * (P + T). There are three modes:
 
-- "flex", on CUDA: through transformers' `AttentionInterface`, by torch's compiled `flex_attention`, which skips the blocks of
-  pairs that do not see each other (not measured);
-- "split": through transformers' `AttentionInterface`, scores of the prompt in one product for the group, and scores of the
-  responses' own tokens, under one softmax;
-- "dense": the model's own attention under a mask of all pairs of positions, for models with windows or additional terms.
+- "flex" (CUDA only): transformers' `AttentionInterface` calls torch's compiled `flex_attention`, which skips blocks of pairs
+  that do not attend to each other. Its speed has not been measured.
+- "split": transformers' `AttentionInterface` calls `PackedRows`. One matrix product scores the prompt for the whole group,
+  another scores each response's own tokens. One softmax covers both.
+- "dense": the model's own attention under a mask over all pairs of positions, for models with sliding windows or additional
+  terms.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from transformers import AttentionInterface, PreTrainedModel
 Rows = Sequence[Sequence[int]]
 
 NAME = "llm_env_shared_prompt"
-OTHER_ATTENTION = ("s_aux", "position_bias")  # arguments of attention that is computed otherwise than here
-SCORES_BYTES = 2**24  # of responses at a time, so that they stay in a CPU's cache: twice as many take four times as long
+OTHER_ATTENTION = ("s_aux", "position_bias")  # keyword arguments of attention that this module does not compute
+SCORES_BYTES = 2**24  # of scores per chunk of responses, to fit into a CPU's cache: twice the size takes four times as long
 
 
 class PrefixSharingUnsupported(Exception):
-    """The model's attention is of a kind that this pass does not compute."""
+    """Prefix sharing does not support this model's attention."""
 
     def __init__(self) -> None:
-        super().__init__("the model's attention drops out, has a window that is too short, or additional terms (sinks, biases)")
+        super().__init__("the model's attention has dropout, too short a sliding window, or additional terms (sinks, biases)")
 
 
 class WindowProbe:
-    """In the place of an attention computes nothing, and notes the layers that go through the interface.
+    """Stand-in for attention that returns zeros and records the layers that call the `AttentionInterface`.
 
     Attributes:
-        layers: their numbers, in the order in which they are computed.
-        windows: one a layer, None where there is none.
+        layers: layer numbers, in the order of the calls.
+        windows: sliding window of each of these layers; None for full attention.
     """
 
     def __init__(self) -> None:
@@ -53,14 +54,25 @@ class WindowProbe:
 
 
 class Attention(Protocol):
-    """What attention computes in a row of a batch that is not one sequence."""
+    """Interface of attention over batch rows that hold several sequences."""
 
     @property
     def max_distance(self) -> int:
         """The largest distance between two positions that see each other."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
-        """Attention of L positions: `query` (N, H, L, D), scaled; `key`, `value` (N, K, L, D), K dividing H; (N, H, L, D)."""
+        """Compute attention over L positions.
+
+        Args:
+            layer: layer number.
+            query: (N, H, L, D), already scaled.
+            key: (N, K, L, D), K dividing H.
+            value: (N, K, L, D).
+            softcap: soft cap of the attention scores; None for no cap.
+
+        Returns:
+            (N, H, L, D).
+        """
 
 
 _attending: ContextVar[tuple[PreTrainedModel, Attention | WindowProbe] | None] = ContextVar("attending", default=None)
@@ -77,7 +89,13 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return what is registered with transformers: shapes as in `Attention.attend`, but for the result, (N, L, H, D)."""
+    """Compute attention for transformers' `AttentionInterface`, with the object that `attention_by` has set.
+
+    Shapes are those of `Attention.attend`, but the result is (N, L, H, D).
+
+    Raises:
+        PrefixSharingUnsupported: If the layer uses dropout, too short a sliding window, or additional terms.
+    """
     attending = _attending.get()
     assert attending is not None
     _, rows = attending
@@ -90,7 +108,7 @@ def attention(
     if dropout or too_far or any(kwargs.get(name) is not None for name in OTHER_ATTENTION):
         raise PrefixSharingUnsupported
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key = (query * scale).to(value.dtype), key.to(value.dtype)  # under autocast the rotation leaves float32
+    query, key = (query * scale).to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
     return rows.attend(module.layer_idx, query, key, value, softcap).transpose(1, 2), None  # type: ignore[arg-type]
 
 
@@ -99,9 +117,9 @@ AttentionInterface.register(NAME, attention)
 
 @contextmanager
 def attention_by(model: PreTrainedModel, rows: Attention | WindowProbe) -> Iterator[None]:
-    """The model's attention is computed by `rows` within."""
+    """Context in which `rows` computes the model's attention."""
     parts = (getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))
-    configs = [model.config, *(part for part in parts if part is not None)]  # setting the first sets them all
+    configs = [model.config, *(part for part in parts if part is not None)]  # setting the first one sets all of them
     before, token = [config._attn_implementation for config in configs], _attending.set((model, rows))
     model.config._attn_implementation = NAME
     try:
@@ -113,33 +131,33 @@ def attention_by(model: PreTrainedModel, rows: Attention | WindowProbe) -> Itera
 
 
 def attention_as_now() -> Callable[[], AbstractContextManager[None]]:
-    """Makes contexts in which attention is computed as where this is called, for what is computed again later."""
+    """Return a context factory that restores the current `attention_by`, for activation checkpointing."""
     attending = _attending.get()
     return nullcontext if attending is None else partial(attention_by, *attending)
 
 
 def scores_of(query: Tensor, key: Tensor, softcap: float | None) -> Tensor:
-    """Products of queries (..., L, D) and keys (..., S, D), (..., L, S)."""
+    """Return attention scores (..., L, S) of queries (..., L, D) and keys (..., S, D), soft-capped if asked."""
     scores = query @ key.transpose(-1, -2)
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def weights_of(*scores: Tensor) -> Tensor:
-    """Return one softmax over all the scores, which differ in their last dimension only."""
+    """Return one softmax over all scores, concatenated along their last dimension."""
     both = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
     return both.softmax(-1, dtype=torch.float32).to(both.dtype)
 
 
 @dataclass
 class PackedRows:
-    """Rows `[prompt, padded on the left | G responses, padded on the right]`.
+    """Attention over rows `[prompt, padded on the left | G responses, padded on the right]`.
 
     Attributes:
         visible: (N, P) bool, True at prompt tokens, False at padding.
-        group: G; 0 for prompts alone.
-        width: T of the responses.
-        kept: the prompts' keys and values by layer, (N, K, P, D) each, if it is a dict.
-        calls: how many layers were computed.
+        group: number of responses per prompt, G; 0 for prompts without responses.
+        width: padded length of a response, T.
+        kept: None, or a dict in which the prompts' keys and values are stored by layer, (N, K, P, D) each.
+        calls: number of layers computed.
     """
 
     visible: Tensor
@@ -154,7 +172,7 @@ class PackedRows:
         return self.visible.shape[1] + self.width - 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
-        """Let prompt tokens attend to earlier ones, and response tokens to the prompt and their own past."""
+        """Compute causal attention in the prompt, and of each response to the prompt and itself."""
         self.calls += 1
         (n, heads, _, _), p, g, t = query.shape, self.visible.shape[1], self.group, self.width
         keys, values = key[:, :, :p], value[:, :, :p]
@@ -182,14 +200,14 @@ class PackedRows:
         own_keys, own_values = (x.reshape(n, kinds, 1, g, t, d) for x in (own_keys, own_values))
         later = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
         to_own = scores_of(query.view(n, kinds, repeats, g, t, d), own_keys, softcap)
-        to_own = to_own.masked_fill(later, torch.finfo(to_own.dtype).min)  # under autocast not the query's type
+        to_own = to_own.masked_fill(later, torch.finfo(to_own.dtype).min)  # under autocast, not the query's dtype
         weights = weights_of(to_prompt.view(n, kinds, repeats, g, t, p), to_own)
         mixed = (weights[..., :p].reshape(n, kinds, repeats * g * t, p) @ values).view(n, kinds, repeats, g, t, d)
         return (mixed + weights[..., p:] @ own_values).reshape(n, heads, g * t, d)
 
     @cached_property
     def padding(self) -> Tensor | None:
-        """What is added to the scores of prompt tokens, (N, 1, 1, P); None without padding."""
+        """Attention bias (N, 1, 1, P) that masks prompt padding; None without padding."""
         if self.visible.all():
             return None
         added = torch.zeros(self.visible.shape, device=self.visible.device)
@@ -211,11 +229,11 @@ class PackedRows:
 
 
 class FlexRows(PackedRows):
-    """The same rows, by `torch.nn.attention.flex_attention`."""
+    """Attention over the rows of `PackedRows` with `torch.nn.attention.flex_attention`."""
 
     @cached_property
     def mask(self) -> BlockMask:
-        """Which blocks of pairs of positions are computed."""
+        """The block mask: the blocks of position pairs that are computed."""
         p, t, visible = self.visible.shape[1], max(self.width, 1), self.visible
 
         def sees(row: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -224,11 +242,11 @@ class FlexRows(PackedRows):
             return (i >= j) & (of_prompt | of_response)
 
         length = p + self.group * self.width
-        # Compiled, or it would make all pairs.
+        # Compiled, because the uncompiled version materializes all pairs.
         return create_block_mask(sees, len(visible), None, length, length, device=str(visible.device), _compile=visible.is_cuda)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
-        """See `PackedRows`; a padded position of a prompt sees nothing, and gets 0."""
+        """Compute attention as in `PackedRows.attend`; the output at prompt padding is 0."""
         self.calls += 1
 
         def capped(score: Tensor, *_: Tensor) -> Tensor:
@@ -242,21 +260,24 @@ class FlexRows(PackedRows):
 
 @cache
 def flex() -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """`flex_attention`, compiled: uncompiled it would make all scores."""
+    """Return compiled `flex_attention`; the uncompiled version materializes all scores."""
     return torch.compile(flex_attention, dynamic=True)
 
 
-def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], way: str = "split") -> Tensor:
-    """Hidden states (B, T + 1, H) of the B rows of N groups: before each token of a row and after its last.
+def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], mode: str = "split") -> Tensor:
+    """Compute hidden states (B, T + 1, H) of B rows in N groups, each prompt once.
+
+    The states are those before each token of a row and after its last token.
 
     Args:
-        base: a model without its head that `supports_sharing` in this way.
+        base: a model without its head for which `supports_sharing` is true in this mode.
         prompts: N lists of token ids.
-        groups: for each prompt the rows that continue it, B in all.
-        way: "flex", "split" or "dense".
+        groups: N lists of rows; the rows continue the prompt with the same index. B rows in total.
+        mode: "flex", "split" or "dense".
 
     Raises:
-        PrefixSharingUnsupported: If the model's attention is of another kind after all.
+        PrefixSharingUnsupported: If the model's attention does not go through the `AttentionInterface`, or a layer uses an
+            unsupported feature.
     """
     size, t = max(map(len, groups)), max(len(row) for rows in groups for row in rows)
     n, p, device = len(prompts), max(map(len, prompts)), base.device
@@ -270,11 +291,11 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
         for j, row in enumerate(rows):
             ids[i, p + j * t : p + j * t + len(row)] = torch.as_tensor(row, dtype=torch.int64)
     ids, positions, visible = ids.to(device), positions.to(device), visible.to(device)
-    if way == "dense":
+    if mode == "dense":
         mask = _dense_masks(base, visible, positions, size, t)
         out = base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     else:
-        packed = (FlexRows if way == "flex" else PackedRows)(visible, size, t)
+        packed = (FlexRows if mode == "flex" else PackedRows)(visible, size, t)
         with attention_by(base, packed):
             out = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         if not packed.calls:
@@ -285,14 +306,14 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], w
 
 
 def _dense_masks(base: PreTrainedModel, visible: Tensor, positions: Tensor, size: int, t: int) -> Tensor | dict[str, Tensor]:
-    """What is added to the scores of all pairs of positions, (N, 1, L, L); by kind of layer where a model has several."""
+    """Build the additive attention mask (N, 1, L, L); a dict by layer type if the model has several types."""
     n, p = visible.shape
     part = torch.arange(size, device=visible.device).repeat_interleave(t)
-    part = torch.cat([part.new_full((p,), -1), part])  # which response, -1 in the prompt
+    part = torch.cat([part.new_full((p,), -1), part])  # index of the response, -1 in the prompt
     at = torch.arange(p + size * t, device=visible.device)
     seen = (at[:, None] >= at) & ((part == -1) | (part[:, None] == part))
     seen = seen & torch.cat([visible, visible.new_ones(n, size * t)], 1)[:, None]
-    seen = seen | torch.eye(len(at), dtype=torch.bool, device=seen.device)  # padding sees itself: no row without a score
+    seen = seen | torch.eye(len(at), dtype=torch.bool, device=seen.device)  # padding sees itself: no fully masked row
 
     def added(pairs: Tensor) -> Tensor:
         return torch.zeros(pairs.shape, dtype=base.dtype, device=pairs.device).masked_fill(~pairs, torch.finfo(base.dtype).min)[
@@ -308,7 +329,7 @@ def _dense_masks(base: PreTrainedModel, visible: Tensor, positions: Tensor, size
 
 
 def window_of(base: PreTrainedModel) -> int | None:
-    """Return how many positions a token sees, itself included, in layers with a sliding window; None without such layers."""
+    """Return the sliding window in tokens, including the token itself; None without windowed layers."""
     config = base.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds

@@ -1,4 +1,4 @@
-"""Learned reward models: a transformers sequence classifier as a reward function."""
+"""Learned reward models: use a transformers sequence classifier as a reward function."""
 
 from __future__ import annotations
 
@@ -21,54 +21,58 @@ from llm_env.rewards.answers import completion_text
 from llm_env.tokenization import vocabulary_size
 
 Template = str | Callable[[Any, Any], str]
-UNLIMITED = 10**9  # tokenizers without a limit report numbers beyond this
+UNLIMITED = 10**9  # tokenizers without a length limit report a larger model_max_length
 
 
 class RewardModel:
-    """A sequence classifier's logit, as a reward function in TRL's convention.
+    """Reward function that scores texts with a sequence classifier, in TRL's convention.
 
-    The text of row i is the template filled with its prompt and completion, or, of a chat, what the reward model's own chat
-    template makes of its messages; its reward is `(logit - mean) / std`. Texts are tokenized with the tokenizer's special
-    tokens, each once (a chat template writes its own), sorted by length and padded on the right. The score of a text does not
-    depend on what it is batched with: padding is invisible to the model's attention, to its positions and to the place where
-    its head reads. Decoder classifiers read at the last token that is not `config.pad_token_id`, so the padding is that token;
-    where the config has none, or none that the model can embed, the head reads at the last token, and a batch is padded with
-    a token that no text in it ends with.
+    The text of row i is the template filled with its prompt and completion. For a chat, it is the chat rendered with the
+    reward model's chat template. The reward is `(logit - mean) / std`.
 
-    The model runs in evaluation mode without gradients, and is left in the mode in which it was found (several threads may
-    score at once only with a model that is in evaluation mode, as one from a path is). Non-finite scores
-    are returned as they are; an env refuses them.
+    Texts are tokenized with the tokenizer's special tokens, sorted by length and padded on the right. Special tokens that a
+    chat template has already written are not added again.
+
+    The score of a text does not depend on the other texts in the batch. Padding is masked in the attention, does not shift
+    positions, and does not change the token that the head reads. Decoder classifiers read the last token that is not
+    `config.pad_token_id`, so batches are padded with that token. If the config has no pad token, or one outside the model's
+    vocabulary, each batch is padded with a token that no text in the batch ends with.
+
+    The model runs in evaluation mode without gradients. Its previous mode is restored afterwards. Several threads may score
+    at once only if the model is already in evaluation mode; a model loaded from a path is. Non-finite scores are returned
+    unchanged; an env raises an error on them.
 
     Args:
-        model: a path, a hub id, or a sequence classification model. An object is used as it is, so that it may be trained
-            between two calls; it is copied where `device` or `dtype` is not its own.
-        tokenizer: a path, a hub id or a tokenizer; by default the one beside the model's path. A model object needs one.
-        template: for prompts that are text, a str with `{completion}` and, usually, `{prompt}` (both, one after the other, by
-            default), or `"chat"` for a user's and an assistant's message under the tokenizer's chat template. Braces in the
-            texts mean nothing. Or a callable `(prompt, completion) -> str`, which gets chats as lists of messages.
-        name: the component's name in infos and logs.
-        batch_size: texts per forward pass; bounds the memory.
-        device: where the model runs; by default where it is (CPU for a path).
-        dtype: the weights' type, a torch dtype or its name; by default the checkpoint's.
-        max_tokens: the longest text, special tokens included; by default the smaller of the model's positions and the
-            tokenizer's limit, where there are such limits.
-        truncation: the side on which a text of more than `max_tokens` tokens is cut; None refuses it.
-        index: which logit is the reward; needed where the head has several.
-        mean: is subtracted from the logit; see `calibrate`.
-        std: divides what is left.
+        model: a path, a hub id, or a sequence classification model. A model object is not copied, so it may be trained between
+            calls. It is copied only if `device` or `dtype` differs from the model's.
+        tokenizer: a path, a hub id or a tokenizer. Default: the tokenizer at the model's path. Required for a model object.
+        template: how a text prompt and its completion become one text. A str with `{completion}` and, usually, `{prompt}`;
+            default `"{prompt}{completion}"`. Or `"chat"`: a user and an assistant message, rendered with the tokenizer's
+            chat template. Or a callable `(prompt, completion) -> str`, which receives chats as lists of messages. Braces in
+            prompts and completions are not interpreted.
+        name: the reward component's name in infos and logs.
+        batch_size: texts per forward pass. Lower it to use less memory.
+        device: device to run the model on. Default: the model's device (CPU for a path).
+        dtype: a torch dtype or its name, for the weights. Default: the checkpoint's dtype.
+        max_tokens: maximum length of a text in tokens, including special tokens. Default: the smaller of the model's number of
+            positions and the tokenizer's limit, or no limit if neither has one.
+        truncation: "left" or "right", the side on which texts longer than `max_tokens` are truncated. None raises an error.
+        index: index of the logit to use as reward. Required if the head has several labels.
+        mean: subtracted from the logit; see `calibrate`.
+        std: divisor of the logit after `mean` is subtracted; see `calibrate`.
 
     Attributes:
         model: the classifier.
-        tokenizer: its tokenizer.
-        mean: see above.
-        std: see above.
+        tokenizer: the classifier's tokenizer.
+        mean: subtracted from the logit.
+        std: divisor of the logit after `mean` is subtracted.
 
     Raises:
-        TypeError: If the model is no sequence classifier.
-        ValueError: If the checkpoint has no (or not the whole) classification head, several labels and no `index`, a tokenizer
-            that does not fit, or an argument is unusable.
+        TypeError: If the model is not a sequence classifier.
+        ValueError: If the checkpoint lacks weights of the classification head, the head has several labels and `index` is
+            None, the tokenizer's vocabulary is larger than the model's, or an argument is invalid.
 
-    Limits: a model whose head reads at the last position whether it is padding or not (XLNet) needs `batch_size=1`.
+    Limitations: XLNet's head reads the last position even if it is padding; use `batch_size=1` with such a model.
 
     Examples:
         >>> import llm_env, torch
@@ -120,37 +124,38 @@ class RewardModel:
         self._try_out()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Return one score a completion.
+        """Return one reward per completion.
 
         Args:
             prompts: B texts or chats.
-            completions: B texts, of chats lists of one message.
-            columns: not looked at.
+            completions: B texts; for chats, B lists of one message.
+            columns: dataset columns; ignored.
 
         Raises:
-            ValueError: If a chat cannot be rendered, or a text has no tokens, or more than `max_tokens` and `truncation` is
-                None. The message names the row.
+            ValueError: If a chat cannot be rendered, a text has no tokens, or a text has more than `max_tokens` tokens and
+                `truncation` is None. The message names the row.
         """
         return [(logit - self.mean) / self.std for logit in self._score(prompts, completions)]
 
     def logits(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        """Return the logits before normalization, (B,), from one forward pass in the mode the model is in, with gradients.
+        """Return the unnormalized logits (B,), with gradients, to train the model.
 
-        For training the model: it reads its texts here exactly as it does when it pays.
+        Texts are rendered, tokenized and padded as when they are scored. All rows go through one forward pass, in the model's
+        current mode (training or evaluation).
         """
         return self._forward(self._encode(prompts, completions)).logits[:, self._index]
 
     def calibrate(self, prompts: Sequence[Any], completions: Sequence[Any]) -> RewardModel:
-        """Set `mean` and `std` so that these completions score 0 in the mean with a standard deviation of 1.
+        """Set `mean` and `std` so that these completions' rewards have mean 0 and std 1.
 
-        Ziegler et al. 2019 (arXiv 1909.08593, section 2) normalize so over completions of the policy before it is trained.
-        The standard deviation is that of these completions (divided by n).
+        Ziegler et al. 2019 (arXiv 1909.08593, section 2) normalize in this way, over completions sampled from the policy
+        before training. The standard deviation is the population's (divisor n).
 
         Returns:
             The reward model itself.
 
         Raises:
-            ValueError: If there are fewer than two completions, a score is not finite, or all scores are equal.
+            ValueError: If there are fewer than two completions, a logit is not finite, or all logits are equal.
         """
         logits = np.array(self._score(prompts, completions))
         if len(logits) < 2 or not np.isfinite(logits).all():
@@ -158,10 +163,10 @@ class RewardModel:
                 f"calibrate needs two or more finite scores, but got {logits[:8].tolist()} from {len(logits)} texts"
             )
         mean, std = logits.mean(), logits.std()
-        if std <= 1e-6 * np.abs(logits).max():  # what float32 leaves of equal scores
+        if std <= 1e-6 * np.abs(logits).max():  # equal up to float32 rounding
             raise ValueError(
-                f"the {len(logits)} reference completions all score {mean:.6g}, so their standard deviation cannot be set to "
-                "1; give completions that differ, and see that the template holds {completion}"
+                f"the {len(logits)} reference completions all score {mean:.6g}, so their standard deviation cannot be scaled "
+                "to 1; pass completions that differ, and check that the template contains {completion}"
             )
         self._normalize_by(mean, std)
         return self
@@ -172,15 +177,15 @@ class RewardModel:
         self.mean, self.std = float(mean), float(std)
 
     def _try_out(self) -> None:
-        """Score a text, so that a model that is no sequence classifier is noticed before it is needed."""
+        """Score one text, to raise early if the model is not a sequence classifier."""
         with evaluation_mode(self.model), torch.no_grad():
             logits = getattr(self._forward(self._encode(["a"], ["b"])), "logits", None)
         labels = self.model.config.num_labels
         if logits is None or logits.shape != (1, labels):
             got = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
             raise TypeError(
-                f"{type(self.model).__name__} gives {got} for one text, where a sequence classifier gives (1, {labels}); load "
-                "the model with AutoModelForSequenceClassification"
+                f"{type(self.model).__name__} gives {got} for one text, but a sequence classifier gives logits of shape "
+                f"(1, {labels}); load the model with AutoModelForSequenceClassification"
             )
 
     def _encode(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int]]:
@@ -193,13 +198,13 @@ class RewardModel:
             if self._max_tokens is not None and len(row) > self._max_tokens:
                 raise ValueError(
                     f"row {i}: the text has {len(row)} tokens, the reward model takes max_tokens={self._max_tokens}; shorten "
-                    "it, or set truncation='left' to cut off its beginning or 'right' its end"
+                    "it, or set truncation='left' to cut off its beginning or truncation='right' to cut off its end"
                 )
         return rows
 
     def _score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         rows = self._encode(prompts, completions) if len(prompts) or len(completions) else []
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: memory runs out at once or never
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: out-of-memory shows in the first pass
         results = [0.0] * len(rows)
         with evaluation_mode(self.model), torch.no_grad():
             for begin in range(0, len(rows), self._batch_size):
@@ -210,7 +215,7 @@ class RewardModel:
         return results
 
     def _forward(self, rows: list[list[int]]) -> Any:
-        """Return the model's outputs for texts as token ids."""
+        """Run the model on a batch of token ids and return its outputs."""
         model, padding = self.model, self.model.config.get_text_config().pad_token_id
         if padding is None or not 0 <= padding < self._vocab_size:
             model, padding = _twin_that_skips(model, _unused_end(rows, self._vocab_size))
@@ -219,19 +224,19 @@ class RewardModel:
 
 
 def _unused_end(rows: list[list[int]], vocab_size: int) -> int:
-    """Return a token id that no row ends with."""
+    """Return a token id that no row ends with, to use as padding."""
     ends = {row[-1] for row in rows}
     unused = next((token for token in range(vocab_size) if token not in ends), None)
     if unused is None:
         raise ValueError(
-            f"the texts of a batch end with each of the {vocab_size} tokens, and the reward model's config has no pad_token_id "
-            f"to tell padding by; set batch_size={vocab_size - 1} or less"
+            f"the texts of a batch end with each of the {vocab_size} tokens, and the reward model's config has no "
+            f"pad_token_id, so no token is left for padding; set batch_size={vocab_size - 1} or less"
         )
     return unused
 
 
 def _twin_that_skips(model: PreTrainedModel, pad_id: int) -> tuple[PreTrainedModel, int]:
-    """Return the model, sharing its weights, under a copied config whose padding is `pad_id`; and `pad_id`."""
+    """Return a shallow copy of the model whose config has this `pad_token_id`, and the id; weights are shared."""
     twin = copy.copy(model)
     twin.config = copy.deepcopy(model.config)
     twin.config.get_text_config().pad_token_id = pad_id
@@ -249,8 +254,8 @@ def _load_classifier(
         model, info = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
         if untrained := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
             raise ValueError(
-                f"{name} holds no weights for {untrained} of {type(model).__name__}, which would be random; train a "
-                "classification head first (examples/train_reward_model.py) or give a model that has one"
+                f"{name} holds no weights for {untrained} of {type(model).__name__}, so they would be random; train a "
+                "classification head first (examples/train_reward_model.py) or pass a model that has one"
             )
         model.requires_grad_(False).eval()
         return model if device is None else model.to(device)
@@ -267,12 +272,12 @@ def _load_classifier(
 def _load_tokenizer(model: Any, tokenizer: Any, truncation: str | None) -> Any:
     if tokenizer is None:
         if isinstance(model, PreTrainedModel):
-            raise ValueError("a model object brings no tokenizer; give tokenizer=, a path, a hub id or a tokenizer")
+            raise ValueError("a model object brings no tokenizer; set tokenizer= to a path, a hub id or a tokenizer")
         tokenizer = model
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     if truncation is not None:
-        tokenizer = copy.deepcopy(tokenizer)  # the side is a property of the tokenizer, and this one may be shared
+        tokenizer = copy.deepcopy(tokenizer)  # truncation_side is an attribute, and the caller may share this tokenizer
         tokenizer.truncation_side = truncation
     return tokenizer
 
@@ -280,7 +285,7 @@ def _load_tokenizer(model: Any, tokenizer: Any, truncation: str | None) -> Any:
 def _reward_label(model: PreTrainedModel, index: int | None) -> int:
     labels, names = model.config.num_labels, model.config.id2label
     if index is None and labels != 1:
-        raise ValueError(f"the reward model's head has {labels} labels, {names}; say with index= which one is the reward")
+        raise ValueError(f"the reward model's head has {labels} labels, {names}; set index= to the one that is the reward")
     if index is not None and not 0 <= index < labels:
         raise ValueError(f"index={index} is out of range: the reward model's head has {labels} labels, {names}")
     return index or 0
@@ -292,7 +297,7 @@ def _length_limit(model: PreTrainedModel, tokenizer: Any) -> int | None:
 
 
 class _Renderer:
-    """How a prompt and a completion become one text."""
+    """Render a prompt and a completion as one text."""
 
     def __init__(self, template: Template | None, tokenizer: Any) -> None:
         if template == "chat" and tokenizer.chat_template is None:
@@ -302,7 +307,7 @@ class _Renderer:
         self._template, self._tokenizer = template, tokenizer
 
     def __call__(self, prompt: Any, completion: Any) -> Prompt:
-        """Return the text, and its messages where a chat template has written it."""
+        """Return the text, and its messages if a chat template rendered it."""
         if callable(self._template):
             return Prompt(self._template(prompt, completion), None)
         if isinstance(prompt, str) != isinstance(completion, str):
@@ -314,7 +319,7 @@ class _Renderer:
             return self._chat(prompt, completion)
         if self._template == "chat":
             return self._chat([{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}])
-        # In one pass: a prompt that speaks of {completion} is not filled in turn.
+        # Replace both in one pass, so that a literal {completion} inside a prompt is left alone.
         values = {"{prompt}": prompt, "{completion}": completion}
         template = self._template or "{prompt}{completion}"
         return Prompt(re.sub(r"\{prompt\}|\{completion\}", lambda place: values[place[0]], template), None)
@@ -322,16 +327,16 @@ class _Renderer:
     def _chat(self, prompt: Messages, completion: Messages) -> Prompt:
         if self._template not in (None, "chat"):
             raise ValueError(
-                f"template={self._template!r} is for prompts that are text, but these are chats; leave it out for the "
-                "tokenizer's chat template, or give a callable (prompt, completion) -> str"
+                f"template={self._template!r} is for prompts that are text, but these are chats; set template=None to use the "
+                "tokenizer's chat template, or pass a callable (prompt, completion) -> str"
             )
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 "the prompts are chats, but the reward model's tokenizer has no chat template; set tokenizer.chat_template, or "
-                "give template= a callable (prompt, completion) -> str"
+                "set template= to a callable (prompt, completion) -> str"
             )
         messages = [*prompt, *completion]
-        if prompt[-1]["role"] == "assistant":  # the completion continues it
+        if prompt[-1]["role"] == "assistant":  # the completion continues that message
             content = completion_text(prompt[-1:]) + completion_text(completion)
             messages = [*prompt[:-1], {**prompt[-1], "content": content}]
         return Prompt(self._tokenizer.apply_chat_template(messages, tokenize=False), messages)
