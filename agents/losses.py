@@ -224,7 +224,7 @@ def ratio_statistics(
 ) -> dict[str, Tensor]:
     """Compute `approx_kl` and `clip_fraction`, means over the action tokens.
 
-    `approx_kl` is Schulman's k3 estimate of KL(pi_old, pi), from token ratios. `clip_fraction` is the fraction of ratios (of the
+    `approx_kl` is Schulman's k3 estimate of KL(pi_old, pi), from token ratios. `clip_fraction` is the share of ratios (of the
     given level) outside [1 - low, 1 + high].
     """
     with torch.no_grad():
