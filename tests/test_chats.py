@@ -141,7 +141,7 @@ def test_what_cannot_be_given_is_refused():
     def singular(prompt, completion):
         return 0.0
 
-    with pytest.raises(ValueError, match="needs 'log_metric', which a PooledReward does not hand on"):
+    with pytest.raises(ValueError, match="needs 'log_metric', which a PooledReward does not pass on"):
         make(["a"], reward=PooledReward(pooled))
     with pytest.raises(ValueError, match=r"needs \['prompt', 'completion'\].*name its parameters \['prompts', 'completions'\]"):
         make(["a"], reward=singular)
@@ -232,7 +232,7 @@ def test_an_environment_of_trl_is_told():
     def reward(completions, environments):
         return [0.0] * len(completions)
 
-    with pytest.raises(ValueError, match="needs 'environments', which TRL gives with its environment_factory"):
+    with pytest.raises(ValueError, match="needs 'environments', which TRL passes with its environment_factory"):
         make(["a"], reward=reward)
 
 
