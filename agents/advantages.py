@@ -53,6 +53,51 @@ def gae(
     return advantages, torch.where(mask.bool(), advantages + values, 0.0)
 
 
+def gae_turns(
+    rewards: Tensor,
+    values: Tensor,
+    turn_ids: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    last_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute generalized advantage estimates (GAE) over turns: one decision per turn.
+
+    R_k is the sum of the rewards of turn k, and V_k the value of the state before the turn's first token. delta_k = R_k +
+    gamma * V_{k+1} - V_k and A_k = delta_k + gamma * lambda * A_{k+1}. With one turn, A = R - V(prompt). Other libraries
+    average V over the turn's tokens. Source: `gae`, with turns as actions (ArCHer, arXiv 2402.19446, has critics over turns).
+
+    Args:
+        rewards: (B, T), one reward per action token.
+        values: (B, T), V of the state before each action. Only those of the turns' first tokens are read.
+        turn_ids: (B, T) int, the turn of each action token, from 0; -1 at observations and padding.
+        gamma: discount factor per turn.
+        gae_lambda: lambda, the trade-off between bias and variance.
+        last_values: (B,), V of the state after the last turn. None means 0, for episodes that have ended.
+
+    Returns:
+        Advantages A_k and returns A_k + V_k, both (B, T): the same number at all tokens of a turn, and 0 elsewhere.
+    """
+    turns = one_hot_turns(turn_ids)
+    table = torch.einsum("bt,btk->bk", rewards, turns.to(rewards.dtype))
+    first = first_actions(turn_ids)
+    first_values = torch.einsum("bt,btk->bk", torch.where(first, values, 0.0), turns.to(values.dtype))
+    advantages, returns = gae(table, first_values, turns.any(1), gamma, gae_lambda, last_values)
+    index, inside = turn_ids.clamp(min=0), turn_ids >= 0
+    return torch.where(inside, advantages.gather(1, index), 0.0), torch.where(inside, returns.gather(1, index), 0.0)
+
+
+def one_hot_turns(turn_ids: Tensor) -> Tensor:
+    """Return (B, T, K) bool, True where a token belongs to turn k; K is the largest number of turns, at least 1."""
+    return turn_ids[..., None] == torch.arange(max(1, int(turn_ids.max()) + 1), device=turn_ids.device)
+
+
+def first_actions(turn_ids: Tensor) -> Tensor:
+    """Return (B, T) bool, True at the first token of each turn."""
+    before = torch.nn.functional.pad(turn_ids, (1, 0), value=-1)[:, :-1]
+    return (turn_ids >= 0) & (turn_ids != before.cummax(1).values)
+
+
 def group_relative(rewards: Tensor, group_size: int, scale: str = "std") -> Tensor:
     """Compute group-relative advantages A_i = (r_i - mean) / (std + 1e-4) over the responses to one prompt.
 
@@ -154,11 +199,17 @@ def equal_groups(rewards: Tensor, group_size: int) -> Tensor:
     return _equal(groups, torch.ones_like(groups).bool())
 
 
-def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Normalize advantages (B, T) to mean 0 and std 1 over all action tokens of the batch; 0 outside the mask.
+def normalize(advantages: Tensor, mask: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Normalize advantages (B, T) to mean 0 and std 1 over the action tokens of the batch; 0 outside the mask.
 
-    With fewer than two action tokens, the mean is subtracted without division by a std.
+    With fewer than two numbers, the mean is subtracted without division by a std.
+
+    Args:
+        advantages: (B, T).
+        mask: (B, T), 0/1.
+        counted: (B, T), 1 where an advantage counts in mean and std, for example at the first token of each turn. Default:
+            `mask`.
     """
-    chosen = advantages[mask.bool()]
+    chosen = advantages[(mask if counted is None else counted).bool()]
     std = chosen.std() if chosen.numel() > 1 else torch.ones_like(chosen.sum())
     return (advantages - chosen.mean()) / (std + 1e-8) * mask

@@ -55,7 +55,7 @@ from agents.compatibility import (
     check_trainable,
     default_learning_rate,
 )
-from agents.diagnostics import check_agent
+from agents.diagnostics import Playback, check_agent, play
 from agents.distributed.communicator import SINGLE_PROCESS, Communicator, collective, get_communicator
 from agents.distributed.fsdp import full_params_context, full_state_dict, is_sharded, shard_optim_state_dict, shard_state_dict
 from agents.engines.base import PolicyEngine
@@ -381,7 +381,7 @@ class LanguageAgent(BaseAlgorithm):
         settings = ", ".join(f"{name}={_short(value)}" for name, value in values.items() if _differs(value, defaults[name]))
         env = "none yet"
         if self.env is not None:
-            env = f"{len(self.rules.prompts)} prompts, max_new_tokens={self.rules.max_new_tokens}, {type(self.env).__name__}"
+            env = f"{self.rules.describe()}, {type(self.env).__name__}"
         return "\n".join(
             [
                 f"{type(self).__name__}",
@@ -630,7 +630,7 @@ class LanguageAgent(BaseAlgorithm):
         infos, rewards = episode_infos(rollout, self.start_time), rollout.scores.cpu().numpy()
         dones = np.ones(len(rollout), dtype=bool)
         self._update_info_buffer(infos, dones)
-        new = int(rollout.lengths.sum())
+        new = int(rollout.num_actions.sum())
         calls = max(1, (self._tokens_left_over + new) // rows)
         self._tokens_left_over = max(0, self._tokens_left_over + new - calls * rows)
         end = self.num_timesteps + new
@@ -669,7 +669,7 @@ class LanguageAgent(BaseAlgorithm):
 
     def _run_preflight(self) -> None:
         """Try the longest pass, unless that was done with the limits as they are now."""
-        longest = max(map(len, self.rules.prompts.ids)), self.rules.max_new_tokens
+        longest = self.rules.longest_prompt, self.rules.max_episode_tokens
         sizes = self.n_envs, self.batch_size, self.micro_batch_size, self.max_tokens_per_batch
         limits = (*longest, *sizes, self.device, self.gradient_checkpointing)
         if self._preflighted != limits:
@@ -853,7 +853,7 @@ class LanguageAgent(BaseAlgorithm):
         self._configure()
         replicate_reference(rules.reference, self.communicator)
         rules.record_apart(self.communicator.rank)  # a separate file for every process but the main one
-        self._cursor = PromptCursor(len(rules.prompts), lambda: self.np_random)
+        self._cursor = PromptCursor.over(rules.prompts, lambda: self.np_random)
         self._last_obs = None
         if self.seed is not None:
             env.seed(self.seed)
@@ -986,21 +986,34 @@ class LanguageAgent(BaseAlgorithm):
         return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
 
     @collective
-    def evaluate(self, env: Any, deterministic: bool = True, batch_size: int = 256) -> dict[str, float]:
-        """Run one episode for every prompt of an env.
+    def evaluate(
+        self,
+        env: Any,
+        deterministic: bool = True,
+        batch_size: int = 256,
+        *,
+        n_prompts: int | None = None,
+        repeats: int = 1,
+    ) -> dict[str, float]:
+        """Run one episode, or several, for every prompt of an env.
 
         Args:
             env: a text env or its id, for instance `gym.make("llm_env/Addition-v0", split="test")`.
             deterministic: greedy decoding.
-            batch_size: prompts at a time.
+            batch_size: episodes at a time.
+            n_prompts: number of prompts (seeds of a text env), from the first on. All by default, and 256 if there is no end of
+                them (`num_tasks=None`).
+            repeats: episodes per prompt. More than 1 make sense if sampled, or with a text env that is random.
 
         Returns:
-            Means over the prompts: `reward` (the return), `length` in tokens, `success_rate` where the env defines success,
-            and `reward/<name>` for every component.
+            Means over the prompts: `reward` (the return), `length` in action tokens, `success_rate` where the env defines
+            success, `turns` with a text env, and `reward/<name>` for every component. With `repeats` above 1 also
+            `reward_stderr` and `success_rate_stderr`, standard errors of the means over prompts.
 
         Raises:
             ValueError: If the env's tokens or lengths do not fit the model.
         """
+        check_counts(batch_size=batch_size, n_prompts=n_prompts, repeats=repeats)
         vec_env = as_vec_env(env, 1)
         rules = rules_of_vec_env(vec_env)
         check_tokenizers(self.policy, rules)
@@ -1009,11 +1022,40 @@ class LanguageAgent(BaseAlgorithm):
         rules.record_apart(self.communicator.rank)
         if isinstance(rules.reference, BaseReference) and not rules.reference.has_model and self.policy.adapter is not None:
             rules.reference.set_model(self.policy.base, full_params_context(self.policy))
-        return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.communicator)
+        return evaluate(self.policy, vec_env, self.sampler(deterministic), batch_size, self.communicator, n_prompts, repeats)
 
     def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
         """Measure on fresh episodes whether sampling and training fit together; see `agents.check_agent`."""
         return check_agent(self, n=n, seed=seed, quiet=quiet)
+
+    def play(
+        self, env: Any = None, seed: int | None = None, deterministic: bool = False, *, sampling_seed: int = 0
+    ) -> Playback:
+        """Play one episode and return its transcript; training is not affected.
+
+        For GRPO a group of `group_size` episodes is played, and the first is returned: advantages are relative to the group.
+
+        Args:
+            env: a text env or its id; the agent's by default.
+            seed: the seed of the text env's episode; without a text env the index of the prompt. The first by default.
+            deterministic: greedy decoding.
+            sampling_seed: seeds the sampling of tokens.
+
+        Returns:
+            A `Playback`: `print` it for the transcript, and `table()` lists every token with mask, turn, reward, log-probs and
+            advantage.
+
+        Raises:
+            ValueError: If the env has no episode with this seed.
+
+        Examples:
+            >>> import llm_env
+            >>> from agents import GRPO
+            >>> playback = GRPO(llm_env.PUPIL, "llm_env/Addition-v0", n_envs=16).play(seed=3)
+            >>> playback.rows[0]["action"], playback.rows[0]["turn"]
+            (True, 1)
+        """
+        return play(self, env, seed, deterministic, sampling_seed)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

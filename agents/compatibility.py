@@ -66,7 +66,7 @@ def check_positions(policy: LanguagePolicy, rules: Rules) -> None:
     Raises:
         ValueError: If it has fewer.
     """
-    check_length(policy.max_positions, max(map(len, rules.prompts.ids)), rules.max_new_tokens)
+    check_length(policy.max_positions, rules.longest_prompt, rules.max_episode_tokens, name=rules.length_argument)
 
 
 def check_base_reference(policy: LanguagePolicy, rules: Rules) -> None:

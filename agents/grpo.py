@@ -55,6 +55,10 @@ class GRPO(LanguageAgent):
     | CISPO | `surrogate="cispo"`, `clip_range=1.0`, `clip_range_high` tuned, `aggregation="token"` | arXiv 2506.13585 |
     | dual clip | `dual_clip=3.0` | arXiv 1912.09729 |
     | DeepSeek-V3.2's KL | `kl_coef`, `unbiased_kl=True` (TRL's default) | arXiv 2512.02556 |
+    | turn-level ratio (GSPO with a turn as the sequence) | `ratio_level="turn"` | arXiv 2507.18071 |
+    | step rewards of turns, pooled over the group | `supervision="process"`, a text env that pays turns | DeepSeekMath 4.1.3 |
+    | MT-GRPO (turn and outcome advantages, normalized apart) | not available; the row above pools both | arXiv 2505.11821 |
+    | GiGPO (groups of equal states within episodes) | not available | arXiv 2505.10978 |
     | REINFORCE++ with a group baseline | `scale="batch"`, `aggregation="token"`, `kl_estimator="k2"` | arXiv 2501.03262 |
 
     RLOO, without ratio and clipping, is `REINFORCE(baseline="leave_one_out")`. A penalty by k1 belongs into the reward: that
@@ -73,13 +77,14 @@ class GRPO(LanguageAgent):
         clip_range: eps of the ratio, a number or an SB3 schedule.
         clip_range_high: eps of the upper bound ("clip-higher"); `clip_range` by default.
         dual_clip: c > 1, a bound on the loss of a negative advantage; None for none.
-        ratio_level: `"token"`, or `"sequence"` for one ratio a response, the geometric mean of its tokens'.
+        ratio_level: `"token"`; or `"sequence"` for one ratio per response, the geometric mean of its tokens' ratios; or
+            `"turn"` for one ratio per turn.
         surrogate: `"clip"`, min(rho A, clip(rho) A), or `"cispo"`, clip(rho) A log pi with no gradient through the ratio.
         scale: what the advantages are divided by: `"std"` of the group, std of the `"batch"`, or `"none"`.
         aggregation: `"sequence"` (the paper), `"token"` (DAPO) or `"constant"` (Dr. GRPO: `max_new_tokens` per response).
         supervision: `"outcome"`, one score an answer, or `"process"`: the rewards of the steps that a reward function returns
             are normalized over the group, and a token has the sum of those that end at it or after it. A plain score is a step
-            that ends at the last token.
+            that ends at the last token. With a text env every turn is a step, also one that pays 0.
         max_resamples: how many more batches may be sampled to fill up the groups whose rewards are all equal (dynamic
             sampling, DAPO section 3.2); where they do not suffice, such groups stay in the rollout. All that is sampled is
             counted and logged.
@@ -142,6 +147,7 @@ class GRPO(LanguageAgent):
         self.surrogate = surrogate
         self.scale = scale
         self.supervision = supervision
+        self._warned_of_unpaid_steps = False
         self.max_resamples = check_int("max_resamples", max_resamples, 0)
         self.ent_coef = ent_coef
         if on_iteration is not None and not callable(on_iteration):
@@ -172,17 +178,30 @@ class GRPO(LanguageAgent):
     def compute_advantages(self, rollout: Rollout) -> None:
         """Give each token the group-relative score of its response, or of the response's steps from the token on."""
         if self.supervision == "process":
+            self._check_steps(rollout)
             steps = group_relative_steps(rollout.rewards, rollout.step_ends, self.group_size, self.scale)
             rollout.advantages = steps * rollout.mask
         else:
             rollout.advantages = group_relative(rollout.scores, self.group_size, self.scale)[:, None] * rollout.mask
+
+    def _check_steps(self, rollout: Rollout) -> None:
+        """Warn once if most turns of a text env pay 0: longer episodes that succeed then score lower than short ones."""
+        ends = rollout.step_ends.bool()
+        unpaid = float((rollout.rewards[ends] == 0).float().mean())
+        if int(rollout.turn_ids.max()) > 0 and unpaid > 0.5 and not self._warned_of_unpaid_steps:
+            self._warned_of_unpaid_steps = True
+            warn(
+                f"supervision='process', but {unpaid:.0%} of the steps pay 0. Steps of a group are normalized together, so "
+                "every such step gets a negative share, and long episodes that succeed score lower than short ones. Use "
+                "supervision='outcome', or pay every turn"
+            )
 
     def loss(self, batch: Rollout, evaluation: Evaluation, weights: Tensor) -> tuple[LossTerms, Statistics]:
         """Compute the surrogate, the KL to the reference and the entropy bonus."""
         assert batch.old_logp is not None and batch.advantages is not None
         low = self.clip_range(self._current_progress_remaining)
         high = low if self.clip_range_high is None else self.clip_range_high(self._current_progress_remaining)
-        rho = ratio(evaluation.logp, batch.old_logp, batch.mask, self.ratio_level)
+        rho = ratio(evaluation.logp, batch.old_logp, batch.mask, self.ratio_level, batch.turn_ids)
         if self.surrogate == "clip":
             surrogate = clipped_terms(rho, batch.advantages, low, high, self.dual_clip)
         else:
@@ -197,5 +216,5 @@ class GRPO(LanguageAgent):
             if self.unbiased_kl:
                 kl = kl * ratio(evaluation.logp, batch.old_logp)
             terms["kl_loss"] = (coefficient(self.kl_coef), weighted_sum(kl, weights))
-        statistics = ratio_statistics(evaluation.logp, batch.old_logp, batch.mask, low, high, self.ratio_level)
+        statistics = ratio_statistics(evaluation.logp, batch.old_logp, batch.mask, low, high, self.ratio_level, batch.turn_ids)
         return terms, statistics | {"clip_range": torch.tensor(low)}

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.advantages import first_actions, one_hot_turns
+
 AGGREGATIONS = ("token", "sequence", "constant")
-RATIO_LEVELS = ("token", "sequence")
+RATIO_LEVELS = ("token", "sequence", "turn")
 SURROGATES = ("clip", "cispo")
 LOG_RATIO_LIMIT = 20.0  # clamp before exp: clamping afterwards gives 0 * inf = NaN in the backward pass
 
@@ -40,28 +42,50 @@ def token_weights(mask: Tensor, aggregation: str = "token", length_limit: int | 
     raise ValueError(f"aggregation={aggregation!r} must be 'token', 'sequence' or 'constant'")
 
 
-def ratio(logp: Tensor, old_logp: Tensor, mask: Tensor | None = None, level: str = "token") -> Tensor:
+def turn_weights(weights: Tensor, turn_ids: Tensor) -> Tensor:
+    """Move the loss weights of each turn's tokens to the turn's first token, (B, T): for one value per turn.
+
+    Args:
+        weights: (B, T), see `token_weights`.
+        turn_ids: (B, T) int, the turn of each action token, from 0; -1 at observations and padding.
+    """
+    turns = one_hot_turns(turn_ids).to(weights.dtype)
+    totals = torch.einsum("bt,btk->bk", weights, turns).gather(1, turn_ids.clamp(min=0))
+    return torch.where(first_actions(turn_ids), totals, 0.0)
+
+
+def ratio(
+    logp: Tensor, old_logp: Tensor, mask: Tensor | None = None, level: str = "token", turn_ids: Tensor | None = None
+) -> Tensor:
     """Compute the probability ratio rho = pi / pi_old, (B, T).
 
     Args:
         logp: (B, T), log pi of the action tokens, in nats.
         old_logp: (B, T), log pi_old of the action tokens, in nats.
-        mask: (B, T), 0/1; required for `"sequence"`.
+        mask: (B, T), 0/1; required for `"sequence"` and `"turn"`.
         level: `"token"`: one ratio per token. `"sequence"`: s_i, the geometric mean of the ratios of the response's tokens, at
             each of these tokens (GSPO, arXiv 2507.18071). The gradient is that of the paper's GSPO-token, s_i * grad log pi
             at each token. It sums to GSPO's gradient if all tokens of a response have the same advantage and weight.
+            `"turn"`: the same with each turn as a sequence.
+        turn_ids: (B, T) int, the turn of each action token; required for `"turn"`.
 
     Raises:
-        ValueError: If `level` is neither.
+        ValueError: If `level` is none of these.
     """
     log_ratio = logp - old_logp
-    if level == "sequence":
+    if level in ("sequence", "turn"):
         assert mask is not None
         inside = torch.where(mask.bool(), log_ratio, 0.0).detach()
-        mean = inside.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        if level == "sequence":
+            mean = inside.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        else:
+            assert turn_ids is not None
+            turns = one_hot_turns(turn_ids).to(inside.dtype)
+            means = torch.einsum("bt,btk->bk", inside, turns) / turns.sum(1).clamp(min=1)
+            mean = means.gather(1, turn_ids.clamp(min=0))
         log_ratio = logp - logp.detach() + mean
     elif level != "token":
-        raise ValueError(f"ratio_level={level!r} must be 'token' or 'sequence'")
+        raise ValueError(f"ratio_level={level!r} must be 'token', 'sequence' or 'turn'")
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
@@ -129,9 +153,10 @@ def surrogate_terms(
     dual_clip: float | None = None,
     level: str = "token",
     surrogate: str = "clip",
+    turn_ids: Tensor | None = None,
 ) -> Tensor:
     """Compute the policy loss per token, (B, T): `clipped_terms` or `cispo_terms`. See `clipped_surrogate`."""
-    rho = ratio(logp, old_logp, mask, level)
+    rho = ratio(logp, old_logp, mask, level, turn_ids)
     if surrogate == "clip":
         return clipped_terms(rho, advantages, clip_range, clip_range_high, dual_clip)
     if surrogate != "cispo":
@@ -162,8 +187,8 @@ def clipped_surrogate(
         clip_range_high: eps of the upper bound ("clip-higher", DAPO). Default: `clip_range`.
         aggregation: `"token"`, `"sequence"` or `"constant"`; see `token_weights`.
         length_limit: length in the divisor of `"constant"`, in tokens; see `token_weights`.
-        options: `dual_clip` (a number above 1, or None), `level` of the ratio (`"token"` or `"sequence"`) and `surrogate`
-            (`"clip"` or `"cispo"`).
+        options: `dual_clip` (a number above 1, or None), `level` of the ratio (`"token"`, `"sequence"`, or `"turn"` with
+            `turn_ids`) and `surrogate` (`"clip"` or `"cispo"`).
     """
     terms = surrogate_terms(logp, old_logp, advantages, mask, clip_range, clip_range_high, **options)
     return weighted_sum(terms, token_weights(mask, aggregation, length_limit))
@@ -220,7 +245,13 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def ratio_statistics(
-    logp: Tensor, old_logp: Tensor, mask: Tensor, low: float, high: float, level: str = "token"
+    logp: Tensor,
+    old_logp: Tensor,
+    mask: Tensor,
+    low: float,
+    high: float,
+    level: str = "token",
+    turn_ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compute `approx_kl` and `clip_fraction`, means over the action tokens.
 
@@ -229,7 +260,7 @@ def ratio_statistics(
     """
     with torch.no_grad():
         here = mask.bool()
-        tokens, rho = ratio(logp, old_logp)[here], ratio(logp, old_logp, mask, level)[here]
+        tokens, rho = ratio(logp, old_logp)[here], ratio(logp, old_logp, mask, level, turn_ids)[here]
         return {
             "approx_kl": (tokens - 1 - tokens.log()).mean(),
             "clip_fraction": ((rho < 1 - low) | (rho > 1 + high)).float().mean(),

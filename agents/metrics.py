@@ -14,7 +14,7 @@ from agents.advantages import equal_groups
 from agents.engines.base import Engine
 from agents.engines.weight_sync import SyncedEngine
 from agents.losses import kl_k3
-from agents.rollout import Rollout
+from agents.rollout import Rollout, logged_turns
 from llm_env.rewards import METRIC
 from llm_env.rules import Rules
 
@@ -64,15 +64,35 @@ def record_rollout(
         record("rollout/reward_errors", float(np.mean(["reward_error" in info for info in rollout.infos])))
     for name, seconds in rules.rewards.take_seconds().items():
         record(f"time/reward/{name}", seconds)
-    kls = [info["kl"] for info in rollout.infos if "kl" in info]
-    if kls:
-        record("rollout/kl", safe_mean(kls))
-    if rules.kl is not None or kl_in_loss:
-        record("rollout/kl_coef", kl_in_loss if rules.kl is None else rules.kl.value)
+    if rules.text_env is not None:
+        _record_turns(logger, rollout, rules.text_env.take_seconds())
+    _record_kl(logger, rollout, rules, kl_in_loss)
     if isinstance(engine, SyncedEngine):
         record("rollout/push_gap", engine.gap)
         record("time/push", engine.seconds)
     record("rollout/samples", samples_table(samples_of(rollout, rules)), exclude=TEXT_ONLY_FOR_TENSORBOARD)
+
+
+def _record_kl(logger: Logger, rollout: Rollout, rules: Rules, kl_in_loss: float) -> None:
+    """Record the KL of the episodes and its coefficient, where there are any."""
+    kls = [info["kl"] for info in rollout.infos if "kl" in info]
+    if kls:
+        logger.record("rollout/kl", safe_mean(kls))
+    if rules.kl is not None or kl_in_loss:
+        logger.record("rollout/kl_coef", kl_in_loss if rules.kl is None else rules.kl.value)
+
+
+def _record_turns(logger: Logger, rollout: Rollout, seconds: float) -> None:
+    """Record what concerns episodes of several turns; `seconds` were spent in the text env."""
+    infos = [info for info in rollout.infos if "turns" in info]  # not those that a wrapper ended
+    turns = sum(info["turns"] for info in infos)
+    if turns:
+        logger.record("rollout/turns", turns / len(infos))
+        logger.record("rollout/turn_truncated", sum(info["turns_truncated"] for info in infos) / turns)
+        logger.record("rollout/observation_tokens", safe_mean([info["observation_tokens"] for info in infos]))
+    for key in sorted({key for info in infos for key in info if key.startswith("env/")}):
+        logger.record(f"rollout/{key}", safe_mean([info[key] for info in infos if key in info]))
+    logger.record("time/env", seconds)
 
 
 def samples_of(rollout: Rollout, rules: Rules, count: int = SAMPLES) -> list[dict[str, str]]:
@@ -87,6 +107,8 @@ def samples_of(rollout: Rollout, rules: Rules, count: int = SAMPLES) -> list[dic
     episodes = list(zip(rollout.infos, rollout.scores.tolist(), strict=True))
     for info, score in episodes[:: -(-len(episodes) // count)]:
         row = {"prompt": info["prompt"], "completion": info["completion"]}
+        if rules.text_env is not None and "transcript" in info:
+            row = {"transcript": info["transcript"]}
         columns = rules.prompts.row(info["prompt_index"]) if "prompt_index" in info else {}
         if "answer" in columns:
             row["answer"] = str(columns["answer"])
@@ -141,7 +163,10 @@ def record_update(logger: Logger, rollout: Rollout, statistics: dict[str, float]
         record(f"train/{key}", value)
     record("train/n_updates", num_updates, exclude="tensorboard")
     if rollout.ref_logp is not None:  # as sampled: off-policy, after some steps, a few tokens dominate k3
-        record("train/kl_ref", kl_k3(rollout.sampled_logp, rollout.ref_logp)[rollout.mask.bool()].mean().item())
+        kl = kl_k3(rollout.sampled_logp, rollout.ref_logp)
+        record("train/kl_ref", kl[rollout.mask.bool()].mean().item())
+        for turn in logged_turns(rollout):
+            record(f"train/kl_ref/turn_{turn + 1}", kl[rollout.turn_ids == turn].mean().item())
     if rollout.old_logp is not None:
         gap = (rollout.old_logp - rollout.sampled_logp).abs() * rollout.mask
         record("train/logp_gap", gap.max().item())
@@ -172,8 +197,5 @@ def record_time(logger: Logger, iteration: int, timesteps: int, new_timesteps: i
 def episode_infos(rollout: Rollout, start_time: float) -> list[dict[str, Any]]:
     """Return the last infos with what SB3's `Monitor` adds, for its callbacks; `start_time` is in nanoseconds."""
     seconds = round((time.time_ns() - start_time) / 1e9, 6)
-    returns = rollout.scores.tolist()
-    return [
-        {"episode": {"r": returns[i], "l": len(rollout.responses[i]), "t": seconds}, **info}
-        for i, info in enumerate(rollout.infos)
-    ]
+    returns, lengths = rollout.scores.tolist(), rollout.num_actions
+    return [{"episode": {"r": returns[i], "l": int(lengths[i]), "t": seconds}, **info} for i, info in enumerate(rollout.infos)]

@@ -10,13 +10,16 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 from typing_extensions import Unpack
 
-from agents.advantages import gae, normalize
+from agents.advantages import first_actions, gae, gae_turns, normalize
 from agents.base import CommonArguments, LanguageAgent
-from agents.losses import clipped_terms, ratio, ratio_statistics, value_terms, weighted_sum
+from agents.losses import clipped_terms, ratio, ratio_statistics, turn_weights, value_terms, weighted_sum
 from agents.policy import Evaluation
 from agents.rollout import Rollout
 from agents.training.objective import LossTerms, Statistics
-from agents.validation import check_numbers
+from agents.validation import check_choice, check_numbers
+from llm_env.rules import ENV_REWARD
+
+GAE_LEVELS = ("token", "turn")
 
 
 class PPO(LanguageAgent):
@@ -28,19 +31,24 @@ class PPO(LanguageAgent):
     Args:
         policy, env, learning_rate: see `LanguageAgent`.
         n_epochs: passes over a rollout.
-        gamma: discount per token.
+        gamma: discount factor per token, or per turn with `gae_level="turn"`.
         gae_lambda: lambda of the advantage estimate.
+        gae_level: `"token"`: GAE over action tokens (observations are skipped). `"turn"`: GAE over turns. V is read and trained
+            at the first action of each turn only, and all tokens of a turn have its advantage. See
+            `agents.advantages.gae_turns`.
         clip_range: eps of the ratio, a number or an SB3 schedule.
         clip_range_vf: eps of the value, a number or an SB3 schedule; None for no clipping.
-        normalize_advantage: to mean 0 and standard deviation 1 over all action tokens of the rollout; all 0 where every
-            episode of the rollout had the same return.
+        normalize_advantage: normalize to mean 0 and standard deviation 1 over all action tokens of the rollout (over turns with
+            `gae_level="turn"`). All 0 if every episode of the rollout had the same return.
         ent_coef: weight of an entropy bonus.
         vf_coef: weight of the value loss.
         separate_critic: V has a separate network, initialized as a copy of the policy's, instead of a head on the policy's.
             Where the policy is an adapter, V has a second adapter on the same base. The head is always trained in full.
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
-        bootstrap_truncated: add gamma * V of the state after the last token where the length limit ended an episode, as SB3
-            does. Off by default: its score was paid, so its end is an end.
+        bootstrap_truncated: add gamma * V of the state after the last token to truncated episodes, as SB3 does. None (default)
+            does so for episodes that a text env truncated, and for those that `max_turns` truncated without a reward function:
+            nothing was paid for their end. Length limits are ends by default, because the score was paid. V is 0 where the last
+            observation did not fit.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
         common: see `LanguageAgent`.
     """
@@ -57,6 +65,7 @@ class PPO(LanguageAgent):
         n_epochs: int = 4,
         gamma: float = 1.0,
         gae_lambda: float = 0.95,
+        gae_level: str = "token",
         clip_range: float | Schedule = 0.2,
         clip_range_vf: float | Schedule | None = 0.2,
         normalize_advantage: bool = True,
@@ -64,13 +73,16 @@ class PPO(LanguageAgent):
         vf_coef: float = 0.1,
         separate_critic: bool = False,
         target_kl: float | None = None,
-        bootstrap_truncated: bool = False,
+        bootstrap_truncated: bool | None = None,
         aggregation: str = "token",
         **common: Unpack[CommonArguments],
     ) -> None:
         check_numbers(0.0, gamma=gamma, gae_lambda=gae_lambda, clip_range=clip_range, clip_range_vf=clip_range_vf)
         check_numbers(0.0, vf_coef=vf_coef, target_kl=target_kl)
         check_numbers(ent_coef=ent_coef)
+        check_choice("gae_level", gae_level, GAE_LEVELS)
+        check_choice("bootstrap_truncated", bootstrap_truncated, (None, True, False))
+        self.gae_level = gae_level
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.clip_range = FloatSchedule(clip_range)
@@ -84,15 +96,24 @@ class PPO(LanguageAgent):
         super().__init__(policy, env, learning_rate, n_epochs=n_epochs, aggregation=aggregation, **common)
 
     def compute_advantages(self, rollout: Rollout) -> None:
-        """Compute GAE over the action tokens; the values' targets are made before the advantages are normalized."""
+        """Compute GAE over action tokens or turns. The values' targets are computed before advantages are normalized."""
         assert rollout.old_values is not None and rollout.last_values is not None
-        last = rollout.last_values * rollout.truncated if self.bootstrap_truncated else None
-        advantages, rollout.returns = gae(rollout.rewards, rollout.old_values, rollout.mask, self.gamma, self.gae_lambda, last)
+        last = torch.where(bootstraps(rollout, self.bootstrap_truncated), rollout.last_values, 0.0)
+        counted = rollout.mask
+        if self.gae_level == "token":
+            advantages, rollout.returns = gae(
+                rollout.rewards, rollout.old_values, rollout.mask, self.gamma, self.gae_lambda, last
+            )
+        else:
+            advantages, rollout.returns = gae_turns(
+                rollout.rewards, rollout.old_values, rollout.turn_ids, self.gamma, self.gae_lambda, last
+            )
+            counted = first_actions(rollout.turn_ids)
         if self.normalize_advantage:
             # Where all episodes earned the same, the advantages are the critic's errors alone. Blown up to a standard
             # deviation of 1 they undo what has been learned, so such a rollout trains the critic only.
             same = rollout.scores.amax() == rollout.scores.amin()
-            advantages = torch.zeros_like(advantages) if same else normalize(advantages, rollout.mask)
+            advantages = torch.zeros_like(advantages) if same else normalize(advantages, rollout.mask, counted)
         rollout.advantages = advantages
 
     def loss(self, batch: Rollout, evaluation: Evaluation, weights: Tensor) -> tuple[LossTerms, Statistics]:
@@ -102,10 +123,11 @@ class PPO(LanguageAgent):
         clip = self.clip_range(self._current_progress_remaining)
         clip_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
         errors = value_terms(evaluation.values[:, :-1], batch.old_values, batch.returns, clip_vf)
+        value_weights = weights if self.gae_level == "token" else turn_weights(weights, batch.turn_ids)
         surrogate = clipped_terms(ratio(evaluation.logp, batch.old_logp), batch.advantages, clip)
         terms: LossTerms = {
             "policy_gradient_loss": (1.0, weighted_sum(surrogate, weights)),
-            "value_loss": (self.vf_coef, weighted_sum(errors, weights)),
+            "value_loss": (self.vf_coef, weighted_sum(errors, value_weights)),
             "entropy_loss": (self.ent_coef, -weighted_sum(evaluation.entropy, weights)),
         }
         statistics = ratio_statistics(evaluation.logp, batch.old_logp, batch.mask, clip, clip)
@@ -114,3 +136,22 @@ class PPO(LanguageAgent):
     def should_stop(self, statistics: dict[str, float]) -> bool:
         """Return whether approx_kl is over 1.5 * target_kl."""
         return self.target_kl is not None and statistics["approx_kl"] > 1.5 * self.target_kl
+
+
+def bootstraps(rollout: Rollout, bootstrap_truncated: bool | None) -> Tensor:
+    """Return whether V of the state after the last token continues an episode's return, (B,) bool; see `PPO`.
+
+    Args:
+        rollout: the episodes, with their last infos.
+        bootstrap_truncated: True for all truncated episodes, False for none. None for those that a text env truncated, and
+            those that `max_turns` truncated if no reward function was paid at their end.
+    """
+    wanted = []
+    for info in rollout.infos:
+        cause = info.get("truncated_by")
+        paid_at_end = any(key.startswith("reward/") and key != f"reward/{ENV_REWARD}" for key in info)
+        by_default = cause == "env" or (cause == "max_turns" and not paid_at_end)
+        wanted.append(
+            (by_default if bootstrap_truncated is None else bootstrap_truncated) and info.get("final_observation_fits", True)
+        )
+    return torch.tensor(wanted, device=rollout.truncated.device) & rollout.truncated

@@ -162,11 +162,12 @@ def check_budget(max_tokens_per_batch: int | None, rules: Rules) -> None:
     Raises:
         ValueError: If the longest prompt with a response of `max_new_tokens` has more tokens.
     """
-    prompt, new = max(map(len, rules.prompts.ids)), rules.max_new_tokens
+    prompt, new = rules.longest_prompt, rules.max_episode_tokens
     if max_tokens_per_batch is not None and max_tokens_per_batch < prompt + new:
         raise ValueError(
             f"max_tokens_per_batch={max_tokens_per_batch} does not hold the longest prompt, of {prompt} tokens, and "
-            f"max_new_tokens={new}; raise it to {prompt + new} at least, lower max_new_tokens or shorten the prompts"
+            f"{rules.length_argument}={new}; raise it to {prompt + new} at least, lower {rules.length_argument} or shorten the "
+            "prompts"
         )
 
 

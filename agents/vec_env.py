@@ -141,7 +141,7 @@ class TextVecEnv(_TextVecEnvBase):
         if dones.any():
             final, ended = episodes.observation(), np.flatnonzero(dones)
             for row in ended.tolist():
-                length, truncated = episodes.response_lengths[row], outcome.truncated[row]
+                length, truncated = episodes.num_actions[row], outcome.truncated[row]
                 infos[row].update(self._end_info(row, pick(final, row), length, truncated))
             self.venv.restart_rows(ended)
         return episodes.observation(), rewards, dones, infos

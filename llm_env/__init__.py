@@ -4,6 +4,7 @@ import warnings
 from importlib import metadata
 from typing import Any
 
+from llm_env.dialogue.text_env import TextEnv, TextEnvTasks
 from llm_env.env import TextGenerationEnv
 from llm_env.prompts import PromptSource
 from llm_env.pupil import PUPIL
@@ -20,6 +21,8 @@ __all__ = [
     "PooledReward",
     "PromptSource",
     "RewardModel",
+    "TextEnv",
+    "TextEnvTasks",
     "TextGenerationEnv",
     "TextGenerationVectorEnv",
     "check_reward",

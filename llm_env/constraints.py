@@ -84,6 +84,28 @@ class TokenConstraint:
                 )
         return masks
 
+    def along_turns(
+        self, prompt: Sequence[int], response: Sequence[int], turn_ids: Sequence[int] | np.ndarray, begin: int = 0
+    ) -> np.ndarray:
+        """Return the allowed tokens for each action of an episode of several turns, from token `begin` on.
+
+        Args:
+            prompt: token ids.
+            response: token ids of turns and observations.
+            turn_ids: the turn of each token, -1 for tokens that the env wrote.
+            begin: first token of `response` to return.
+
+        Returns:
+            (n, V) bool, n the number of action tokens from `begin` on. Read-only.
+        """
+        turns, masks = np.asarray(turn_ids), []
+        for turn in np.unique(turns[turns >= 0]):
+            first, last = np.flatnonzero(turns == turn)[[0, -1]].tolist()
+            if last >= begin:
+                context = [*prompt, *response[:first]]
+                masks.append(self.along(context, response[first : last + 1], max(0, begin - first)))
+        return masks[0] if len(masks) == 1 else np.concatenate([np.ones((0, self._vocab_size), dtype=bool), *masks])
+
     def _as_mask(self, allowed: Any, *state: list[int]) -> np.ndarray:
         try:
             return self._checked(allowed)

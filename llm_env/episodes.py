@@ -1,6 +1,7 @@
-"""The way of an episode, over a batch of token ids: its tokens, its end and what it earns.
+"""Episodes of token ids: turns of the policy, observations of the env, ends and rewards. Numpy only.
 
-Both clocks of every env go through `Episodes.advance`: a token is a response of length one. Nothing here needs torch.
+Both clocks of every env call `Episodes.advance`: a token is a part of an open turn. A prompt with one answer is an episode of
+one turn.
 """
 
 from __future__ import annotations
@@ -12,90 +13,176 @@ from typing import Any
 
 import numpy as np
 
+from llm_env.dialogue.text_env import Sessions, Transition, as_messages, env_scores
 from llm_env.observations import observe
+from llm_env.prompts import TaskTable
 from llm_env.rewards import NOTES, Scores
-from llm_env.rules import Rules
+from llm_env.rules import ENV_REWARD, Rules
 
 
 @dataclass
 class StepOutcome:
-    """What became of R rows that were given up to n tokens each.
+    """The result of R rows that were given up to n tokens each.
 
     Attributes:
         rewards: (R, n) float64, one number per action token, 0 at padding.
-        terminated: (R,) bool, ended by the end token or a stop string.
-        truncated: (R,) bool, ended by the length limit. Where both are False, the episode continues.
-        ref_logp: (R, n) float32, log pi_ref of the tokens in nats, NaN where the reference was not asked; None without one.
-        infos: the last infos by row number, of the rows that ended.
+        terminated: (R,) bool, ended by an end token or stop string, or by the text env.
+        truncated: (R,) bool, ended by a limit, or cut off by the text env. If both are False, the episode continues.
+        ref_logp: (R, n) float32, log pi_ref of the tokens in nats, NaN if the reference was not asked; None without one.
+        observations: R int64 arrays, the tokens that the env wrote after a turn; empty otherwise.
+        infos: infos by row number: the last infos of rows that ended, and `turn_truncated` of rows whose turn was cut.
     """
 
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
     ref_logp: np.ndarray | None
+    observations: list[np.ndarray]
     infos: dict[int, dict[str, Any]]
+
+    @property
+    def ended(self) -> np.ndarray:
+        """(R,) bool, rows whose episode has ended."""
+        return self.terminated | self.truncated
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of the policy and the reply of the env.
+
+    Attributes:
+        text: the turn, without special tokens.
+        transition: the reply; None without a text env, or if the turn was not given to it.
+        is_cut: whether the turn reached its limit.
+    """
+
+    text: str
+    transition: Transition | None
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a transcript.
+
+    Attributes:
+        speaker: `"env"` or `"policy"`.
+        text: what it wrote, without special tokens.
+        reward: of the text env for a turn of the policy; None if it paid none.
+        is_cut: whether the turn reached its limit.
+    """
+
+    speaker: str
+    text: str
+    reward: float | None = None
+    is_cut: bool = False
+
+
+def transcript_text(utterances: Sequence[Utterance]) -> str:
+    """Return a transcript as text, a line per utterance, with the reward of each turn."""
+    lines = []
+    for each in utterances:
+        reward = "" if each.reward is None else f"  [reward {each.reward:g}]"
+        lines.append(f"{each.speaker + ':':<8}{each.text!r}{'  [cut]' if each.is_cut else ''}{reward}")
+    return "\n".join(lines)
 
 
 class Episodes:
-    """The state of B episodes and their one way forward.
+    """The state of B episodes, and the rules by which they advance.
 
     Args:
-        rules: what all rows share.
+        rules: the rules, shared by all rows.
         num_rows: B.
 
     Attributes:
-        ids: (B, L) int64, prompt then response, right-padded; a token's index is its position.
+        ids: (B, L) int64, the prompt and all tokens after it, right-padded; a token's index is its position.
+        turn_ids: (B, L - P) int64 by token after the prompt: its turn, from 0; -1 for tokens of the env and padding.
         prompt_lengths: (B,) int64.
-        response_lengths: (B,) int64, action tokens so far.
+        lengths: (B,) int64, tokens after the prompt, of turns and observations.
+        num_actions: (B,) int64, tokens of turns.
+        turn_starts: (B,) int64, index after the prompt at which the open turn begins.
         finished: (B,) bool, True until a row is started.
-        prompt_indexes: (B,) int64, which prompt of `rules.prompts` a row has.
+        prompt_indexes: (B,) int64, the index of each row's prompt.
+        turns: B lists of the turns that have ended.
         scores: (B,) float64, what rewards and ends paid for the last episode that ended in a row, without a KL.
     """
 
     def __init__(self, rules: Rules, num_rows: int) -> None:
         self.rules = rules
+        width = rules.max_episode_tokens
         self.ids = np.full((num_rows, rules.max_tokens), rules.pad_id, dtype=np.int64)
-        self.prompt_lengths = np.zeros(num_rows, dtype=np.int64)
-        self.response_lengths = np.zeros(num_rows, dtype=np.int64)
+        self.turn_ids = np.full((num_rows, width), -1, dtype=np.int64)
+        self.prompt_lengths, self.lengths, self.num_actions, self.turn_starts, self.prompt_indexes = np.zeros(
+            (5, num_rows), dtype=np.int64
+        )
         self.finished = np.ones(num_rows, dtype=bool)
-        self.prompt_indexes = np.zeros(num_rows, dtype=np.int64)
-        self._logp = np.full((num_rows, rules.max_new_tokens), np.nan, dtype=np.float64)
-        self._ref_logp = np.full((num_rows, rules.max_new_tokens), np.nan, dtype=np.float32)
+        self.turns: list[list[Turn]] = [[] for _ in range(num_rows)]
+        self._logp = np.full((num_rows, width), np.nan, dtype=np.float64)
+        self._ref_logp = np.full((num_rows, width), np.nan, dtype=np.float32)
         self._paid_steps = np.zeros(num_rows)
         self._step_errors = [""] * num_rows
         self.scores = np.full(num_rows, np.nan)
+        self._sessions = None if rules.text_env is None else Sessions(rules.text_env)
 
     def start(self, rows: Sequence[int] | np.ndarray, prompt_indexes: Sequence[int]) -> None:
         """Begin new episodes in `rows` with the prompts `prompt_indexes`, which exist."""
-        for row, index in zip(rows, prompt_indexes, strict=True):
-            prompt = self.rules.prompts.ids[index]
+        prompts = [self.rules.prompts.ids[index] for index in prompt_indexes]  # a text env may raise here
+        for row, index, prompt in zip(np.asarray(rows).tolist(), prompt_indexes, prompts, strict=True):
             self.ids[row] = self.rules.pad_id
             self.ids[row, : len(prompt)] = prompt
             self.prompt_lengths[row] = len(prompt)
             self.prompt_indexes[row] = index
+            self.turns[row] = []
             self._step_errors[row] = ""
-        self.response_lengths[rows] = 0
+            if self._sessions is not None:
+                assert isinstance(self.rules.prompts, TaskTable)
+                task = self.rules.prompts.task(index)
+                self._sessions.start(row, task.seed, task.observation)
+        for counts in (self.lengths, self.num_actions, self.turn_starts):
+            counts[rows] = 0
         self.finished[rows] = False
+        self.turn_ids[rows] = -1
         self._logp[rows] = np.nan
         self._ref_logp[rows] = np.nan
         self._paid_steps[rows] = 0.0
 
+    def close(self) -> None:
+        """Close the instances of the text env."""
+        if self._sessions is not None:
+            self._sessions.close()
+
     def observation(self) -> Any:
-        """Return what the agent sees of all rows, new arrays at every call; see `llm_env.observations`."""
-        return observe(self.rules.observation, self.ids, self.prompt_lengths + self.response_lengths)
+        """Return the observations of all rows, new arrays at every call; see `llm_env.observations`."""
+        return observe(self.rules.observation, self.ids, self.prompt_lengths + self.lengths)
 
     def prompt(self, row: int) -> np.ndarray:
         """Return the prompt's token ids, (P,)."""
         return self.ids[row, : self.prompt_lengths[row]]
 
     def response(self, row: int) -> np.ndarray:
-        """Return the action tokens so far, (T,)."""
-        return self.ids[row, self.prompt_lengths[row] :][: self.response_lengths[row]]
+        """Return the tokens after the prompt, (T,): turns and observations."""
+        return self.ids[row, self.prompt_lengths[row] :][: self.lengths[row]]
+
+    def turn(self, row: int) -> np.ndarray:
+        """Return the tokens of the open turn."""
+        return self.response(row)[self.turn_starts[row] :]
+
+    def context(self, row: int) -> np.ndarray:
+        """Return the tokens before the open turn: the prompt, and earlier turns and observations."""
+        return self.ids[row, : self.prompt_lengths[row] + self.turn_starts[row]]
+
+    def actions(self, row: int) -> np.ndarray:
+        """Return which tokens after the prompt are actions, (T,) bool."""
+        return self.turn_ids[row, : self.lengths[row]] >= 0
 
     def log_probs(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return Log pi and log pi_ref of the action tokens so far, (T,) each, in nats; NaN where not known."""
-        at = slice(0, self.response_lengths[row])
+        """Return log pi and log pi_ref of the action tokens so far, one number each, in nats; NaN if not known."""
+        at = np.flatnonzero(self.actions(row))
         return self._logp[row, at], self._ref_logp[row, at]
+
+    def turn_limits(self, rows: np.ndarray) -> np.ndarray:
+        """Return the maximum lengths of the open turns: `max_new_tokens`, or less where the episode has less room."""
+        return np.minimum(self.rules.max_new_tokens, self.rules.max_episode_tokens - self.turn_starts[rows])
 
     def advance(
         self,
@@ -105,7 +192,7 @@ class Episodes:
         logprobs: np.ndarray | None = None,
         score_reference: bool = False,
     ) -> StepOutcome:
-        """Append tokens to rows, end the episodes that they end, and pay.
+        """Append tokens to the open turns of rows, step the text env where a turn ends, and pay.
 
         Args:
             rows: (R,) distinct row numbers.
@@ -115,44 +202,70 @@ class Episodes:
             score_reference: ask the reference about all tokens now, not only when an episode ends or a KL is paid.
 
         Raises:
-            ValueError: If a row has ended, or a token is out of range, comes after the end token, or exceeds the limit; or a
-                reward function failed, or the record could not be written. No row has changed then.
+            ValueError: If a row has ended; a token is out of range, comes after the end of the turn, or exceeds the limit; a
+                reward function failed, a text env returned unusable values, or the record could not be written. No row has
+                changed then.
+            RuntimeError: If a text env raised an exception. No row has changed then.
         """
         written = np.arange(tokens.shape[1]) < lengths[:, None]
         self._check(rows, tokens, lengths, written)
-        before, paid_before, scores_before = self.response_lengths[rows], self._paid_steps[rows], self.scores[rows]
-        columns = (self.prompt_lengths[rows] + before)[:, None] + np.arange(tokens.shape[1])
-        at = (np.repeat(rows, lengths), columns[written])
-        actions_at = (at[0], (before[:, None] + np.arange(tokens.shape[1]))[written])
-        self.ids[at] = tokens[written]
-        self.response_lengths[rows] += lengths
+        before, state = self.lengths[rows], self._save(rows)
+        offsets = (before[:, None] + np.arange(tokens.shape[1]))[written]
+        at = (np.repeat(rows, lengths), offsets)
+        self.ids[at[0], self.prompt_lengths[at[0]] + offsets] = tokens[written]
+        self.turn_ids[at] = np.repeat([len(self.turns[row]) for row in rows], lengths)
+        self.lengths[rows] += lengths
+        self.num_actions[rows] += lengths
         try:
-            terminated, truncated = self._ends(rows, tokens, lengths, before)
-            ended = terminated | truncated
-            rewards = np.zeros(tokens.shape)
+            by_end, is_cut = self._turn_ends(rows, tokens, lengths)
             if logprobs is not None:
-                self._logp[actions_at] = logprobs[written]
-            shaped = self.rules.kl is not None
-            if self.rules.reference is not None:
-                self._score_reference(rows[lengths > 0] if shaped or score_reference else rows[ended])
-            if shaped:
-                for i, row in enumerate(rows):
-                    rewards[i, : lengths[i]] = self._kl_rewards(row, before[i], lengths[i], logprobs is not None)
-            infos = self._compute_rewards(rows, before, lengths, ended, truncated, rewards)
-            if self.rules.recorder is not None:
-                now = [(int(rows[i]), bool(terminated[i])) for i in np.flatnonzero(ended)]
-                self.rules.recorder.write([self._record(row, infos[row], by_itself) for row, by_itself in now])
+                self._logp[at] = logprobs[written]
+            replies = self._take_turns(rows, by_end, is_cut)
+            new = _NewTokens(rows, before, lengths, is_cut, replies, np.zeros(tokens.shape), logprobs is not None)
+            infos = self._settle(new, score_reference)
         except BaseException:
-            self.response_lengths[rows], self._paid_steps[rows], self.scores[rows] = before, paid_before, scores_before
-            self.ids[at] = self.rules.pad_id
-            self._logp[actions_at] = self._ref_logp[actions_at] = np.nan
+            self._restore(rows, state)
             raise
-        self.finished[rows[ended]] = True
+        self.finished[rows[new.ended]] = True
         ref_logp = None
         if self.rules.reference is not None:
             ref_logp = np.full(tokens.shape, np.nan, dtype=np.float32)
-            ref_logp[written] = self._ref_logp[actions_at]
-        return StepOutcome(rewards, terminated, truncated, ref_logp, infos)
+            ref_logp[written] = self._ref_logp[at]
+        observations = [np.array(reply.observation, dtype=np.int64) for reply in replies]
+        return StepOutcome(new.rewards, new.terminated, new.truncated, ref_logp, observations, infos)
+
+    def _settle(self, new: _NewTokens, score_reference: bool) -> dict[int, dict[str, Any]]:
+        """Ask the reference, pay the new tokens and record episodes that ended; return the infos by row number."""
+        rows, lengths, ended, shaped = new.rows, new.lengths, new.ended, self.rules.kl is not None
+        if self.rules.reference is not None:
+            self._score_reference(rows[lengths > 0] if shaped or score_reference else rows[ended])
+        if shaped:
+            for i, row in enumerate(rows):
+                new.rewards[i, : lengths[i]] = self._kl_rewards(row, new.before[i], lengths[i], new.has_logp)
+        infos = self._compute_rewards(new)
+        for i, reply in enumerate(new.replies):
+            if reply.reward:
+                new.rewards[i, lengths[i] - 1] += reply.reward
+            if self.rules.text_env is not None and (ended[i] or new.is_cut[i]):
+                infos.setdefault(int(rows[i]), {}).update(self._turn_info(int(rows[i]), reply, bool(ended[i])))
+        if self.rules.recorder is not None:
+            now = [(int(rows[i]), bool(new.terminated[i])) for i in np.flatnonzero(ended)]
+            self.rules.recorder.write([self._record(row, infos[row], by_itself) for row, by_itself in now])
+        return infos
+
+    def _save(self, rows: np.ndarray) -> list[Any]:
+        counts = (self.lengths, self.num_actions, self.turn_starts, self._paid_steps, self.scores)
+        return [[len(self.turns[row]) for row in rows], *(values[rows] for values in counts)]
+
+    def _restore(self, rows: np.ndarray, state: list[Any]) -> None:
+        num_turns, self.lengths[rows], self.num_actions[rows], self.turn_starts[rows], paid, scores = state
+        self._paid_steps[rows], self.scores[rows] = paid, scores
+        for row, count in zip(rows, num_turns, strict=True):
+            del self.turns[row][count:]
+            length = self.lengths[row]
+            self.ids[row, self.prompt_lengths[row] + length :] = self.rules.pad_id
+            self.turn_ids[row, length:] = -1
+            self._logp[row, length:] = self._ref_logp[row, length:] = np.nan
 
     def _check(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, written: np.ndarray) -> None:
         over = self.finished[rows] & (lengths > 0)
@@ -164,31 +277,32 @@ class Episodes:
             raise ValueError(
                 f"action {tokens[i, t]} in row {rows[i]} is not a token id: the vocabulary is 0..{self.rules.vocab_size - 1}"
             )
-        total = self.response_lengths[rows] + lengths
-        long = total > self.rules.max_new_tokens
+        total, limits = self.lengths[rows] - self.turn_starts[rows] + lengths, self.turn_limits(rows)
+        long = total > limits
         if long.any():
-            raise ValueError(
-                f"the response in row {rows[long][0]} has {total[long][0]} tokens, more than "
-                f"max_new_tokens={self.rules.max_new_tokens}; cut it there"
-            )
+            row, limit = rows[long][0], limits[long][0]
+            reason = f"max_new_tokens={limit}"
+            if limit < self.rules.max_new_tokens:
+                reason = f"the {limit} that max_episode_tokens={self.rules.max_episode_tokens} leaves"
+            raise ValueError(f"the response in row {row} has {total[long][0]} tokens, more than {reason}; cut it there")
         if self.rules.constraint is not None:
             self._check_allowed(rows, tokens, lengths)
 
     def action_masks(self) -> np.ndarray:
-        """(B, V) bool, True for the tokens that may come next; all where a row's episode is over."""
+        """Return the tokens that are allowed next, (B, V) bool; all of them in rows whose episode has ended."""
         masks = np.ones((len(self.finished), self.rules.vocab_size), dtype=bool)
         if self.rules.constraint is not None:
             for row in np.flatnonzero(~self.finished).tolist():
-                masks[row] = self.rules.constraint.next(self.prompt(row).tolist(), self.response(row).tolist())
+                masks[row] = self.rules.constraint.next(self.context(row).tolist(), self.turn(row).tolist())
         return masks
 
     def _check_allowed(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> None:
         assert self.rules.constraint is not None
         for row, new, length in zip(rows, tokens, lengths, strict=True):
-            before = self.response(row).tolist()
+            before = self.turn(row).tolist()
             ends = np.flatnonzero(self.rules.are_end_tokens(new[:length]))
-            new = new[: ends[0] + 1 if len(ends) else length]  # nothing is asked of what comes after the end
-            masks = self.rules.constraint.along(self.prompt(row).tolist(), before + new.tolist(), len(before))
+            new = new[: ends[0] + 1 if len(ends) else length]  # tokens after the end are another error
+            masks = self.rules.constraint.along(self.context(row).tolist(), before + new.tolist(), len(before))
             bad = np.flatnonzero(~masks[np.arange(len(new)), new])
             if len(bad):
                 t = bad[0]
@@ -198,17 +312,16 @@ class Episodes:
                     f"{len(before) + t} of the response; action_masks() says what is, for instance {some}"
                 )
 
-    def _ends(
-        self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, before: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the tokens just written end an episode: (terminated, truncated), both (R,) bool."""
+    def _turn_ends(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the tokens just written end a turn, (R,) bool: by an end token or stop string, and by the limit."""
         position = np.arange(tokens.shape[1])
         is_end: Any = self.rules.are_end_tokens(tokens) & (position < lengths[:, None])
+        before = self.lengths[rows] - self.turn_starts[rows] - lengths
         if self.rules.stop:
             for i, row in enumerate(rows):
-                response = self.response(row).tolist()
+                turn = self.turn(row).tolist()
                 for t in range(lengths[i]):
-                    is_end[i, t] |= self.rules.completes_stop(response[: before[i] + t + 1])
+                    is_end[i, t] |= self.rules.completes_stop(turn[: before[i] + t + 1])
         early = is_end & (position < lengths[:, None] - 1)
         if early.any():
             i, t = np.argwhere(early)[0]
@@ -216,21 +329,87 @@ class Episodes:
                 f"the response in row {rows[i]} has {lengths[i] - 1 - t} tokens after its end at token "
                 f"{before[i] + t} ({tokens[i, t]}); cut it after the end token or stop string"
             )
-        terminated = is_end.any(axis=1)
-        truncated = ~terminated & (lengths > 0) & (self.response_lengths[rows] == self.rules.max_new_tokens)
-        return terminated, truncated
+        by_end = is_end.any(axis=1)
+        is_cut = ~by_end & (lengths > 0) & (before + lengths == self.turn_limits(rows))
+        return by_end, is_cut
+
+    def _take_turns(self, rows: np.ndarray, by_end: np.ndarray, is_cut: np.ndarray) -> list[_Reply]:
+        """End turns: step the text env and write its observations; return what follows in each row."""
+        replies = [_Reply()] * len(rows)
+        for i in np.flatnonzero(by_end | is_cut).tolist():
+            replies[i] = self._take_turn(int(rows[i]), bool(is_cut[i]))
+        return replies
+
+    def _take_turn(self, row: int, is_cut: bool) -> _Reply:
+        tokens, turns, rules = self.turn(row).tolist(), self.turns[row], self.rules
+        if self._sessions is None:
+            turns.append(Turn("", None, is_cut))
+            return _Reply(terminated=not is_cut, truncated_by="turn_limit" if is_cut else "")
+        (text,) = rules.decode([tokens])
+        if is_cut and rules.turn_limit == "truncate":
+            turns.append(Turn(text, None, is_cut))
+            return _Reply(truncated_by="turn_limit")
+        transition = self._sessions.step(row, [*(turn.text for turn in turns), text])
+        turns.append(Turn(text, transition, is_cut))
+        if transition.terminated:
+            return _Reply(transition.reward, terminated=True)
+        try:
+            observation = rules.observation_ids(tokens, transition.observation)
+        except Exception:
+            self._sessions.discard(row)
+            raise
+        room, reason = rules.max_episode_tokens - int(self.lengths[row]), ""
+        if transition.truncated:
+            reason = "env"
+        elif len(turns) == rules.max_turns:
+            reason = "max_turns"
+        elif len(observation) >= room:
+            reason = "max_episode_tokens"
+        fits = len(observation) <= room
+        if fits:
+            begin = int(self.prompt_lengths[row] + self.lengths[row])
+            self.ids[row, begin : begin + len(observation)] = observation
+            self.lengths[row] += len(observation)
+            self.turn_starts[row] = self.lengths[row]
+        return _Reply(transition.reward, False, reason, observation if fits else (), fits)
+
+    def _turn_info(self, row: int, reply: _Reply, ended: bool) -> dict[str, Any]:
+        """Return what a text env adds to the info at the end of a turn that was cut, and at the end of the episode."""
+        turns = self.turns[row]
+        info: dict[str, Any] = {"turn_truncated": turns[-1].is_cut}
+        if not ended:
+            return info
+        actions = self.actions(row)
+        info["turns_truncated"] = sum(turn.is_cut for turn in turns)
+        info["observation_tokens"] = int((~actions).sum())
+        info["transcript"] = transcript_text(self.transcript(row))
+        info |= {f"env/{key}": value for key, value in env_scores(self._last_info(row)).items()}
+        if reply.truncated_by:
+            info |= {"truncated_by": reply.truncated_by, "final_observation_fits": reply.fits}
+        return info
+
+    def _last_info(self, row: int) -> dict[str, Any]:
+        """Return the info of the text env's last step in a row."""
+        return next((turn.transition.info for turn in reversed(self.turns[row]) if turn.transition is not None), {})
 
     def _score_reference(self, rows: np.ndarray) -> None:
         """Fill in log pi_ref of all action tokens of `rows` that have none yet."""
         if not len(rows):
             return
-        prompts = [self.prompt(row).tolist() for row in rows]
-        responses = [self.response(row).tolist() for row in rows]
-        known = [
-            int(np.isfinite(self._ref_logp[row, : len(response)]).sum()) for row, response in zip(rows, responses, strict=True)
-        ]
-        for row, begin, logp in zip(rows, known, self.rules.reference_log_probs(prompts, responses, known), strict=True):
-            self._ref_logp[row, begin : begin + len(logp)] = logp
+        prompts, responses, turn_ids, begins = [], [], [], []
+        for row in rows.tolist():
+            actions = self.actions(row)
+            end = int(np.flatnonzero(actions)[-1]) + 1
+            unknown = np.flatnonzero(actions[:end] & ~np.isfinite(self._ref_logp[row, :end]))
+            begins.append(int(unknown[0]) if len(unknown) else end)
+            prompts.append(self.prompt(row).tolist())
+            responses.append(self.response(row)[:end].tolist())
+            turn_ids.append(self.turn_ids[row, :end])
+        for row, begin, turns, logp in zip(
+            rows, begins, turn_ids, self.rules.reference_log_probs(prompts, responses, begins, turn_ids), strict=True
+        ):
+            at = begin + np.flatnonzero(turns[begin:] >= 0)
+            self._ref_logp[row, at] = logp[at - begin]
 
     def _kl_rewards(self, row: int, begin: int, length: int, known: bool) -> np.ndarray:
         """-beta * (log pi - log pi_ref) per token; without log pi what the env knows of it, beta * log pi_ref."""
@@ -239,46 +418,45 @@ class Episodes:
         logp = self._logp[row, at] if known else 0.0
         return -self.rules.kl.value * (logp - self._ref_logp[row, at])
 
-    def _compute_rewards(
-        self,
-        rows: np.ndarray,
-        before: np.ndarray,
-        lengths: np.ndarray,
-        ended: np.ndarray,
-        truncated: np.ndarray,
-        rewards: np.ndarray,
-    ) -> dict[int, dict[str, Any]]:
-        """Add to `rewards`, (R, n), what the reward functions pay for the tokens just written; the infos of rows that end."""
-        infos: dict[int, dict[str, Any]] = {}
-        ends: dict[int, tuple[int, ...]] = {}
-        paid, step_errors = self._paid_steps[rows], {}
-        open_rows = np.flatnonzero(~ended & (lengths > 0))
+    def _compute_rewards(self, new: _NewTokens) -> dict[int, dict[str, Any]]:
+        """Add what reward functions and ends pay to `new.rewards`; return the infos of rows that ended."""
+        paid, step_errors = self._paid_steps[new.rows], {}
+        open_rows = np.flatnonzero(~new.ended & (new.lengths > 0))
         if self.rules.rewards.stepwise and len(open_rows):
-            so_far = self.rules.rewards.steps_so_far(*self._reward_inputs(rows[open_rows]))
+            so_far = self.rules.rewards.steps_so_far(*self._reward_inputs(new.rows[open_rows]))
             for k, i in enumerate(open_rows):
-                paid[i] += self._pay_steps(so_far, k, rows[i], before[i], rewards[i])
-            step_errors = {int(rows[open_rows[k]]): error for k, error in so_far.errors.items()}
-        if ended.any():
-            scores = self.rules.rewards(*self._reward_inputs(rows[ended]))
-            outcome, penalties = self.rules.ends.apply(scores.outcome, self.response_lengths[rows[ended]], truncated[ended])
-            for k, i in enumerate(np.flatnonzero(ended)):
-                paid[i] += self._pay_steps(scores, k, rows[i], before[i], rewards[i])
-                if (earlier := self._step_errors[rows[i]]) and earlier != scores.errors.get(k):
-                    scores.errors[k] = "; ".join(filter(None, [earlier, scores.errors.get(k)]))
-                last = before[i] + lengths[i] - 1
-                for at, score in scores.final_steps(k, before[i], last):
-                    rewards[i, at - before[i]] += score
-                rewards[i, lengths[i] - 1] += outcome[k]
-                if k in scores.given_steps:
-                    ends[int(rows[i])] = scores.step_ends(k, before[i], last, bool(outcome[k]))
-            whole = [sum(score for _, score in steps) for steps in scores.steps]
-            self.scores[rows[ended]] = paid[ended] + np.array(whole) + outcome
-            infos = self._infos(rows[ended].tolist(), scores, penalties, truncated[ended])
-            for row, row_ends in ends.items():
-                infos[row]["step_ends"] = row_ends
-        self._paid_steps[rows] = paid
+                paid[i] += self._pay_steps(so_far, k, new.rows[i], new.before[i], new.rewards[i])
+            step_errors = {int(new.rows[open_rows[k]]): error for k, error in so_far.errors.items()}
+        infos = self._pay_ends(new, paid) if new.ended.any() else {}
+        self._paid_steps[new.rows] = paid
         for row, error in step_errors.items():
             self._step_errors[row] = self._step_errors[row] or error
+        return infos
+
+    def _pay_ends(self, new: _NewTokens, paid: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Pay the episodes that ended, and add what live steps were paid to `paid`, (R,); return their infos."""
+        rows, ended = new.rows[new.ended], np.flatnonzero(new.ended)
+        scores = self.rules.rewards(*self._reward_inputs(rows))
+        outcome, penalties = self.rules.ends.apply(scores.outcome, self.num_actions[rows], new.is_cut[ended])
+        ends: dict[int, set[int]] = {}
+        for k, i in enumerate(ended):
+            row, before, rewards = new.rows[i], new.before[i], new.rewards[i]
+            paid[i] += self._pay_steps(scores, k, row, before, rewards)
+            if (earlier := self._step_errors[row]) and earlier != scores.errors.get(k):
+                scores.errors[k] = "; ".join(filter(None, [earlier, scores.errors.get(k)]))
+            last = before + new.lengths[i] - 1
+            for at, score in scores.final_steps(k, before, last):
+                rewards[at - before] += score
+            rewards[new.lengths[i] - 1] += outcome[k]
+            if k in scores.given_steps:
+                ends[int(row)] = set(scores.step_ends(k, before, last, bool(outcome[k])))
+            if self.rules.text_env is not None:  # every turn is a step, also if it was paid 0
+                ends[int(row)] = {*ends.get(int(row), ()), *self._turn_last_tokens(row)}
+        final = [sum(score for _, score in steps) for steps in scores.steps]
+        self.scores[rows] = paid[ended] + np.array(final) + outcome + [self._env_return(row) for row in rows]
+        infos = self._infos(rows.tolist(), scores, penalties, new.is_cut[ended])
+        for row, row_ends in ends.items():
+            infos[row]["step_ends"] = tuple(sorted(row_ends))
         return infos
 
     def _pay_steps(self, scores: Scores, k: int, row: int, before: int, rewards: np.ndarray) -> float:
@@ -304,28 +482,74 @@ class Episodes:
 
     def _reward_inputs(self, rows: np.ndarray) -> tuple[list[Any], list[Any], list[list[int]], dict[str, list[Any]], list[str]]:
         """Return what rewards are called with: prompts, completions, their ids, the columns and the rendered prompts."""
-        responses = [self.response(row).tolist() for row in rows.tolist()]
         indexes = self.prompt_indexes[rows].tolist()
-        prompts, completions, columns = self.rules.prompts.reward_inputs(indexes, self.rules.decode(responses))
-        return prompts, completions, responses, columns, [self.rules.prompts.texts[i] for i in indexes]
+        prompts, columns = self.rules.prompts.prompts_of(indexes)
+        completions = [self._completion(row) for row in rows.tolist()]
+        ids = [self._completion_ids(row) for row in rows.tolist()]
+        return prompts, completions, ids, columns, [self.rules.prompts.texts[i] for i in indexes]
+
+    def _completion_ids(self, row: int) -> list[int]:
+        """Return the tokens after the prompt, up to the last action token."""
+        return self.response(row)[: int(np.flatnonzero(self.actions(row))[-1]) + 1].tolist()
+
+    def _completion(self, row: int) -> Any:
+        """Return the completion as reward functions get it: a text, or messages for chats and text envs, as in TRL."""
+        if self._sessions is None:
+            (text,) = self.rules.decode([self.response(row).tolist()])
+            is_chat = self.rules.prompts.messages[self.prompt_indexes[row]] is not None
+            return [{"role": "assistant", "content": text}] if is_chat else text
+        messages: list[dict[str, Any]] = []
+        for turn in self.turns[row]:
+            messages.append({"role": "assistant", "content": turn.text})
+            if turn.transition is not None and not turn.transition.terminated:
+                messages += as_messages(turn.transition.observation)
+        return messages
+
+    def transcript(self, row: int) -> list[Utterance]:
+        """Return who said what in the episode of a row; the open turn is included."""
+        index = int(self.prompt_indexes[row])
+        utterances = [Utterance("env", self.rules.prompts.texts[index])]
+        for turn in self.turns[row]:
+            reward = None if turn.transition is None else turn.transition.reward
+            utterances.append(Utterance("policy", turn.text, reward, turn.is_cut))
+            if turn.transition is not None:
+                utterances += [Utterance("env", str(m.get("content"))) for m in as_messages(turn.transition.observation)]
+        open_turn = self.turn(row)
+        if len(open_turn) and self.turn_ids[row, self.lengths[row] - 1] == len(self.turns[row]):
+            utterances.append(Utterance("policy", self.rules.decode([open_turn.tolist()])[0]))
+        return utterances
+
+    def _env_return(self, row: int) -> float:
+        """Return the sum of the text env's rewards in an episode."""
+        return sum(turn.transition.reward for turn in self.turns[row] if turn.transition is not None)
+
+    def _turn_last_tokens(self, row: int) -> list[int]:
+        """Return the index after the prompt of the last token of every turn."""
+        turns = self.turn_ids[row, : self.lengths[row]]
+        return [int(np.flatnonzero(turns == turn)[-1]) for turn in range(len(self.turns[row]))]
 
     def _infos(
-        self, rows: list[int], scores: Scores, penalties: dict[str, np.ndarray], truncated: np.ndarray
+        self, rows: list[int], scores: Scores, penalties: dict[str, np.ndarray], is_cut: np.ndarray
     ) -> dict[int, dict[str, Any]]:
         """Return the last infos of rows that end."""
         components = {**scores.components, **penalties}
+        if self.rules.text_env is not None:
+            components[ENV_REWARD] = np.array([self._env_return(row) for row in rows])
         completions = self.rules.decode([self.response(row).tolist() for row in rows])
         infos: dict[int, dict[str, Any]] = {}
         for i, row in enumerate(rows):
             index = int(self.prompt_indexes[row])
             info = {"prompt": self.rules.prompts.texts[index], "completion": completions[i], "prompt_index": index}
+            info["turns"] = len(self.turns[row])
             info.update({f"reward/{name}": float(v[i]) for name, v in components.items() if np.isfinite(v[i])})
             info.update({key: values[i] for key, values in scores.notes.items()})
             if i in scores.errors:
                 info["reward_error"] = scores.errors[i]
             if self.rules.success is not None:
-                counts = not (truncated[i] and self.rules.ends.length_stop == "zero")
+                counts = not (is_cut[i] and self.rules.ends.length_stop == "zero")
                 info["is_success"] = bool(counts and components[self.rules.success][i] >= 1)
+            elif "is_success" in (last := self._last_info(row)):
+                info["is_success"] = bool(last["is_success"])
             if self.rules.reference is not None:
                 logp, ref_logp = self.log_probs(row)
                 info["ref_logprob"] = float(ref_logp.sum(dtype=np.float64))
@@ -337,15 +561,16 @@ class Episodes:
     def _record(self, row: int, info: dict[str, Any], terminated: bool) -> dict[str, Any]:
         """Return the record of the episode that ended in `row`; see `llm_env.recorder.Recorder`."""
         index, notes = info["prompt_index"], {key: value for key, value in info.items() if key.startswith(NOTES)}
-        (prompt,), (completion,), _ = self.rules.prompts.reward_inputs([index], [info["completion"]])
+        (prompt,), _ = self.rules.prompts.prompts_of([index])
         logp, ref_logp = (x.tolist() if np.isfinite(x).all() else None for x in self.log_probs(row))
         return {
             "prompt_index": index,
             "prompt": prompt,
-            "completion": completion,
+            "completion": self._completion(row),
             **({} if isinstance(prompt, str) else {"prompt_text": info["prompt"]}),
             "prompt_ids": self.prompt(row).tolist(),
-            "completion_ids": self.response(row).tolist(),
+            "completion_ids": self._completion_ids(row),
+            **({} if self._sessions is None else {"turn_ids": self.turn_ids[row, : len(self._completion_ids(row))].tolist()}),
             "columns": self.rules.prompts.row(index),
             "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
             "score": float(self.scores[row]),
@@ -356,3 +581,60 @@ class Episodes:
             **{key: info[key] for key in ("is_success", "reward_error") if key in info},
             **notes,
         }
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """What follows the tokens that were just written in a row.
+
+    Attributes:
+        reward: of the text env.
+        terminated: whether the episode has ended.
+        truncated_by: why the episode was truncated: `"turn_limit"`, `"env"`, `"max_turns"`, `"max_episode_tokens"`; "" if not.
+        observation: token ids that the env wrote.
+        fits: whether the observation was written.
+    """
+
+    reward: float = 0.0
+    terminated: bool = False
+    truncated_by: str = ""
+    observation: Sequence[int] = ()
+    fits: bool = True
+
+
+@dataclass(frozen=True)
+class _NewTokens:
+    """The tokens that a call of `advance` has written, and what they are paid.
+
+    Attributes:
+        rows: (R,) row numbers.
+        before: (R,) index after the prompt of the first new token.
+        lengths: (R,) number of new tokens.
+        is_cut: (R,) bool, whether the turn reached its limit.
+        replies: R replies.
+        rewards: (R, n) float64, filled in by `Episodes`.
+        has_logp: whether log pi of the tokens is known.
+    """
+
+    rows: np.ndarray
+    before: np.ndarray
+    lengths: np.ndarray
+    is_cut: np.ndarray
+    replies: list[_Reply]
+    rewards: np.ndarray
+    has_logp: bool
+
+    @property
+    def terminated(self) -> np.ndarray:
+        """(R,) bool."""
+        return np.array([reply.terminated for reply in self.replies], dtype=bool)
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """(R,) bool."""
+        return np.array([bool(reply.truncated_by) for reply in self.replies], dtype=bool)
+
+    @property
+    def ended(self) -> np.ndarray:
+        """(R,) bool."""
+        return self.terminated | self.truncated

@@ -8,17 +8,23 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_env.dialogue.chat import Messages, PromptFormat
+from llm_env.dialogue.text_env import ENDLESS, Text, TextEnvTasks, as_messages, close
 
 logger = logging.getLogger("llm_env")
 
 Row = dict[str, Any]
 SPLITS = ("train", "test")
+CACHED_TASKS = 65536
+ENDLESS_SAMPLE = 256  # tasks that stand for all, if there is no end of them
 
 
 class PromptSource(ABC):
@@ -98,6 +104,11 @@ def as_rows(prompts: Any) -> Sequence[Row]:
                 f"prompts=[{str(prompts)!r}]"
             )
         return read_jsonl(prompts)
+    if callable(getattr(prompts, "reset", None)) and callable(getattr(prompts, "step", None)):
+        raise TypeError(
+            f"prompts={prompts!r} has reset and step: it is an environment; for one over text use "
+            "TextGenerationEnv.from_text_env(make, tokenizer=...)"
+        )
     if not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")) or isinstance(prompts, (dict, bytes)):
         raise TypeError(
             f"prompts is a {type(prompts).__name__}{_why_no_rows(prompts)}; give a list of str, a list of dict with a 'prompt' "
@@ -200,6 +211,32 @@ class PromptTable:
         """Return the values of column `name` in the prompts `indexes`."""
         return [self._rows[self._kept[i]].get(name) for i in indexes]
 
+    def contains(self, index: int) -> bool:
+        """Return True: every index of a table has a prompt."""
+        return True
+
+    def longest(self, count: int = 1) -> list[list[int]]:
+        """Return the token ids of the `count` longest prompts, or of all if there are fewer."""
+        return [ids.tolist() for ids in nlargest(count, self.ids, key=len)]
+
+    def indexes(self, count: int | None = None) -> list[int]:
+        """Return the indexes of the first `count` prompts, or of all."""
+        return list(range(len(self) if count is None else min(count, len(self))))
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether a prompt is a chat."""
+        return any(messages is not None for messages in self.messages)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the columns of every prompt."""
+        return map(self.row, range(len(self)))
+
+    def prompts_of(self, indexes: Sequence[int]) -> tuple[list[Any], dict[str, list[Any]]]:
+        """Return B prompts and their columns as reward functions get them: a text, or the messages of a chat."""
+        prompts = [self.texts[i] if self.messages[i] is None else self.messages[i] for i in indexes]
+        return prompts, {name: self.column(name, indexes) for name in self.columns}
+
     def reward_inputs(
         self, indexes: Sequence[int], completions: Sequence[str]
     ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
@@ -211,13 +248,12 @@ class PromptTable:
             indexes: B indexes of prompts.
             completions: B texts.
         """
-        prompts: list[Any] = []
-        answers: list[Any] = []
-        for i, completion in zip(indexes, completions, strict=True):
-            messages = self.messages[i]
-            prompts.append(self.texts[i] if messages is None else messages)
-            answers.append(completion if messages is None else [{"role": "assistant", "content": completion}])
-        return prompts, answers, {name: self.column(name, indexes) for name in self.columns}
+        prompts, columns = self.prompts_of(indexes)
+        answers = [
+            completion if self.messages[i] is None else [{"role": "assistant", "content": completion}]
+            for i, completion in zip(indexes, completions, strict=True)
+        ]
+        return prompts, answers, columns
 
     def ids_of_text(self, text: str) -> list[int] | None:
         """Return the ids of the chat that its template writes as `text`; None where no prompt is that chat."""
@@ -225,6 +261,9 @@ class PromptTable:
             self._chats = {self.texts[i]: i for i, messages in enumerate(self.messages) if messages is not None}
         index = self._chats.get(text)
         return None if index is None else self.ids[index].tolist()
+
+    def close(self) -> None:
+        """Do nothing: a table holds no resources."""
 
     def row(self, index: int) -> Row:
         """Return the columns of prompt `index` that it has, "prompt" aside."""
@@ -237,21 +276,187 @@ class PromptTable:
         return columns, {name: i for name, i in lacking.items() if i is not None}
 
 
-class PromptCursor:
-    """Indexes 0..n-1 in an endlessly reshuffled order: each once before any comes again.
-
-    A Fisher-Yates shuffle that remembers only what it has moved, so that a cursor over a million prompts costs nothing
-    until it is used.
+class TaskTable:
+    """The first observations of a text env as prompts, read when they are needed; same interface as `PromptTable`.
 
     Args:
-        size: n, how many prompts there are.
-        rng: gives the current generator of the env that owns the cursor; the order is a function of its stream alone.
+        tasks: the tasks.
+        format: how observations become text and token ids.
+        max_prompt_tokens: maximum length of a first observation, in tokens.
+        as_messages: whether a str is a user message.
+        split: `"train"` or `"test"` keeps the tasks whose seed `split_of` assigns there; None keeps all.
+
+    Attributes:
+        columns: names of the entries of the first task's info.
     """
 
-    def __init__(self, size: int, rng: Callable[[], np.random.Generator]) -> None:
+    dropped = 0
+
+    def __init__(
+        self, tasks: TextEnvTasks, format: PromptFormat, max_prompt_tokens: int, as_messages: bool, split: str | None = None
+    ) -> None:
+        check_split(split)
+        self.tasks, self.format, self.split = tasks, format, split
+        self._max_prompt_tokens, self._as_messages = max_prompt_tokens, as_messages
+        self._kept: Sequence[int] = range(tasks.num_tasks)
+        if split is not None and not tasks.endless:
+            self._kept = [i for i in range(tasks.num_tasks) if self._in_split(i)]
+            if not self._kept:
+                raise ValueError(f"none of the {tasks.num_tasks} seeds is in split={split!r}; raise num_tasks")
+        self._env: Any = None
+        self._cache: dict[int, _Task] = {}
+        self.ids, self.texts, self.messages = (_Column(self, name) for name in ("ids", "text", "messages"))
+        first = self.indexes(1)[0]
+        self.columns, self.incomplete = sorted(self.task(first).columns), dict[str, int]()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_env": None}  # text envs need not be picklable
+
+    def contains(self, index: int) -> bool:
+        """Return whether a task is in the split; with a finite number of tasks, all indexes are."""
+        return not self.tasks.endless or self._in_split(index)
+
+    def _in_split(self, index: int) -> bool:
+        return self.split is None or split_of(str(self.tasks.first_seed + index)) == self.split
+
+    def seed(self, index: int) -> int:
+        """Return the seed of task `index`."""
+        return self.tasks.first_seed + self._kept[index]
+
+    def index_of_seed(self, seed: int) -> int | None:
+        """Return the index of the task with a seed; None if there is none."""
+        number = seed - self.tasks.first_seed
+        if not 0 <= number < self.tasks.num_tasks or not self._in_split(number):
+            return None
+        return number if self.tasks.endless else self._kept.index(number)
+
+    def task(self, index: int) -> _Task:
+        """Return task `index`; the text env is reset at the first call, and the result is cached.
+
+        Raises:
+            ValueError: If the first observation is unusable, empty or too long.
+        """
+        found = self._cache.get(index)
+        if found is None:
+            if len(self._cache) >= CACHED_TASKS:
+                self._cache.pop(next(iter(self._cache)))
+            found = self._cache[index] = self._read(index)
+        return found
+
+    def _read(self, index: int) -> _Task:
+        if self._env is None:
+            self._env = self.tasks.new()
+        seed = self.seed(index)
+        observation, info = self.tasks.reset(self._env, seed)
+        if other := [key for key in info if not isinstance(key, str)]:
+            raise TypeError(f"{self.tasks.name}.reset(seed={seed}) returned an info with a key that is not a str: {other[0]!r}")
+        content = as_messages(observation) if self._as_messages else observation
+        rendered = self.format.render({**_template_columns(info), "prompt": content}, seed, kind="the prompt of seed")
+        (ids,) = self.format.encode([rendered])
+        if not len(ids):
+            raise ValueError(f"{self.tasks.name}.reset(seed={seed}) returned an empty observation; a model needs a token")
+        if len(ids) > self._max_prompt_tokens:
+            raise ValueError(
+                f"the first observation of seed {seed} has {len(ids)} tokens, more than "
+                f"max_prompt_tokens={self._max_prompt_tokens}; set max_prompt_tokens={len(ids)} or more"
+            )
+        return _Task(seed, observation, np.asarray(ids, dtype=np.int64), rendered.text, rendered.messages, info)
+
+    def longest(self, count: int = 1) -> list[list[int]]:
+        """Return `count` prompts of the maximum length, made up of the first task's tokens: for measurements of memory."""
+        ids = self.task(self.indexes(1)[0]).ids.tolist()
+        return [(ids * self._max_prompt_tokens)[: self._max_prompt_tokens]] * count
+
+    def indexes(self, count: int | None = None) -> list[int]:
+        """Return the indexes of the first `count` tasks, or of all; with `num_tasks=None`, `ENDLESS_SAMPLE` by default."""
+        if count is None:
+            count = ENDLESS_SAMPLE if self.tasks.endless else len(self)
+        return list(islice((i for i in range(len(self)) if self.contains(i)), count))
+
+    def column(self, name: str, indexes: Sequence[int]) -> list[Any]:
+        """Return the values of an entry of the tasks' infos; None where a task has none."""
+        return [self.task(i).columns.get(name) for i in indexes]
+
+    def row(self, index: int) -> Row:
+        """Return the info of task `index`."""
+        return dict(self.task(index).columns)
+
+    def prompts_of(self, indexes: Sequence[int]) -> tuple[list[Any], dict[str, list[Any]]]:
+        """Return prompts and columns as reward functions get them."""
+        prompts = [task.text if task.messages is None else task.messages for task in map(self.task, indexes)]
+        return prompts, {name: self.column(name, indexes) for name in self.columns}
+
+    def ids_of_text(self, text: str) -> list[int] | None:
+        """Return None: prompts are tokenized as any text is."""
+        return None
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the info of the first task: other tasks are not read in advance."""
+        yield self.row(self.indexes(1)[0])
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether prompts are chats."""
+        return self.task(self.indexes(1)[0]).messages is not None
+
+    def close(self) -> None:
+        """Close the instance that reads prompts."""
+        close(self._env)
+        self._env = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    seed: int
+    observation: Text
+    ids: np.ndarray
+    text: str
+    messages: Messages | None
+    columns: dict[str, Any]
+
+
+@dataclass
+class _Column:
+    """One attribute of all tasks, by index."""
+
+    table: TaskTable
+    name: str
+
+    def __getitem__(self, index: int) -> Any:
+        return getattr(self.table.task(int(index)), self.name)
+
+
+def _template_columns(info: dict[str, Any]) -> dict[str, Any]:
+    return {key: info[key] for key in ("tools", "chat_template_kwargs") if key in info}
+
+
+class PromptCursor:
+    """Draws indexes of prompts in shuffled order, each once before any is repeated.
+
+    This is a Fisher-Yates shuffle that stores moved indexes only, so that a cursor over a million prompts needs no memory
+    until it is used. From `ENDLESS` prompts on, indexes are drawn independently.
+
+    Args:
+        size: n, the number of prompts.
+        rng: returns the current generator of the env that owns the cursor; the order depends on its stream only.
+        contains: whether an index has a prompt; others are skipped. Needed for `ENDLESS` indexes only.
+    """
+
+    def __init__(
+        self, size: int, rng: Callable[[], np.random.Generator], contains: Callable[[int], bool] | None = None
+    ) -> None:
         self._size = size
         self._rng = rng
+        self._contains = contains
         self.restart()
+
+    @classmethod
+    def over(cls, prompts: Any, rng: Callable[[], np.random.Generator]) -> PromptCursor:
+        """Return a cursor over a `PromptTable` or a `llm_env.dialogue.text_env.TaskTable`."""
+        return cls(len(prompts), rng, prompts.contains)
 
     def restart(self) -> None:
         """Forget what was drawn: the next index begins a new shuffle."""
@@ -260,6 +465,11 @@ class PromptCursor:
 
     def next(self) -> int:
         """Return the next index."""
+        if self._size >= ENDLESS:
+            index = int(self._rng().integers(self._size))
+            while self._contains is not None and not self._contains(index):
+                index = int(self._rng().integers(self._size))
+            return index
         if self._drawn == self._size:
             self.restart()
         chosen = int(self._rng().integers(self._drawn, self._size))

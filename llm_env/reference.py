@@ -90,17 +90,18 @@ class Reference:
             raise ValueError(f"the reference's vocabulary has {size} tokens, the tokenizer's {vocab_size}; they must match")
         self._vocab_size = vocab_size
 
-    def check_length(self, prompt: int, new: int) -> None:
+    def check_length(self, prompt: int, new: int, name: str = "max_new_tokens") -> None:
         """Raise if the longest prompt and response of an env have more tokens than the model has positions.
 
         Args:
             prompt: tokens of the longest prompt.
-            new: `max_new_tokens`.
+            new: maximum number of tokens after the prompt.
+            name: name of the argument that limits them, for error messages.
 
         Raises:
             ValueError: If they have.
         """
-        check_length(self.max_positions, prompt, new, "the reference")
+        check_length(self.max_positions, prompt, new, "the reference", name)
 
     @torch.no_grad()
     def log_probs(
@@ -108,13 +109,15 @@ class Reference:
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         allowed: Sequence[np.ndarray] | None = None,
+        actions: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """Log pi_ref of every response token, in nats: one float32 array of the response's length a row.
 
         Args:
             prompts: token ids, one row each.
             responses: token ids, one row each.
-            allowed: for each row (n, V) bool, what might have stood in each token's place; all by default.
+            allowed: for each row (n, V) bool, the tokens that were allowed in each action token's place; all by default.
+            actions: for each row a bool array, True at action tokens; others get 0. All by default.
 
         Raises:
             ValueError: If a row has more tokens than the model has positions.
@@ -133,6 +136,7 @@ class Reference:
                     self._vocab_size,
                     self.temperature,
                     None if allowed is None else [allowed[row] for row in rows],
+                    actions=None if actions is None else [actions[row] for row in rows],
                     prefix_sharing=self.prefix_sharing,
                 )
             for row, values in zip(rows, scored.logp.cpu(), strict=True):
@@ -181,6 +185,7 @@ class BaseReference(Reference):
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         allowed: Sequence[np.ndarray] | None = None,
+        actions: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """See `Reference`.
 
@@ -194,7 +199,7 @@ class BaseReference(Reference):
                 "that the agent trains on"
             )
         with self._within():
-            return super().log_probs(prompts, responses, allowed)
+            return super().log_probs(prompts, responses, allowed, actions)
 
 
 def as_reference(reference: Any) -> Reference:

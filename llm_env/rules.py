@@ -13,21 +13,26 @@ from transformers import AutoTokenizer
 
 from llm_env.arguments import as_int, check_int
 from llm_env.constraints import TokenConstraint
-from llm_env.dialogue.chat import PromptFormat
+from llm_env.dialogue.chat import Bridge, PromptFormat
+from llm_env.dialogue.text_env import Text, TextEnvTasks, as_messages
 from llm_env.end_tokens import resolve_end_tokens
 from llm_env.model_names import check_model_name
 from llm_env.observations import FORMS
 from llm_env.penalties import EndPenalties
-from llm_env.prompts import PromptTable
+from llm_env.prompts import PromptTable, TaskTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import RewardFunction, RewardSum
 from llm_env.stops import StopStrings, special_tokens
-from llm_env.tokenization import decode, vocabulary_size
+from llm_env.tokenization import decode, encode_texts, vocabulary_size
 
 if TYPE_CHECKING:
     from llm_env.reference import KLController, Reference
 
 logger = logging.getLogger("llm_env")
+
+DEFAULT_MAX_TURNS = 8  # with a text env
+TURN_LIMITS = ("truncate", "continue")
+ENV_REWARD = "env"  # the reward component of a text env
 
 
 class _CommonOptions(TypedDict, total=False):
@@ -56,6 +61,11 @@ class RulesOptions(_CommonOptions, total=False):
     """Keyword arguments of every text env; `Rules` documents them."""
 
     split: str | None
+    max_turns: int | None
+    max_observation_tokens: int
+    max_episode_tokens: int | None
+    turn_limit: str | None
+    chat: bool | None
 
 
 class TaskOptions(_CommonOptions, total=False):
@@ -80,12 +90,14 @@ class Rules:
     """What all rows of an env share. The faces of the env pass their keyword arguments on to here.
 
     Args:
-        prompts: list of str, list of dict with `prompt` or `messages`, a `PromptSource`, a dataset, or a `.jsonl` path.
-        reward: a reward function in TRL's convention, or a list of them; see `llm_env.rewards`.
+        prompts: list of str, list of dict with `prompt` or `messages`, a `PromptSource`, a dataset, a `.jsonl` path, or the
+            `TextEnvTasks` of a text env.
+        reward: a reward function in TRL's convention, or a list of them; see `llm_env.rewards`. None for a text env whose
+            own rewards are all there are.
         tokenizer: a path, a hub id or a transformers tokenizer; it must have an end token.
         reward_weights: one weight a reward function; all 1 by default.
         max_prompt_tokens: the longest prompt, in tokens; see `long_prompts`.
-        max_new_tokens: the length limit of a response, in tokens; reaching it truncates the episode.
+        max_new_tokens: the length limit of a turn, in tokens; see `turn_limit`.
         stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion, but
             for the special tokens in it; see `llm_env.stops`.
         eos_token_ids: an id or several, which are all the tokens that end an episode. By default the tokenizer's end token and
@@ -107,6 +119,14 @@ class Rules:
         length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: what an episode's end does to its score; see
             `llm_env.penalties.EndPenalties`.
         observation: `"dict"`, or `"flat"` for agents that want one Box; see `llm_env.observations`.
+        max_turns: maximum number of turns in an episode; 1 with prompts, by default 8 with a text env.
+        max_observation_tokens: expected length of an observation of a text env, in tokens; it only sets the default of
+            `max_episode_tokens`.
+        max_episode_tokens: maximum number of tokens after the prompt, turns and observations together; by default
+            `max_turns * (max_new_tokens + max_observation_tokens)`, and `max_new_tokens` with prompts.
+        turn_limit: what happens to a turn that reaches its limit without an end token or stop string. `"truncate"` ends the
+            episode (default with prompts). `"continue"` gives the turn to the text env (default with a text env).
+        chat: whether texts of a text env are user messages of the tokenizer's chat template; by default if it has one.
         success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
             `is_success` appear in the last info.
 
@@ -116,12 +136,13 @@ class Rules:
     Attributes:
         eos_ids: the tokens that end an episode.
         eos_id: one of them: the tokenizer's end token where it is one.
+        text_env: the tasks of a text env; None with prompts.
     """
 
     def __init__(
         self,
         prompts: Any,
-        reward: RewardFunction | Sequence[RewardFunction],
+        reward: RewardFunction | Sequence[RewardFunction] | None,
         tokenizer: Any,
         *,
         reward_weights: Sequence[float] | None = None,
@@ -144,16 +165,23 @@ class Rules:
         overlong_buffer: int = 0,
         overlong_penalty: float = 1.0,
         missing_eos_penalty: float = 0.0,
+        max_turns: int | None = None,
+        max_observation_tokens: int = 64,
+        max_episode_tokens: int | None = None,
+        turn_limit: str | None = None,
+        chat: bool | None = None,
     ) -> None:
+        self.text_env = prompts if isinstance(prompts, TextEnvTasks) else None
         self.max_prompt_tokens = check_int("max_prompt_tokens", max_prompt_tokens, 1)
         self.max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         min_new_tokens = check_int("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
-        format = PromptFormat(_tokenizer(tokenizer), chat_template, chat_template_kwargs)
+        self._set_turns(max_turns, max_observation_tokens, max_episode_tokens, turn_limit)
+        self._format = format = PromptFormat(_tokenizer(tokenizer), chat_template, chat_template_kwargs)
         self.tokenizer = format.tokenizer
         if observation not in FORMS:
             raise ValueError(f"observation={observation!r} must be one of {FORMS}")
         self.observation = observation
-        self.ends = EndPenalties(self.max_new_tokens, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
+        self.ends = EndPenalties(self.max_actions, length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty)
         self.vocab_size = vocabulary_size(self.tokenizer)
         self.ends_are_given = eos_token_ids is not None
         self.special = special_tokens(self.tokenizer)
@@ -162,21 +190,76 @@ class Rules:
         self._wanted = {"stop": stop, "allowed_tokens": allowed_tokens, "min_new_tokens": min_new_tokens}
         self._set_ends(resolve_end_tokens(eos_token_ids, self.tokenizer, self.vocab_size))
         self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
-        self.prompts = PromptTable(prompts, format, self.max_prompt_tokens, split, long_prompts)
-        self.rewards = RewardSum(reward, reward_weights, self.prompts.columns, self.prompts.incomplete)
+        self.chat = self._as_chat(chat)
+        self.prompts: PromptTable | TaskTable
+        if self.text_env is None:
+            self.prompts = PromptTable(prompts, format, self.max_prompt_tokens, split, long_prompts)
+        else:
+            self.prompts = TaskTable(self.text_env, format, self.max_prompt_tokens, self.chat, split)
+        self.rewards = self._make_rewards(reward, reward_weights)
         if taken := set(self.ends.names) & set(self.rewards.names):
             raise ValueError(f"a reward function has the name {taken.pop()!r}, under which a penalty is reported; rename it")
-        if success is not None and success not in self.rewards.names:
-            raise ValueError(f"success={success!r} is not one of the reward components {self.rewards.names}")
+        components = [*self.rewards.names, *([] if self.text_env is None else [ENV_REWARD])]
+        if success is not None and success not in components:
+            raise ValueError(f"success={success!r} is not one of the reward components {components}")
         self.success = success
         self.reference, self.kl = _reference_and_kl(reference, kl_coef)
         if self.reference is not None:
             self.reference.check_vocabulary(self.vocab_size)
-            self.reference.check_length(max(map(len, self.prompts.ids)), self.max_new_tokens)
-        self.recorder = None if record is None else Recorder(record, map(self.prompts.row, range(len(self.prompts))))
+            self.reference.check_length(self.longest_prompt, self.max_episode_tokens, self.length_argument)
+        self.recorder = None if record is None else Recorder(record, self.prompts.rows())
+        self.bridge = Bridge(format, {*self.eos_ids, *self.special}) if self.chat else None
         self._warned = False
         if self.ends_are_given or self.tokenizer.name_or_path:  # else an agent may know more
             self.warn_of_endless_turn()
+
+    def _set_turns(self, max_turns: Any, max_observation_tokens: Any, max_episode_tokens: Any, turn_limit: Any) -> None:
+        if self.text_env is None and max_turns not in (None, 1):
+            raise ValueError(
+                f"max_turns={max_turns!r}, but prompts with reward functions have one turn; make the env with "
+                "TextGenerationEnv.from_text_env, or set max_turns=1"
+            )
+        default = 1 if self.text_env is None else DEFAULT_MAX_TURNS
+        self.max_turns = check_int("max_turns", default if max_turns is None else max_turns, 1)
+        observation = 0 if self.text_env is None else check_int("max_observation_tokens", max_observation_tokens, 0)
+        if max_episode_tokens is None:
+            max_episode_tokens = self.max_turns * (self.max_new_tokens + observation)
+        self.max_episode_tokens = check_int("max_episode_tokens", max_episode_tokens, 1)
+        if self.max_episode_tokens < self.max_new_tokens:
+            raise ValueError(
+                f"max_episode_tokens={self.max_episode_tokens} must hold a turn of max_new_tokens={self.max_new_tokens}; "
+                "raise it, or lower max_new_tokens"
+            )
+        if self.text_env is None and self.max_episode_tokens != self.max_new_tokens:
+            raise ValueError(f"max_episode_tokens={self.max_episode_tokens} is for text envs; with prompts set max_new_tokens")
+        if turn_limit is None:
+            turn_limit = "truncate" if self.text_env is None else "continue"
+        if turn_limit not in TURN_LIMITS or (turn_limit == "continue" and self.text_env is None):
+            raise ValueError(f"turn_limit={turn_limit!r} must be one of {TURN_LIMITS}; with prompts only 'truncate'")
+        self.turn_limit = turn_limit
+
+    def _as_chat(self, chat: bool | None) -> bool:
+        """Return whether texts of the text env are messages."""
+        has_template = self._format.chat_template is not None or getattr(self.tokenizer, "chat_template", None) is not None
+        if chat is not None and self.text_env is None:
+            raise ValueError(f"chat={chat!r} is for text envs; give a prompt as a str or as a list of messages")
+        if chat and not has_template:
+            raise ValueError("chat=True needs a chat template, but the tokenizer has none; set chat_template=, or chat=False")
+        return self.text_env is not None and (has_template if chat is None else bool(chat))
+
+    def _make_rewards(self, reward: Any, weights: Any) -> RewardSum:
+        if self.text_env is None:
+            return RewardSum(reward, weights, self.prompts.columns, self.prompts.incomplete)
+        functions = [] if reward is None else reward
+        rewards = RewardSum(functions, weights, self.prompts.columns, self.prompts.incomplete, required=False)
+        if rewards.stepwise:
+            raise ValueError(
+                "a reward marked with process_reward is called while a response is written, which is not supported with a text "
+                "env; pay turns in the text env's step, or take off the mark"
+            )
+        if ENV_REWARD in rewards.names:
+            raise ValueError(f"a reward function has the name {ENV_REWARD!r}, the component of the text env; rename it")
+        return rewards
 
     def _set_ends(self, eos_ids: frozenset[int]) -> None:
         self.eos_ids = eos_ids
@@ -192,11 +275,54 @@ class Rules:
     def end_also_at(self, tokens: Collection[int]) -> None:
         """End episodes at further tokens: those of a model about which nothing was known when the env was made."""
         self._set_ends(self.eos_ids | frozenset(tokens))
+        if self.bridge is not None:
+            self.bridge = Bridge(self._format, {*self.eos_ids, *self.special})
 
     @property
     def max_tokens(self) -> int:
-        """L, the length of an observation: the longest prompt and the longest response together."""
-        return self.max_prompt_tokens + self.max_new_tokens
+        """L, the length of an observation: the longest prompt and all tokens after it."""
+        return self.max_prompt_tokens + self.max_episode_tokens
+
+    @property
+    def length_argument(self) -> str:
+        """The name of the argument that limits the tokens after the prompt, for error messages."""
+        return "max_new_tokens" if self.text_env is None else "max_episode_tokens"
+
+    @property
+    def max_actions(self) -> int:
+        """The maximum number of action tokens in an episode."""
+        return min(self.max_turns * self.max_new_tokens, self.max_episode_tokens)
+
+    @property
+    def longest_prompt(self) -> int:
+        """The length of the longest prompt, in tokens; of a text env the limit, `max_prompt_tokens`."""
+        return max(map(len, self.prompts.longest()))
+
+    def observation_ids(self, turn: Sequence[int], observation: Text) -> list[int]:
+        """Return the token ids that the env writes after a turn.
+
+        Args:
+            turn: token ids of the turn.
+            observation: of the text env.
+
+        Raises:
+            ValueError: If it cannot be written, for instance messages without a chat template.
+        """
+        if self.bridge is not None:
+            return self.bridge(turn, as_messages(observation))
+        if not isinstance(observation, str):
+            raise ValueError(
+                f"the observation {str(observation)[:80]!r} is a list of messages, but texts are raw (chat=False, or no "
+                "chat template); return a str, or set chat_template="
+            )
+        return encode_texts(self.tokenizer, [observation], special=False)[0]
+
+    def describe(self) -> str:
+        """Return prompts and limits in a few words."""
+        if self.text_env is None:
+            return f"{len(self.prompts)} prompts, max_new_tokens={self.max_new_tokens}"
+        tasks = "endless" if self.text_env.endless else str(len(self.prompts))
+        return f"{self.text_env.name}, {tasks} tasks, max_turns={self.max_turns}, max_new_tokens={self.max_new_tokens}"
 
     def are_end_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Return where `tokens`, of any shape, are end tokens: bool, of that shape."""
@@ -230,21 +356,39 @@ class Rules:
         number = as_int(index)
         if number is None:
             raise ValueError(f"index={index!r} must be a whole number: this env has the prompts 0..{len(self.prompts) - 1}")
-        if not 0 <= number < len(self.prompts):
+        if not 0 <= number < len(self.prompts) or not self.prompts.contains(number):
             raise ValueError(f"index={number} is out of range: this env has the prompts 0..{len(self.prompts) - 1}")
         return number
 
     def reference_log_probs(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], begins: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        begins: Sequence[int],
+        turn_ids: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """Log pi_ref, in nats, of the tokens from begins[i] on of each response: one float32 array a row."""
+        """Compute log pi_ref of the action tokens from token begins[i] on of each response.
+
+        Args:
+            prompts: B lists of token ids.
+            responses: B lists of token ids, turns and observations.
+            begins: B ints.
+            turn_ids: B int arrays, the turn of each token and -1 for tokens that the env wrote; all actions by default.
+
+        Returns:
+            B float32 arrays, in nats; 0 at tokens that the env wrote.
+        """
         assert self.reference is not None
         contexts = [[*prompt, *response[:n]] for prompt, response, n in zip(prompts, responses, begins, strict=True)]
         tails = [list(response[n:]) for response, n in zip(responses, begins, strict=True)]
         allowed = None
         if self.constraint is not None:
-            allowed = [self.constraint.along(*row) for row in zip(prompts, responses, begins, strict=True)]
-        return self.reference.log_probs(contexts, tails, allowed)
+            turns = [np.zeros(len(response), int) for response in responses] if turn_ids is None else turn_ids
+            allowed = [self.constraint.along_turns(*row) for row in zip(prompts, responses, turns, begins, strict=True)]
+        if self.max_turns == 1 or turn_ids is None:
+            return self.reference.log_probs(contexts, tails, allowed)
+        actions = [turns[n:] >= 0 for turns, n in zip(turn_ids, begins, strict=True)]
+        return self.reference.log_probs(contexts, tails, allowed, actions=actions)
 
     def completes_stop(self, response: Sequence[int]) -> bool:
         """Return whether the last token of `response` completes a stop string; always False without any."""
@@ -255,7 +399,7 @@ class Rules:
 
         Empty where no prompt is a chat, or an end token or stop string is in what the template writes after a turn.
         """
-        if all(messages is None for messages in self.prompts.messages):
+        if not self.prompts.has_chats:
             return ""
         tokens = self.prompts.format.end_of_turn()
         if any(token in self.eos_ids or self.completes_stop(tokens[: i + 1]) for i, token in enumerate(tokens)):
@@ -280,6 +424,8 @@ class Rules:
         self._warned = True
         if problem := self.endless_turn():
             logger.warning("%s", problem)
+        if not isinstance(self.prompts, PromptTable):
+            return
         chats = (i for i, messages in enumerate(self.prompts.messages) if messages is not None)
         if (i := next((i for i in chats if int(self.prompts.ids[i][-1]) in self.eos_ids), None)) is not None:
             logger.warning(

@@ -14,6 +14,7 @@ from gymnasium.vector.utils import batch_space
 from typing_extensions import Unpack
 
 from llm_env.arguments import check_int, finite, integers, one_per_row, reset_options
+from llm_env.dialogue.text_env import TextEnvTasks
 from llm_env.episodes import Episodes, StepOutcome
 from llm_env.keywords import AGENT_NAMES, check_keywords
 from llm_env.observations import Observation, pick, spaces_of
@@ -23,19 +24,21 @@ from llm_env.rules import NAMES, Rules, RulesOptions
 
 @dataclass
 class ResponseStep:
-    """What became of one response a row. B rows, n_i action tokens in row i.
+    """The result of one turn per row. B rows, n_i action tokens in row i.
 
     Attributes:
         rewards: B float64 arrays of length n_i, one number per action token.
-        terminated: (B,) bool, ended by the end token or a stop string.
-        truncated: (B,) bool, ended by the length limit. Where both are False, the episode continues.
+        terminated: (B,) bool, ended by an end token or stop string, or by the text env.
+        truncated: (B,) bool, ended by a limit, or cut off by the text env. If both are False, the episode continues.
+        observations: B int64 arrays, the tokens that the env wrote after the turn; empty on termination.
         ref_logprobs: B float32 arrays of length n_i, log pi_ref of the action tokens, in nats; None without a reference.
-        infos: B dicts, empty where the episode continues.
+        infos: B dicts, the last infos of episodes that ended; before that empty, or `turn_truncated` after a turn that was cut.
     """
 
     rewards: list[np.ndarray]
     terminated: np.ndarray
     truncated: np.ndarray
+    observations: list[np.ndarray]
     ref_logprobs: list[np.ndarray] | None
     infos: list[dict[str, Any]]
 
@@ -79,6 +82,28 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._set_up(Rules(prompts, reward, tokenizer, **rules), num_envs, autoreset_mode)
 
     @classmethod
+    def from_text_env(
+        cls,
+        num_envs: int,
+        make: Any,
+        tokenizer: Any,
+        reward: Any = None,
+        *,
+        num_tasks: int | None = 1000,
+        first_seed: int = 0,
+        check_seeds: bool = True,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        **rules: Unpack[RulesOptions],
+    ) -> TextGenerationVectorEnv:
+        """Make a vector env of several turns from a text env; see `TextGenerationEnv.from_text_env`.
+
+        Every row has its own instance of the text env.
+        """
+        check_keywords(f"{cls.__name__}.from_text_env", rules, NAMES - {"prompts"}, AGENT_NAMES)
+        tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds)
+        return cls(num_envs, tasks, reward, tokenizer, autoreset_mode=autoreset_mode, **rules)
+
+    @classmethod
     def from_rules(
         cls, rules: Rules, num_envs: int, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP
     ) -> TextGenerationVectorEnv:
@@ -103,8 +128,8 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes(rules, num_envs)
         self._row_rngs: list[np.random.Generator | None] = [None] * num_envs
-        self._row_cursors = [PromptCursor(len(rules.prompts), partial(self._row_rng, i)) for i in range(num_envs)]
-        self._group_cursor = PromptCursor(len(rules.prompts), partial(getattr, self, "np_random"))
+        self._row_cursors = [PromptCursor.over(rules.prompts, partial(self._row_rng, i)) for i in range(num_envs)]
+        self._group_cursor = PromptCursor.over(rules.prompts, partial(getattr, self, "np_random"))
         self._pending = np.zeros(num_envs, dtype=bool)
         self._action_logprob = np.full(num_envs, np.nan)
 
@@ -136,9 +161,15 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 )
         heads = rows[:: group_size or 1]
         wanted = self._wanted_indexes(options.get("index"), len(heads))
+        before = None if self.rules.text_env is None else self.state_dict()
         self._seed(seeds, rows)
         indexes = [self._next_index(row, group_size) if i is None else i for row, i in zip(heads, wanted, strict=True)]
-        self.episodes.start(rows, np.repeat(indexes, group_size or 1).tolist())
+        try:
+            self.episodes.start(rows, np.repeat(indexes, group_size or 1).tolist())
+        except Exception:
+            if before is not None:
+                self.load_state_dict(before)
+            raise
         self._pending[rows], self._action_logprob[rows] = False, np.nan
         return self.episodes.observation(), {}
 
@@ -176,7 +207,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
         final = self.episodes.observation() if same_step and ended.any() else None
         for row, info in outcome.infos.items():
-            if same_step:
+            if same_step and ended[row]:
                 info = {"final_obs": pick(final, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         if same_step:
@@ -219,9 +250,15 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             rewards=cut(outcome.rewards),
             terminated=outcome.terminated,
             truncated=outcome.truncated,
+            observations=outcome.observations,
             ref_logprobs=None if outcome.ref_logp is None else cut(outcome.ref_logp),
             infos=[outcome.infos.get(row, {}) for row in range(self.num_envs)],
         )
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the text env's instances, if there are any."""
+        self.episodes.close()
+        self.rules.prompts.close()
 
     def set_action_logprob(self, row: int, logprob: float) -> None:
         """Say log pi, in nats, of the action that `row` takes in the next step: what wrappers have no argument for."""

@@ -112,7 +112,7 @@ class SingleEnv(RuleBasedStateMachine):
         if told is not None:
             self.both(lambda env: env.set_action_logprob(told))
         self.flaky.fails = fails
-        ends = token == EOS or self.env._episodes.response_lengths[0] == LIMIT - 1
+        ends = token == EOS or self.env._episodes.lengths[0] == LIMIT - 1
         if fails and ends:
             refused(self.env.step, token, error=ValueError, match="'flaky' raised OSError: no network")
         self.flaky.fails = False
@@ -195,7 +195,7 @@ class VectorEnv(RuleBasedStateMachine):
         for row in range(self.n if told is not None else 0):
             self.both(lambda env, row=row: env.set_action_logprob(row, told - row))
         here = ~self.env._pending
-        ends = here & ((np.array(chosen) == EOS) | (self.env.episodes.response_lengths == LIMIT - 1))
+        ends = here & ((np.array(chosen) == EOS) | (self.env.episodes.lengths == LIMIT - 1))
         self.flaky.fails = fails
         if fails and ends.any():
             refused(self.env.step, np.array(chosen), error=ValueError, match="no network")
@@ -211,7 +211,7 @@ class VectorEnv(RuleBasedStateMachine):
     def respond(self, chosen, told):
         episodes, responses = self.env.episodes, []
         for row, response in enumerate(chosen):
-            room = 0 if episodes.finished[row] else LIMIT - int(episodes.response_lengths[row])
+            room = 0 if episodes.finished[row] else LIMIT - int(episodes.lengths[row])
             whole = response[: response.index(EOS) + 1] if EOS in response else response
             responses.append(whole[:room])
         logprobs = [[-0.5] * len(response) for response in responses] if told else None

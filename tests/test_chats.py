@@ -131,6 +131,7 @@ def test_trainer_state_moves_and_metrics_are_logged(tmp_path):
     assert steps == [(0, 0, 0.0), (1, 4, 4 / 12), (2, 8, 8 / 12)]
     agent.set_logger(configure(str(tmp_path), ["json"]))
     agent.learn(4)
+    agent.logger.close()
     assert json.loads((tmp_path / "progress.json").read_text().splitlines()[-1])["rollout/thing"] == 2.0
 
 

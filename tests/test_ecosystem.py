@@ -148,7 +148,7 @@ def test_normalize_reward(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_dict_info_to_list(mode):
     _, ends = play(vector_wrappers.DictInfoToList(make(mode, prompts=["a"])))
-    first = {"prompt": "a", "completion": "bbaa", "prompt_index": 0, "reward/value": 2.5}
+    first = {"prompt": "a", "completion": "bbaa", "prompt_index": 0, "turns": 1, "reward/value": 2.5}
     assert ends[1][0]["info"] == first and ends[0][1]["info"]["completion"] == ""
 
 

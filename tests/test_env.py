@@ -57,7 +57,7 @@ def test_an_episode_by_hand(tokenizer):
     assert observation["attention_mask"].tolist() == [1, 1, 0, 0, 0, 0, 0]
     assert rest == [0.0, False, False, {}]
     observation, *rest = env.step(EOS)
-    assert rest == [1.0, True, False, {"prompt": "c", "completion": "a", "prompt_index": 1, "reward/count_a": 1.0}]
+    assert rest == [1.0, True, False, {"prompt": "c", "completion": "a", "prompt_index": 1, "turns": 1, "reward/count_a": 1.0}]
     assert type(rest[0]) is float and type(rest[1]) is bool and type(rest[2]) is bool
 
 

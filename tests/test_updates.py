@@ -156,7 +156,7 @@ def planned(prompts, lengths, budget=None, size=None, shares=True):
     trainer = Trainer(
         policy, None, SINGLE_PROCESS, None, None, None, micro_batch_size=size, max_tokens_per_batch=budget or NO_BOUND
     )
-    rollout = SimpleNamespace(prompts=prompts, lengths=np.array(lengths))
+    rollout = SimpleNamespace(prompts=prompts, lengths=np.array(lengths), turn_lists=None, group_size=1)
     parts = trainer.micro_batches(rollout, np.arange(len(prompts)))
     assert sorted(row for part in parts for row in part) == list(range(len(prompts)))
     return parts

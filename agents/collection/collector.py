@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from agents.distributed.communicator import SINGLE_PROCESS, Communicator
 from agents.distributed.fsdp import full_params
-from agents.engines.base import Completions, DecodingSpec, Engine
+from agents.engines.base import DecodingSpec, Engine
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, concat, from_episodes
 from agents.sampling.generate import OnTokens, StopRollout, ignore_tokens
@@ -87,39 +88,42 @@ class ResponseCollector:
         prompts = [venv.episodes.prompt(row).tolist() for row in range(venv.num_envs)]
         rows, sampler, uniforms = self.communicator.split_rows(venv.num_envs, self.group_size), self.sampler, None
         if self.engine.takes_uniforms:
-            uniforms = sampler.uniforms(venv.num_envs, rules.max_new_tokens, rules.vocab_size, self.policy.device)
+            uniforms = sampler.uniforms(venv.num_envs, rules.max_actions, rules.vocab_size, self.policy.device)
             uniforms = uniforms[rows.start : rows.stop]
         elif self.communicator.size > 1:
             sampler = sampler.spawn(self.communicator.rank)
-        return CollectionRequest(prompts, rows, DecodingSpec(rules, sampler, rules.max_new_tokens, uniforms, self.on_tokens))
+        decoding = DecodingSpec(
+            rules, sampler, rules.max_new_tokens, uniforms, self.on_tokens, max_episode_tokens=rules.max_episode_tokens
+        )
+        return CollectionRequest(prompts, rows, decoding)
 
     def collect_local(self, request: CollectionRequest) -> Rollout | None:
         """Generate the episodes of this process; None where it has none."""
         prompts, rows, venv = request.prompts, request.rows, self.venv
         if not len(rows):
             return None
-        steps: list[Any] = []
+        episodes = [_Episode(prompts[row]) for row in rows]
 
-        def on_turns(_: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
-            steps.append(
-                venv.step_responses(scatter_rows(rows, turns, venv.num_envs), scatter_rows(rows, logprobs, venv.num_envs))
+        def on_turns(numbers: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
+            chosen = [rows[i] for i in numbers]
+            step = venv.step_responses(
+                scatter_rows(chosen, turns, venv.num_envs), scatter_rows(chosen, logprobs, venv.num_envs)
             )
-            return [None] * len(turns)
+            replies: list[list[int] | None] = []
+            for i, row, turn, logp in zip(numbers, chosen, turns, logprobs, strict=True):
+                episode, observation = episodes[i], step.observations[row].tolist()
+                ref_logp = None if step.ref_logprobs is None else step.ref_logprobs[row]
+                episode.add_turn(turn, step.rewards[row], logp, ref_logp)
+                episode.add_observation(observation)
+                ended = bool(step.terminated[row] or step.truncated[row])
+                if ended:
+                    episode.truncated, episode.info = bool(step.truncated[row]), step.infos[row]
+                replies.append(None if ended else observation)
+            return replies
 
         heads = [prompts[row] for row in rows[:: self.group_size]]
-        completions: Completions = self.engine.generate(heads, self.group_size, request.decoding, on_turns)
-        (step,) = steps
-        return from_episodes(
-            [prompts[row] for row in rows],
-            completions.token_ids,
-            [step.rewards[row] for row in rows],
-            completions.logprobs,
-            None if step.ref_logprobs is None else [step.ref_logprobs[row] for row in rows],
-            step.truncated[rows],
-            [step.infos[row] for row in rows],
-            self.group_size,
-            self.policy.device,
-        )
+        self.engine.generate(heads, self.group_size, request.decoding, on_turns)
+        return rollout_of(episodes, self.group_size, self.policy.device, venv.rules.reference is not None)
 
 
 class TokenCollector:
@@ -162,7 +166,7 @@ class TokenCollector:
             indexes = self.next_indexes()
         rules = rules_of_vec_env(self.vec_env)
         rows = self.communicator.split_rows(len(indexes), self.group_size)
-        uniforms = self.sampler.uniforms(len(indexes), rules.max_new_tokens, rules.vocab_size, self.policy.device)
+        uniforms = self.sampler.uniforms(len(indexes), rules.max_actions, rules.vocab_size, self.policy.device)
         local, error = None, None
         with full_params(self.policy), full_params(reference_model(rules)):
             try:
@@ -176,21 +180,19 @@ class TokenCollector:
         for begin in range(rows.start, rows.stop, self.vec_env.num_envs):
             end = min(begin + self.vec_env.num_envs, rows.stop)
             episodes += self._run_episodes(rules, indexes[begin:end], uniforms[begin:end])
-        prompts, responses = [e.prompt for e in episodes], [e.response for e in episodes]
-        ref_logprobs = None
-        if rules.reference is not None:
-            ref_logprobs = rules.reference_log_probs(prompts, responses, [0] * len(prompts))
-        return from_episodes(
-            prompts,
-            responses,
-            [e.rewards for e in episodes],
-            [e.logprobs for e in episodes],
-            ref_logprobs,
-            [e.truncated for e in episodes],
-            [_with_text(e, rules) for e in episodes],
-            self.group_size,
-            self.policy.device,
-        )
+        has_reference = rules.reference is not None
+        if has_reference:
+            ref_logprobs = rules.reference_log_probs(
+                [episode.prompt for episode in episodes],
+                [episode.response for episode in episodes],
+                [0] * len(episodes),
+                [np.array(episode.turn_ids) for episode in episodes],
+            )
+            for episode, ref_logp in zip(episodes, ref_logprobs, strict=True):
+                episode.ref_logprobs = ref_logp.tolist()
+        for episode in episodes:
+            episode.info = _with_text(episode, rules)
+        return rollout_of(episodes, self.group_size, self.policy.device, has_reference)
 
     def _run_episodes(self, rules: Rules, indexes: list[int], uniforms: Tensor) -> list[_Episode]:
         """Run one episode in each of the first len(indexes) envs; the other envs are stepped along and ignored."""
@@ -201,8 +203,9 @@ class TokenCollector:
         contexts = rows_of(observation)
         episodes = [_Episode(context) for context in contexts[: len(indexes)]]
         state, starts = None, [True] * vec_env.num_envs
-        while any(episode.info is None for episode in episodes):
-            step = max(len(episode.response) for episode in episodes)
+        for step in count():  # actions so far of the episodes under way
+            if all(episode.info is not None for episode in episodes):
+                break
             masks = None if rules.constraint is None else np.stack(vec_env.env_method("action_masks"))
             tokens, logp, state = self.policy.next_tokens(
                 rows_of(observation), state, self.sampler, starts, masks, uniforms[:, step]
@@ -216,30 +219,74 @@ class TokenCollector:
             for i, episode in enumerate(episodes):
                 if episode.info is not None:
                     continue
-                episode.response.append(int(tokens[i]))
-                episode.logprobs.append(float(logp[i]))
-                episode.rewards.append(float(rewards[i]))
+                episode.add_turn([int(tokens[i])], [float(rewards[i])], [float(logp[i])])
                 if dones[i]:
                     episode.info = infos[i]
                     episode.truncated = bool(infos[i].get("TimeLimit.truncated", False))
                 seen = pick(infos[i]["terminal_observation"], None) if dones[i] else pick(observation, [i])
-                if rows_of(seen)[0] != [*episode.prompt, *episode.response]:
+                tokens_seen, known = rows_of(seen)[0], [*episode.prompt, *episode.response]
+                if tokens_seen[: len(known)] != known or (rules.text_env is None and len(tokens_seen) > len(known)):
                     raise ValueError(
                         "a wrapper of the env rewrites input_ids: the policy would be trained on tokens it did not see"
                     )
+                if rules.text_env is not None and episode.ends_turn(rules):
+                    episode.add_observation(tokens_seen[len(known) :])
         return episodes
 
 
 @dataclass
 class _Episode:
-    """One episode on the token clock."""
+    """One episode under way; one entry per token after the prompt, 0 and turn -1 at observations."""
 
     prompt: list[int]
     response: list[int] = field(default_factory=list)
+    turn_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    ref_logprobs: list[float] = field(default_factory=list)
     truncated: bool = False
     info: dict[str, Any] | None = None
+    num_turns: int = 0  # that have ended
+    turn_start: int = 0  # index after the prompt at which the open turn begins
+
+    def add_turn(self, tokens: Sequence[int], rewards: Any, logprobs: Any, ref_logprobs: Any = None) -> None:
+        """Append action tokens of the open turn."""
+        self.response += tokens
+        self.turn_ids += [self.num_turns] * len(tokens)
+        self.rewards += list(rewards)
+        self.logprobs += list(logprobs)
+        self.ref_logprobs += [] if ref_logprobs is None else list(ref_logprobs)
+
+    def add_observation(self, tokens: list[int]) -> None:
+        """End the turn, and append what the env wrote after it."""
+        self.num_turns += 1
+        self.response += tokens
+        self.turn_ids += [-1] * len(tokens)
+        for column in (self.rewards, self.logprobs, self.ref_logprobs):
+            column += [0.0] * len(tokens)
+        self.turn_start = len(self.response)
+
+    def ends_turn(self, rules: Rules) -> bool:
+        """Return whether the last token ended a turn, by the rules of the env."""
+        turn = self.response[self.turn_start :]
+        limit = min(rules.max_new_tokens, rules.max_episode_tokens - self.turn_start)
+        return turn[-1] in rules.eos_ids or len(turn) == limit or rules.completes_stop(turn)
+
+
+def rollout_of(episodes: Sequence[_Episode], group_size: int, device: torch.device, has_reference: bool) -> Rollout:
+    """Build a rollout from episodes that have ended."""
+    return from_episodes(
+        [e.prompt for e in episodes],
+        [e.response for e in episodes],
+        [e.rewards for e in episodes],
+        [e.logprobs for e in episodes],
+        [e.ref_logprobs for e in episodes] if has_reference else None,
+        [e.truncated for e in episodes],
+        [e.info or {} for e in episodes],
+        group_size,
+        device,
+        [e.turn_ids for e in episodes],
+    )
 
 
 def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
@@ -251,9 +298,12 @@ def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
     return {**info, "prompt": prompt, "completion": completion}
 
 
-def scatter_rows(rows: range, values: Sequence[Any], count: int) -> list[Any]:
-    """Return a list of `count` entries: `values` at `rows`, and empty lists at the rows of other processes."""
-    return [[]] * rows.start + list(values) + [[]] * (count - rows.stop)
+def scatter_rows(rows: Sequence[int], values: Sequence[Any], count: int) -> list[Any]:
+    """Return a list of `count` entries: `values` at `rows`, and empty lists at other rows."""
+    scattered: list[Any] = [[]] * count
+    for row, value in zip(rows, values, strict=True):
+        scattered[row] = value
+    return scattered
 
 
 def reference_model(rules: Rules) -> nn.Module | None:

@@ -78,7 +78,7 @@ def check_agent(agent: Agent, *, n: int = 64, seed: int = 0, quiet: bool = False
         rows = [
             ratio_row(step),
             *_gap_rows(trainer, rollout, step),
-            end_token_row(rules, rollout, step),
+            end_token_row(rules, rollout, step, trainer.mask_truncated),
             tokenizer_row(trainer.policy, rules),
             turn_row(rules),
             response_tokens_row(rules, rollout, step, trainer.mask_truncated),
@@ -145,18 +145,26 @@ def _gap_rows(trainer: Trainer, rollout: Rollout, step: DryStep) -> list[CheckRo
 
 
 def _naive(trainer: Trainer, rollout: Rollout, temperature: float) -> list[Tensor]:
-    pairs = zip(rollout.prompts, rollout.responses, strict=True)
-    return [naive_log_probs(trainer.policy, trainer.rules, *pair, temperature).cpu() for pair in pairs]
+    rows = zip(rollout.prompts, rollout.responses, rollout.turn_rows, strict=True)
+    return [
+        naive_log_probs(trainer.policy, trainer.rules, prompt, response, temperature, turns.tolist()).cpu()
+        for prompt, response, turns in rows
+    ]
 
 
-def end_token_row(rules: Rules, rollout: Rollout, step: DryStep) -> CheckRow:
+def end_token_row(rules: Rules, rollout: Rollout, step: DryStep, mask_truncated: bool) -> CheckRow:
     """Check that the end token has a weight in the loss."""
     check, lengths = "end token in the loss", rollout.lengths.tolist()
-    ended = [i for i, response in enumerate(rollout.responses) if response[-1] in rules.eos_ids]
+    ended = [
+        (i, t)
+        for i, turns in enumerate(rollout.turn_rows)
+        for t in range(lengths[i])
+        if turns[t] >= 0 and rollout.responses[i][t] in rules.eos_ids and not (mask_truncated and rollout.truncated[i])
+    ]
     if not ended:
         detail = f"none of {len(lengths)} responses ended by the end token within {rules.max_new_tokens}; try a larger n"
         return CheckRow(check, NOT_RUN, detail)
-    missing = [i for i in ended if not _padded_weights(step, i, lengths[i])[lengths[i] - 1] > 0]
+    missing = [(i, t) for i, t in ended if not _padded_weights(step, i, lengths[i])[t] > 0]
     if not missing:
         return CheckRow(check, PASSED, f"in all {len(ended)} responses that it ended")
     detail = (
@@ -181,10 +189,15 @@ def _weights_error(rules: Rules, rollout: Rollout, step: DryStep, mask_truncated
         if weights[n:].any():
             after = n + int(weights[n:].nonzero()[0])
             return f"episode {i} has {n} response tokens, but there is a weight at position {after}, after them"
-        is_left_out = mask_truncated and bool(rollout.truncated[i])
-        body = n - 1 if rollout.responses[i][-1] in rules.eos_ids else n  # the end token has its own row
-        if not is_left_out and not (weights[:body] > 0).all():
-            return f"response token {int((weights[:body] <= 0).nonzero()[0])} of episode {i} has no weight in the loss"
+        is_action = torch.as_tensor(rollout.turn_rows[i]) >= 0
+        if (weights[:n][~is_action] != 0).any():
+            return f"there is a weight in the loss at a token of episode {i} that the env wrote"
+        if mask_truncated and bool(rollout.truncated[i]):
+            continue
+        is_end = torch.tensor([token in rules.eos_ids for token in rollout.responses[i]])  # end tokens have their own row
+        missing = (is_action & ~is_end & (weights[:n] <= 0)).nonzero()
+        if len(missing):
+            return f"response token {int(missing[0])} of episode {i} has no weight in the loss"
     return ""
 
 
@@ -220,7 +233,7 @@ def tokenizer_row(policy: LanguagePolicy, rules: Rules) -> CheckRow:
 def turn_row(rules: Rules) -> CheckRow:
     """Check that the token with which the chat template closes a turn ends an episode."""
     check = "end of a turn"
-    if all(messages is None for messages in rules.prompts.messages):
+    if not rules.prompts.has_chats:
         return CheckRow(check, NOT_APPLICABLE, "no prompt is a chat")
     problem = rules.endless_turn()
     return CheckRow(check, FAILED if problem else PASSED, problem)

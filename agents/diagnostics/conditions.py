@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,9 +42,11 @@ def values_row(trainer: Trainer, rollout: Rollout, generator: torch.Generator) -
     policy._modules = {**policy._modules, "value_head": head}
     scored = rollout.select(range(len(rollout)))
     replace(trainer, policy=policy).compute_old_logprobs(scored)
-    naive = [naive_values(policy, *pair).cpu() for pair in zip(rollout.prompts, rollout.responses, strict=True)]
+    read = [np.append(np.flatnonzero(turns >= 0), len(turns)) for turns in rollout.turn_rows]  # positions with a value
+    triples = zip(rollout.prompts, rollout.responses, read, strict=True)
+    naive = [naive_values(policy, prompt, response).cpu()[at] for prompt, response, at in triples]
     with torch.no_grad():
-        evaluated = policy.evaluate_actions(rollout.prompts, rollout.responses, trainer.temperature).values
+        evaluated = policy.evaluate_actions(rollout.prompts, rollout.responses, trainer.temperature, rollout.turn_lists).values
     if evaluated is None or scored.old_values is None or scored.last_values is None:
         return CheckRow(check, FAILED, "there is a value head, but evaluate_actions or compute_old_logprobs gives no values")
     before = torch.cat([scored.old_values, scored.old_values.new_zeros(len(rollout), 1)], 1)
@@ -51,7 +54,7 @@ def values_row(trainer: Trainer, rollout: Rollout, generator: torch.Generator) -
     scale = max(row.abs().max().item() for row in naive)
     gap = Gap()
     for name, table in (("before the update", before), ("in the loss", evaluated)):
-        rows = [row[: len(values)].cpu() for row, values in zip(table, naive, strict=True)]
+        rows = [row.cpu()[at] for row, at in zip(table, read, strict=True)]
         gap = largest_gap(rows, naive)
         if not gap.size <= VALUE_TOLERANCE * scale:
             return CheckRow(check, FAILED, _describe_values(name, gap, rows, naive))
@@ -113,7 +116,8 @@ def kl_row(
         return CheckRow(check, NOT_APPLICABLE, "there is no reference")
     ref_logp = [row[:n].cpu() for row, n in zip(rollout.ref_logp, rollout.lengths.tolist(), strict=True)]
     gap = largest_gap(logp, ref_logp)
-    per_token = kl_k3(torch.cat(logp), torch.cat(ref_logp)).mean().item()
+    actions = torch.as_tensor(np.concatenate(rollout.turn_rows)) >= 0
+    per_token = kl_k3(torch.cat(logp), torch.cat(ref_logp))[actions].mean().item()
     per_episode = sum((p - q).sum().item() for p, q in zip(logp, ref_logp, strict=True)) / len(ref_logp)
     kl = f"{per_token:.3g} nats a token (k3), {per_episode:.3g} an episode"
     differing, total = _count_differing(policy, reference.model)

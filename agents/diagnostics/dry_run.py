@@ -25,6 +25,7 @@ from agents.training.preserve import NoOpOptimizer
 from agents.training.trainer import Trainer
 from agents.vec_env import rules_of_vec_env, unique_rules, vector_env_of
 from llm_env import TextGenerationVectorEnv
+from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
 
 
@@ -48,7 +49,7 @@ class Agent(Protocol):
 
     def make_trainer(self) -> Trainer: ...  # noqa: D102
 
-    def sampler(self) -> Sampler: ...  # noqa: D102
+    def sampler(self, deterministic: bool = False) -> Sampler: ...  # noqa: D102
 
 
 @contextmanager
@@ -99,9 +100,13 @@ def collect_episodes(agent: Agent, n: int, sampler: Sampler, rng: np.random.Gene
     assert agent.env is not None
     rules, group_size = agent.rules, agent.group_size
     groups = min(max(2, n // group_size), max(1, agent.n_envs // group_size))
-    lengths = [len(ids) for ids in rules.prompts.ids]
-    indexes = rng.choice(len(lengths), groups, replace=groups > len(lengths))
-    indexes[-1], indexes[0] = np.argmin(lengths), np.argmax(lengths)
+    if rules.text_env is None:
+        lengths = [len(rules.prompts.ids[i]) for i in range(len(rules.prompts))]
+        indexes = rng.choice(len(lengths), groups, replace=groups > len(lengths))
+        indexes[-1], indexes[0] = np.argmin(lengths), np.argmax(lengths)
+    else:
+        cursor = PromptCursor.over(rules.prompts, lambda: rng)
+        indexes = np.array([cursor.next() for _ in range(groups)])
     if vector_env_of(agent.env) is not None:
         venv = TextGenerationVectorEnv.from_rules(rules, groups * group_size)
         collector = ResponseCollector(agent.policy, PolicyEngine(agent.policy), venv, sampler, group_size)

@@ -19,9 +19,14 @@ from llm_env.rules import Rules
 
 @torch.no_grad()
 def naive_log_probs(
-    policy: LanguagePolicy, rules: Rules, prompt: Sequence[int], response: Sequence[int], temperature: float
+    policy: LanguagePolicy,
+    rules: Rules,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    temperature: float,
+    turn_ids: Sequence[int] | None = None,
 ) -> Tensor:
-    """Compute log pi of a response's tokens, each sampled among those that the env allows.
+    """Compute log pi of a response's action tokens, each sampled among those that the env allows.
 
     Args:
         policy: its model is called directly.
@@ -29,18 +34,25 @@ def naive_log_probs(
         prompt: token ids.
         response: n token ids.
         temperature: divides the logits.
+        turn_ids: n ints, the turn of each token, -1 for tokens that the env wrote; by default all are one turn.
 
     Returns:
-        (n,) float32, in nats.
+        (n,) float32, in nats; 0 at tokens that the env wrote.
     """
+    turns = [0] * len(response) if turn_ids is None else list(turn_ids)
     policy.lm.eval()
     ids = torch.tensor([[*prompt, *response]], device=policy.lm.device)
     logits = policy.lm(input_ids=ids, **without_cache(policy.lm)).logits[0, len(prompt) - 1 : -1, : rules.vocab_size]
     logits = logits.float() / temperature
     if rules.constraint is not None:
-        allowed = np.stack([rules.constraint.next(prompt, response[:t]) for t in range(len(response))])
+        allowed = np.ones((len(response), rules.vocab_size), dtype=bool)
+        for t, turn in enumerate(turns):
+            if turn >= 0:
+                begin = turns.index(turn)
+                allowed[t] = rules.constraint.next([*prompt, *response[:begin]], response[begin:t])
         logits = logits.masked_fill(torch.as_tensor(~allowed, device=logits.device), -torch.inf)
-    return logits[torch.arange(len(response)), ids[0, len(prompt) :]] - logits.logsumexp(-1)
+    logp = logits[torch.arange(len(response)), ids[0, len(prompt) :]] - logits.logsumexp(-1)
+    return logp * (torch.tensor(turns, device=logp.device) >= 0)
 
 
 @torch.no_grad()

@@ -40,11 +40,12 @@ class DecodingSpec:
     Attributes:
         rules: end tokens, stop strings, allowed tokens and vocabulary.
         sampler: temperature, truncation and, for an engine without `takes_uniforms`, the generator of all randomness.
-        max_new_tokens: limit of a response, in tokens.
-        uniforms: (N * G, max_new_tokens, 1 or 2) uniform random numbers to sample by, see `Sampler.uniforms`; None for an
-            engine that does not take them.
+        max_new_tokens: limit of a turn, in tokens.
+        uniforms: (N * G, most actions of an episode, 1 or 2) uniform random numbers to sample by, see `Sampler.uniforms`.
+            Action t of a row uses entry t. None for an engine that does not take them.
         on_tokens: called with the number of new tokens now and then while sampling; an error in it ends the generation.
             External engines may leave it out.
+        max_episode_tokens: limit of the tokens after the prompt, turns and observations together; None for no limit.
     """
 
     rules: Rules
@@ -52,6 +53,69 @@ class DecodingSpec:
     max_new_tokens: int
     uniforms: Tensor | None = None
     on_tokens: OnTokens = ignore_tokens
+    max_episode_tokens: int | None = None
+
+
+class Lockstep:
+    """Turns in lockstep: every row samples a turn, the env replies to all, and the rows that continue sample the next.
+
+    An engine samples `group_size` turns for each of `contexts`, and gives them to `reply`, until `rows` is empty. Contexts are
+    computed again in every turn.
+
+    Args:
+        prompts: N lists of token ids.
+        group_size: G, the number of responses to each prompt.
+        decoding: how turns are generated.
+        on_turns: see `Engine.generate`.
+
+    Attributes:
+        rows: numbers of the rows under way, those of a context next to each other.
+        contexts: token ids before the turn; the prompts at first, later one context a row.
+        group_size: number of turns to sample for each context; G at first, later 1.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], group_size: int, decoding: DecodingSpec, on_turns: OnTurns) -> None:
+        self._decoding, self._on_turns = decoding, on_turns
+        self.contexts, self.group_size = [list(prompt) for prompt in prompts], group_size
+        self.rows = list(range(len(prompts) * group_size))
+        limit = decoding.max_new_tokens if decoding.max_episode_tokens is None else decoding.max_episode_tokens
+        self._room = [limit] * len(self.rows)
+        self._token_ids: list[list[int]] = [[] for _ in self.rows]
+        self._logprobs: list[np.ndarray] = [np.empty(0, np.float32) for _ in self.rows]
+
+    @property
+    def limits(self) -> list[int]:
+        """The maximum length of a turn for each context, in tokens."""
+        return [min(self._decoding.max_new_tokens, self._room[row]) for row in self.rows[:: self.group_size]]
+
+    @property
+    def uniforms(self) -> Tensor | None:
+        """The uniform random numbers of the turns, (rows, longest limit, 1 or 2); None for an engine that takes none."""
+        uniforms = self._decoding.uniforms
+        if uniforms is None:
+            return None
+        used = torch.tensor([len(self._token_ids[row]) for row in self.rows])
+        at = used[:, None] + torch.arange(max(self.limits))
+        rows = torch.tensor(self.rows)[:, None]
+        return uniforms[rows, at.clamp(max=uniforms.shape[1] - 1)]  # what is beyond the last action is never used
+
+    def reply(self, turns: list[list[int]], logprobs: list[np.ndarray]) -> None:
+        """Take one turn of every row to the env, and make up the contexts of those that continue."""
+        replies = self._on_turns(self.rows, turns, logprobs)
+        rows: list[int] = []
+        contexts: list[list[int]] = []
+        for i, (row, turn, logp, observation) in enumerate(zip(self.rows, turns, logprobs, replies, strict=True)):
+            self._token_ids[row] = self._token_ids[row] + turn
+            self._logprobs[row] = np.concatenate([self._logprobs[row], logp])
+            if observation is not None:
+                rows.append(row)
+                contexts.append([*self.contexts[i // self.group_size], *turn, *observation])
+                self._room[row] -= len(turn) + len(observation)
+        self.rows, self.contexts, self.group_size = rows, contexts, 1
+
+    def completions(self) -> Completions:
+        """Return the action tokens of all rows."""
+        return Completions(self._token_ids, self._logprobs)
 
 
 def end_episodes(rows: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
@@ -83,7 +147,7 @@ class Engine(Protocol):
             group_size: G.
             decoding: how.
             on_turns: called with the rows whose turn has ended, their new tokens and log-probs; returns what the env writes
-                after each turn, None where the episode has ended. With one turn it is called once, with all rows.
+                after each turn, None where the episode has ended. It is called once per turn, at first with all rows.
 
         Raises:
             StaleWeightsError: If the weights are no longer those of the last `update_weights`.
@@ -126,25 +190,26 @@ class PolicyEngine:
         Raises:
             ValueError: If a prompt and its longest response have more tokens than the model has positions.
         """
-        policy, rules = self.policy, decoding.rules
-        with policy.sampling(prompts, decoding.max_new_tokens):
-            token_ids, logprobs = sample_responses(
-                policy.lm,
-                prompts,
-                decoding.sampler,
-                vocab_size=rules.vocab_size,
-                eos_id=rules.eos_ids,
-                max_new_tokens=decoding.max_new_tokens,
-                group_size=group_size,
-                completes_stop=rules.completes_stop if rules.stop else None,
-                constraint=rules.constraint,
-                max_num_seqs=policy.max_num_seqs,
-                prefix_sharing=policy.prefix_sharing,
-                uniforms=decoding.uniforms,
-                on_tokens=decoding.on_tokens,
-            )
-        on_turns(range(len(token_ids)), token_ids, logprobs)
-        return Completions(token_ids, logprobs)
+        policy, rules, turns = self.policy, decoding.rules, Lockstep(prompts, group_size, decoding, on_turns)
+        while turns.rows:
+            with policy.sampling(turns.contexts, turns.limits):
+                sampled = sample_responses(
+                    policy.lm,
+                    turns.contexts,
+                    decoding.sampler,
+                    vocab_size=rules.vocab_size,
+                    eos_id=rules.eos_ids,
+                    max_new_tokens=turns.limits,
+                    group_size=turns.group_size,
+                    completes_stop=rules.completes_stop if rules.stop else None,
+                    constraint=rules.constraint,
+                    max_num_seqs=policy.max_num_seqs,
+                    prefix_sharing=policy.prefix_sharing,
+                    uniforms=turns.uniforms,
+                    on_tokens=decoding.on_tokens,
+                )
+            turns.reply(*sampled)
+        return turns.completions()
 
     def update_weights(self, policy: LanguagePolicy) -> None:
         """Generate with another policy from here on."""

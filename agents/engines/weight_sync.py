@@ -128,7 +128,7 @@ def logprob_gap(engine: Engine, policy: LanguagePolicy, rules: Rules) -> float:
     At a temperature of 2. At 1 the pupil samples tokens that it is sure of, and an engine one step of 3e-4 behind it is off by
     0.001 nats on them; at 2 by 0.02, where weights that arrived leave 3e-7. The agent's random numbers are not touched.
     """
-    prompts = [[int(token) for token in ids] for ids in rules.prompts.ids[:PROBES]]
+    prompts = [rules.prompts.ids[i].tolist() for i in rules.prompts.indexes(PROBES)]
     sampler = Sampler(PROBE_TEMPERATURE, generator=torch.Generator(policy.device).manual_seed(0))
     decoding = DecodingSpec(rules, sampler, min(PROBE_TOKENS, rules.max_new_tokens))
     responses, logprobs = engine.generate(prompts, 1, decoding)

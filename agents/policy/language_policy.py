@@ -225,14 +225,20 @@ class LanguagePolicy(BasePolicy):
     # --- the training path -------------------------------------------------------------------------------------------
 
     def evaluate_actions(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float = 1.0
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        turn_ids: Sequence[np.ndarray] | None = None,
     ) -> Evaluation:
         """Compute log-probs, entropies and values of the responses' tokens, in one forward pass.
 
         Args:
             prompts: B lists of token ids.
-            responses: B lists of token ids.
+            responses: B lists of token ids, of turns and observations.
             temperature: divides the logits, as in sampling.
+            turn_ids: B int arrays, the turn of each token and -1 at observations, for which no logits are computed. By default
+                all tokens are one turn.
 
         Raises:
             ValueError: If a row has more tokens than the model has positions.
@@ -241,8 +247,10 @@ class LanguagePolicy(BasePolicy):
         check_length(self.max_positions, longest, 0)
         allowed = None
         if self.constraint is not None:
-            allowed = [self.constraint.along(*row) for row in zip(prompts, responses, strict=True)]
-        return Evaluation(*self._evaluate(prompts, responses, allowed, temperature))
+            turns = [np.zeros(len(response), int) for response in responses] if turn_ids is None else turn_ids
+            allowed = [self.constraint.along_turns(*row) for row in zip(prompts, responses, turns, strict=True)]
+        actions = None if turn_ids is None else [turns >= 0 for turns in turn_ids]
+        return Evaluation(*self._evaluate(prompts, responses, allowed, temperature, actions))
 
     def _evaluate(
         self,
@@ -250,6 +258,7 @@ class LanguagePolicy(BasePolicy):
         responses: Sequence[Sequence[int]],
         allowed: Sequence[np.ndarray] | None,
         temperature: float,
+        actions: Sequence[np.ndarray] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the fields of an `Evaluation`; here sharded weights are gathered, see `agents.distributed.fsdp`."""
         states = self.value_head is not None and self.critic is None
@@ -266,6 +275,7 @@ class LanguagePolicy(BasePolicy):
                 entropy=True,
                 states=states,
                 prefix_sharing=self.prefix_sharing,
+                actions=actions,
             )
             hidden = scored.states
             if self.critic is not None:
@@ -385,7 +395,8 @@ class LanguagePolicy(BasePolicy):
         with full_params(self), autocast(self.device, self.bf16):
             logits, state = next_logits(self.lm, rows, state, episode_start)
         if action_masks is None and self.constraint is not None:
-            states = [(row[:n], row[n:]) for row, n in zip(rows, state.prompt_lengths, strict=True)]
+            lengths = [len(row) if row[-1] in self.eos_ids else n for row, n in zip(rows, state.context_lengths, strict=True)]
+            states = [(row[:n], row[n:]) for row, n in zip(rows, lengths, strict=True)]
             action_masks = self.constraint.masks(states)
         tokens, logp = sampler(restrict(logits[:, : self.vocab_size], action_masks), uniforms)
         return tokens.cpu().numpy(), logp.cpu().numpy(), state
@@ -410,7 +421,7 @@ class LanguagePolicy(BasePolicy):
             episode_start: (B,) bool, marks new episodes; needed only if a prompt continues the tokens of the last episode.
             deterministic: take the likeliest token instead of sampling.
             action_masks: (V,) or (B, V) bool, the allowed tokens, as in sb3-contrib. By default those that the env allows; the
-                state (or a first observation without one) separates prompt and response.
+                state tells where the turn under way began (without a state, it begins now).
             temperature: divides the logits.
             generator: source of randomness; torch's global generator by default.
 

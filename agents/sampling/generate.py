@@ -283,14 +283,14 @@ class StepState:
         slots: (B, S) 0/1; padding and slots of an ended episode are 0, and masked from then on.
         rows: the token ids whose keys and values are in the cache, one list a row.
         version: of the weights that computed the cache; see `weights_version`.
-        prompt_lengths: tokens of each row when its episode was first seen.
+        context_lengths: tokens of each row before the turn under way; a row that grew by several tokens begins a turn.
     """
 
     cache: DynamicCache | None
     slots: Tensor
     rows: list[list[int]]
     version: int
-    prompt_lengths: list[int]
+    context_lengths: list[int]
 
     def serves(self, batch_size: int, version: int) -> bool:
         """Return whether the cache can be continued: same batch size and weights, and no later state has appended to it."""
@@ -327,7 +327,10 @@ def next_logits(
         not start and 0 < len(old) < len(row) and row[: len(old)] == old
         for row, old, start in zip(rows, cached, starts, strict=True)
     ]
-    lengths = [state.prompt_lengths[i] if state is not None and goes_on[i] else len(row) for i, row in enumerate(rows)]
+    lengths = [
+        state.context_lengths[i] if state is not None and goes_on[i] and len(row) == len(cached[i]) + 1 else len(row)
+        for i, row in enumerate(rows)
+    ]
     if state is not None and not state.serves(len(rows), version):
         state = None
     known = [state.rows[i] if state is not None and goes_on[i] else [] for i in range(len(rows))]

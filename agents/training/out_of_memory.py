@@ -40,7 +40,7 @@ def suggest_token_budget(policy: LanguagePolicy, rules: Rules, prompts: Rows, re
         policy.zero_grad()
         extent = BatchShape.of(*groups_of(prompts, responses))
         positions = padded_tokens(policy.lm, extent.longest_prompt + extent.longest, policy.prefix_sharing)(extent)
-        budget = max(max(map(len, rules.prompts.ids)) + rules.max_new_tokens, positions // 2)
+        budget = max(rules.longest_prompt + rules.max_episode_tokens, positions // 2)
         remedy = f"Set max_tokens_per_batch={budget}"
         if budget >= positions:
             remedy = "Lower max_new_tokens, shorten the prompts or set gradient_checkpointing=True"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from heapq import nlargest
 from itertools import groupby
 
 import numpy as np
@@ -92,17 +91,17 @@ class WorstCaseStep:
         rows = -(-size // (self.unit * processes)) * self.unit
         self.max_rows = min(trainer.micro_batch_size or rows, rows)
         self.rollout = self._longest_rollout(rows, group_size)
-        self.prompt, self.new = max(map(len, rules.prompts.ids)), rules.max_new_tokens
+        self.prompt, self.new = rules.longest_prompt, rules.max_episode_tokens
         self._parameters = [parameter for parameter in trainer.policy.parameters() if parameter.requires_grad]
 
     def _longest_rollout(self, rows: int, group_size: int) -> Rollout:
         """Make up an optimizer step's episodes; those of one prompt follow each other, more than a group in a small env."""
-        rules, mask = self.rules, torch.ones(rows, self.rules.max_new_tokens, device=self.device)
-        prompts = [ids.tolist() for ids in nlargest(-(-rows // self.unit), rules.prompts.ids, key=len)]
+        rules, mask = self.rules, torch.ones(rows, self.rules.max_episode_tokens, device=self.device)
+        prompts = rules.prompts.longest(-(-rows // self.unit))
         values = mask if self.trainer.objective.needs_values else None
         return Rollout(
             prompts=sorted([prompts[row // self.unit % len(prompts)] for row in range(rows)], key=lambda ids: (-len(ids), ids)),
-            responses=[[rules.eos_id] * rules.max_new_tokens] * rows,
+            responses=[[rules.eos_id] * rules.max_episode_tokens] * rows,
             mask=mask,
             rewards=mask,
             sampled_logp=mask,

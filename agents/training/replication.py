@@ -25,7 +25,7 @@ def replicate_policy(policy: LanguagePolicy, communicator: Communicator) -> None
 
     def warm_up() -> None:
         try_out_all()
-        policy._evaluate([[0]], [[0]], None, 1.0)
+        policy._evaluate([[0]], [[0]], None, 1.0, None)
 
     communicator.broadcast_weights(policy)
     try_out_all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from agents.distributed.communicator import Communicator
 from agents.distributed.fsdp import full_params, full_tensor
 from agents.losses import token_weights, truncated_importance
 from agents.policy import LanguagePolicy
-from agents.rollout import Rollout
+from agents.rollout import Rollout, logged_turns
 from agents.training.batching import group_unit, minibatches
 from agents.training.objective import Objective
 from agents.training.out_of_memory import suggest_token_budget
@@ -101,7 +101,9 @@ class Trainer:
             for rows in self.local_micro_batches(rollout, np.arange(len(rollout)), size):
                 batch = rollout.select(rows)
                 with suggest_token_budget(self.policy, self.rules, batch.prompts, batch.responses):
-                    evaluation = self.policy.evaluate_actions(batch.prompts, batch.responses, self.temperature)
+                    evaluation = self.policy.evaluate_actions(
+                        batch.prompts, batch.responses, self.temperature, batch.turn_lists
+                    )
                 width = evaluation.logp.shape[1]
                 old_logp[rows, :width] = evaluation.logp * batch.mask
                 if evaluation.values is not None:
@@ -127,7 +129,8 @@ class Trainer:
             ValueError: If the gradient is not finite. The weights are unchanged.
             torch.OutOfMemoryError: If a pass does not fit; the message names a smaller `max_tokens_per_batch`.
         """
-        weights, tokens = self._token_weights(rollout, rows), float(rollout.lengths[rows].sum())
+        weights, tokens = self._token_weights(rollout, rows), float(rollout.num_actions[rows].sum())
+        turn_sizes = _turn_sizes(rollout, rows)
         old_logp = torch.zeros_like(rollout.rewards) if is_first_pass else None
         micro_batches = self.local_micro_batches(rollout, rows)
         idle = self._num_idle_passes(len(micro_batches))
@@ -138,7 +141,7 @@ class Trainer:
             for part in micro_batches:
                 batch = rollout.select(part)
                 with suggest_token_budget(self.policy, self.rules, batch.prompts, batch.responses):
-                    terms, statistics = self.backward_micro_batch(batch, weights[part], is_first_pass)
+                    terms, statistics = self.backward_micro_batch(batch, weights[part], is_first_pass, turn_sizes)
                 if old_logp is not None and batch.old_logp is not None:
                     old_logp[part, : batch.old_logp.shape[1]] = batch.old_logp * batch.mask
                 share = batch.mask.sum() / tokens
@@ -163,7 +166,7 @@ class Trainer:
         return {**sums, "grad_norm": norm.item()}
 
     def backward_micro_batch(
-        self, batch: Rollout, weights: Tensor, is_first_pass: bool = False
+        self, batch: Rollout, weights: Tensor, is_first_pass: bool = False, turn_sizes: Sequence[int] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add the gradient of the loss of B episodes, from one forward pass, to the parameters' gradients.
 
@@ -171,20 +174,26 @@ class Trainer:
             batch: B episodes with advantages.
             weights: (B, at least T), the tokens' weights in the loss of the whole optimizer step.
             is_first_pass: the log-probs of this pass are those of the old policy; sets `batch.old_logp`.
+            turn_sizes: number of action tokens of the first turns in the whole step, to log their entropies apart.
 
         Returns:
-            The loss and its terms before their coefficients, sums over the tokens; and statistics, means over the action
-            tokens.
+            The loss, its terms before their coefficients and the first turns' entropies, sums over the tokens; and statistics,
+            means over the action tokens.
         """
-        evaluation = self.policy.evaluate_actions(batch.prompts, batch.responses, self.temperature)
+        evaluation = self.policy.evaluate_actions(batch.prompts, batch.responses, self.temperature, batch.turn_lists)
         if is_first_pass:
             batch.old_logp = evaluation.logp.detach()
         correction = {} if self.importance_cap is None else apply_importance_weights(batch, self.importance_cap)
         terms, statistics = self.objective.loss(batch, evaluation, weights[:, : evaluation.logp.shape[1]])
         loss = torch.stack([coefficient * value for coefficient, value in terms.values() if coefficient]).sum()
         loss.backward()
-        statistics["entropy"] = evaluation.entropy.detach()[batch.mask.bool()].mean()
-        return {"loss": loss, **{key: value for key, (_, value) in terms.items()}}, statistics | correction
+        entropy = evaluation.entropy.detach()
+        statistics["entropy"] = entropy[batch.mask.bool()].mean()
+        sums = {"loss": loss, **{key: value for key, (_, value) in terms.items()}}
+        for turn, size in enumerate(turn_sizes):
+            if size:
+                sums[f"entropy/turn_{turn + 1}"] = entropy[batch.turn_ids == turn].sum() / size
+        return sums, statistics | correction
 
     def local_micro_batches(self, rollout: Rollout, rows: np.ndarray, max_rows: int | None = None) -> list[list[int]]:
         """Return the micro-batches of this process for the episodes `rows`; see `micro_batches`.
@@ -205,7 +214,10 @@ class Trainer:
         """
         lengths, prompts = rollout.lengths[rows].tolist(), [rollout.prompts[row] for row in rows]
         most = min(self.micro_batch_size or len(rows), max_rows or len(rows))
-        parts = micro_batches(self.policy.lm, prompts, lengths, most, self.max_tokens_per_batch, self.policy.prefix_sharing)
+        groups = None if rollout.turn_lists is None else [int(row) // rollout.group_size for row in rows]
+        parts = micro_batches(
+            self.policy.lm, prompts, lengths, most, self.max_tokens_per_batch, self.policy.prefix_sharing, groups
+        )
         return [[int(rows[i]) for i in part] for part in parts]
 
     def _token_weights(self, rollout: Rollout, rows: np.ndarray) -> Tensor:
@@ -215,7 +227,7 @@ class Trainer:
         if self.mask_truncated:
             mask = mask * ~rollout.truncated[index][:, None]
         weights = torch.zeros_like(rollout.mask)
-        weights[index] = token_weights(mask, self.aggregation, self.rules.max_new_tokens)
+        weights[index] = token_weights(mask, self.aggregation, self.rules.max_actions)
         return weights
 
     def _num_idle_passes(self, num_passes: int) -> int:
@@ -260,6 +272,12 @@ def apply_importance_weights(batch: Rollout, cap: float) -> dict[str, Tensor]:
     batch.advantages = batch.advantages * importance
     weights = importance[batch.mask.bool()]
     return {"importance": weights.mean(), "importance_capped": (weights >= cap).float().mean()}
+
+
+def _turn_sizes(rollout: Rollout, rows: np.ndarray) -> list[int]:
+    """Return the number of action tokens of the first turns in the episodes `rows`; empty if no episode has several turns."""
+    turns = logged_turns(rollout)
+    return [int((rollout.turn_ids[torch.as_tensor(rows)] == turn).sum()) for turn in turns]
 
 
 def _means(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,9 @@ RESERVED = (
     "padding",
     "truncation",
 )
-PLACEHOLDER = "placeholder-7f3a"  # stands for an assistant's message while a template's end of a turn is looked for
+PLACEHOLDER = "placeholder-7f3a"  # stands for an assistant message when the text after a turn is rendered
+OBSERVATION = "observation-7f3a"  # stands for an observation there
+FIRST_USER = "question-7f3a"  # stands for the user message before the turn
 
 
 class Prompt(NamedTuple):
@@ -104,7 +106,7 @@ class PromptFormat:
                 "tokenizer.chat_template), or give the prompt as text"
             )
         for message in messages:
-            _check_message(message, name)
+            check_message(message, name)
         own = _checked_kwargs(row.get("chat_template_kwargs"), f"{name}: 'chat_template_kwargs'")
         # A column of a data set holds every key in every row, with None where a row has none.
         kwargs = {**self.chat_template_kwargs, **{key: value for key, value in own.items() if value is not None}}
@@ -142,6 +144,22 @@ class PromptFormat:
         """Return the token ids of prompts: text with the tokenizer's beginning and no end; a chat as its template wrote it."""
         return encode_prompts(self.tokenizer, prompts)
 
+    def after_turn(self, observation: Messages, turn: str) -> str | None:
+        """Render a chat of a user, a turn and an observation, with the opening of the next turn; return what follows the turn.
+
+        Returns None if the turn does not appear.
+
+        Raises:
+            ValueError: If the template fails.
+        """
+        chat = [{"role": "user", "content": FIRST_USER}, {"role": "assistant", "content": turn}, *observation]
+        try:
+            text = self._apply(chat, **{**self.chat_template_kwargs, "add_generation_prompt": True})
+        except Exception as error:
+            raise ValueError(f"the chat template raised {type(error).__name__} on an observation: {error}") from error
+        _, found, rest = text.partition(turn)
+        return rest if found else None
+
     def end_of_turn(self) -> list[int]:
         """Return the tokens that the chat template writes after an assistant's message; empty where that is none or unknown."""
         turn = [{"role": "user", "content": PLACEHOLDER}, {"role": "assistant", "content": PLACEHOLDER}]
@@ -153,7 +171,65 @@ class PromptFormat:
         return encode_texts(self.tokenizer, [rest], special=False)[0] if found else []
 
 
-def _check_message(message: Any, name: str) -> None:
+class Bridge:
+    """The token ids that an env writes between two turns of a chat: the end of the turn, the observation, the next opening.
+
+    The template is rendered around a placeholder for the turn. The bridge is what follows the placeholder, tokenized without
+    special tokens. Its first tokens close the turn; those that the turn already ends with are left out. Sampled tokens are
+    never changed.
+
+    Args:
+        format: the template.
+        closing: token ids that may close a turn: end tokens and special tokens.
+
+    Raises:
+        ValueError: If the template fails on an observation, does not show it, or what it writes after a turn depends on the
+            text of the turn.
+    """
+
+    def __init__(self, format: PromptFormat, closing: Collection[int]) -> None:
+        self._format, self._closing = format, frozenset(closing)
+        observation = [{"role": "user", "content": OBSERVATION}]
+        text, other = (format.after_turn(observation, turn) for turn in (PLACEHOLDER, f"{PLACEHOLDER} 2"))
+        if text is None or OBSERVATION not in text:
+            raise ValueError(
+                f"the chat template does not show a user message after an assistant message; it renders {text!r}. Set "
+                "chat=False to use texts without a template, or another chat_template"
+            )
+        if text != other:
+            raise ValueError(
+                f"the chat template writes {text!r} after one turn and {other!r} after another: what follows a turn must not "
+                "depend on its text. Set chat=False, or another chat_template"
+            )
+
+    def __call__(self, turn: Sequence[int], observation: Messages) -> list[int]:
+        """Return the ids between a turn and the next one.
+
+        Args:
+            turn: token ids of the turn.
+            observation: messages of the env.
+        """
+        text = self._format.after_turn(observation, PLACEHOLDER)
+        if text is None:
+            raise ValueError(f"the chat template does not render the observation {observation!r} after an assistant message")
+        (ids,) = encode_texts(self._format.tokenizer, [text], special=False)
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._closing), None)
+        if end is None:  # a template of plain text closes a turn by what it also writes without an observation
+            plain = self._format.end_of_turn()
+            same = [a == b for a, b in zip(ids, plain, strict=False)]
+            end = same.index(False) if False in same else len(same)
+        for n in range(min(end, len(turn)), 0, -1):
+            if list(turn[-n:]) == ids[:n]:
+                return ids[n:]
+        return ids
+
+
+def check_message(message: Any, name: str) -> None:
+    """Check that a message is a dict with a role and a content.
+
+    Raises:
+        TypeError, ValueError: If it is not; the message begins with `name`.
+    """
     if not isinstance(message, dict):
         raise TypeError(f"{name}: a message is a {type(message).__name__}; it must be a dict with 'role' and 'content'")
     if not isinstance(message.get("role"), str) or all(message.get(key) is None for key in SPOKEN):

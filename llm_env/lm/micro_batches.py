@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -36,6 +37,7 @@ def micro_batches(
     most: int,
     max_tokens_per_batch: int | None,
     prefix_sharing: PrefixSharing,
+    groups: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Split rows into forward passes within a token budget; rows of a prompt are adjacent.
 
@@ -56,15 +58,17 @@ def micro_batches(
         max_tokens_per_batch: token budget of a pass, including padding. None: on a CPU, `DEFAULT_TOKENS_CPU` or the size of
             the largest group, whichever is larger; no limit on other devices.
         prefix_sharing: see `llm_env.lm.sharing.sharing_modes`.
+        groups: B numbers; rows of one number have one prompt and are kept together. By default rows with equal prompts are.
 
     Returns:
         The row indices of each pass. A pass exceeds the budget only if it has a single row.
     """
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
     positions = padded_tokens(model, longest, prefix_sharing)
-    runs: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        runs.setdefault(tuple(prompt), []).append(row)
+    keys: list[Any] = [tuple(prompt) for prompt in prompts] if groups is None else list(groups)
+    runs: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        runs.setdefault(key, []).append(row)
 
     def extent_of(unit: list[int]) -> BatchShape:
         return BatchShape(len(unit), 1, len(unit), len(prompts[unit[0]]), max(lengths[row] for row in unit))
@@ -86,8 +90,8 @@ def micro_batches(
         longest_first.sort(key=extent_of, reverse=True)
         plans.append(_fill(longest_first, extent_of, fits, positions))
     parts, _ = min(plans, key=lambda plan: plan[1])
-    place = {prompt: i for i, prompt in enumerate(runs)}
-    return [sorted(part, key=lambda row: place[tuple(prompts[row])]) for part in parts]
+    place = {key: i for i, key in enumerate(runs)}
+    return [sorted(part, key=lambda row: place[keys[row]]) for part in parts]
 
 
 def _fill(

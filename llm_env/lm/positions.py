@@ -56,14 +56,15 @@ def _usable(table: nn.Embedding) -> int:
     return table.weight.shape[0] - int(getattr(table, "offset", 0)) - reserved
 
 
-def check_length(limit: int | None, prompt: int, new: int, owner: str = "the model") -> None:
+def check_length(limit: int | None, prompt: int, new: int, owner: str = "the model", name: str = "max_new_tokens") -> None:
     """Raise if the longest prompt and its new tokens exceed a model's number of positions.
 
     Args:
         limit: number of positions, see `max_positions`; None for no limit.
         prompt: length of the longest prompt, in tokens.
-        new: `max_new_tokens`; 0 if no tokens are generated.
+        new: number of new tokens; 0 if none are generated.
         owner: name of the model, for error messages.
+        name: name of the argument that limits new tokens, for error messages.
 
     Raises:
         ValueError: If `prompt + new` exceeds the limit.
@@ -72,8 +73,7 @@ def check_length(limit: int | None, prompt: int, new: int, owner: str = "the mod
         return
     if not new:
         raise ValueError(f"the longest row of tokens needs {prompt} positions, {owner} has {limit}; shorten it")
-    remedy = "shorten the prompts" if prompt >= limit else f"lower max_new_tokens to {limit - prompt} or shorten the prompts"
+    remedy = "shorten the prompts" if prompt >= limit else f"lower {name} to {limit - prompt} or shorten the prompts"
     raise ValueError(
-        f"the longest prompt, of {prompt} tokens, and max_new_tokens={new} need {prompt + new} positions, {owner} has {limit}; "
-        f"{remedy}"
+        f"the longest prompt, of {prompt} tokens, and {name}={new} need {prompt + new} positions, {owner} has {limit}; {remedy}"
     )

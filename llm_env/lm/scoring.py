@@ -100,7 +100,7 @@ class Scored:
     Attributes:
         logp: (B, T) float32, log pi of the response tokens, in nats; 0 at padding.
         entropy: (B, T) float32, entropy of the distribution of each token, in nats; 0 at padding. None if not requested.
-        mask: (B, T) int64, 1 at response tokens.
+        mask: (B, T) int64, 1 at action tokens.
         states: (B, T + 1, H), hidden states before each token and after the last; None if not requested.
     """
 
@@ -120,6 +120,7 @@ def score(
     entropy: bool = False,
     states: bool = False,
     prefix_sharing: PrefixSharing = "auto",
+    actions: Sequence[np.ndarray] | None = None,
 ) -> Scored:
     """Compute log-probs of all response tokens in one forward pass.
 
@@ -133,12 +134,15 @@ def score(
         responses: B lists of token ids, at least one token each.
         vocab_size: V, the number of actions. Logits of higher ids, which only pad some models' embeddings, are ignored.
         temperature: divisor of the logits.
-        allowed: B bool arrays (n, V), True at tokens that were allowed at each position; all tokens by default.
+        allowed: B bool arrays (n, V), True at tokens that were allowed in place of each action token; all by default.
         entropy: whether to compute entropies.
         states: whether to return hidden states.
         prefix_sharing: see `sharing_mode`.
+        actions: B bool arrays, True at action tokens; the head is computed for these only. All tokens by default.
     """
     targets, mask = pad(responses, "right", model.device)
+    if actions is not None:
+        mask = pad([row.astype(int).tolist() for row in actions], "right", model.device)[0]
     at, head = mask.bool(), head_of(model)
     if head is None:
         if prefix_sharing is True:

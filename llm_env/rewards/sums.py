@@ -172,6 +172,7 @@ class RewardSum:
         weights: one weight per function; all 1 by default.
         columns: names of the available prompt columns.
         incomplete: columns that some rows lack, each with the index of a row without it.
+        required: whether at least one function must exist and score each completion; a text env has rewards without any.
 
     Attributes:
         names: one name per function, unique and short enough for a log key.
@@ -191,11 +192,13 @@ class RewardSum:
         weights: Sequence[float] | None = None,
         columns: Sequence[str] = (),
         incomplete: dict[str, int] | None = None,
+        required: bool = True,
     ) -> None:
         if not callable(functions) and not isinstance(functions, (list, tuple)):
             raise TypeError(f"reward={functions!r} is a {type(functions).__name__}; give a function or a list of functions")
         self.functions = [functions] if callable(functions) else list(functions)
-        if not self.functions:
+        self._required = required
+        if not self.functions and required:
             raise ValueError("reward is an empty list: give at least one reward function")
         for function in self.functions:
             if not callable(function):
@@ -243,7 +246,8 @@ class RewardSum:
         """
         given = _reward_inputs(prompts, completions, completion_ids, columns, prompt_texts)
         scores = self._ask(range(len(self.names)), given)
-        unscored = np.flatnonzero(np.isnan(np.stack(list(scores.components.values()))).all(axis=0))
+        components = list(scores.components.values()) if self._required else [np.zeros(len(prompts))]
+        unscored = np.flatnonzero(np.isnan(np.stack(components)).all(axis=0))
         if len(unscored):
             raise ValueError(
                 f"no reward function of {self.names} scored row {unscored[0]} of {len(prompts)} (all returned None): "

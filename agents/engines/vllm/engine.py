@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.distributed.communicator import Communicator, get_communicator
-from agents.engines.base import Completions, DecodingSpec, OnTurns, StaleWeightsError, end_episodes
+from agents.engines.base import Completions, DecodingSpec, Lockstep, OnTurns, StaleWeightsError, end_episodes
 from agents.engines.vllm.local import LocalVLLM
 from agents.engines.vllm.server import VLLMServer
 from agents.policy import LanguagePolicy
@@ -112,7 +112,7 @@ class VLLMEngine:
         if differing:
             detail = ", ".join(f"{name} {found['config'][name]} where the policy has {mine[name]}" for name in differing)
             raise ValueError(f"vLLM runs another model: {detail}; start it with the policy's")
-        needed = max(map(len, rules.prompts.ids)) + rules.max_new_tokens
+        needed = rules.longest_prompt + rules.max_episode_tokens
         if found["max_model_len"] < needed:
             raise ValueError(
                 f"vLLM runs with max_model_len={found['max_model_len']}, but the longest prompt and max_new_tokens="
@@ -151,7 +151,16 @@ class VLLMEngine:
         A response ends where the rules say. vLLM looks for stop strings by other means and may stop too early, or late: tokens
         beyond the end are cut off, and a response that has not ended continues in another request.
         """
-        rules, sampler, limit = decoding.rules, decoding.sampler, decoding.max_new_tokens
+        turns = Lockstep(prompts, group_size, decoding, on_turns)
+        while turns.rows:
+            turns.reply(*self._sample_turns(turns.contexts, turns.group_size, turns.limits, decoding))
+        return turns.completions()
+
+    def _sample_turns(
+        self, prompts: list[list[int]], group_size: int, limits: list[int], decoding: DecodingSpec
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Generate `group_size` turns of up to limits[i] tokens for each prompt i; return token ids and log-probs."""
+        rules, sampler = decoding.rules, decoding.sampler
         settings = sampling_settings(rules, sampler)
         min_tokens = 0 if rules.constraint is None or rules.constraint.fixed is None else rules.constraint.fixed[1]
         responses: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
@@ -161,7 +170,7 @@ class VLLMEngine:
             seeds = torch.randint(2**31, (len(groups),), generator=sampler.generator, device=_device(sampler)).tolist()
             requests = []
             for rows, seed in zip(groups, seeds, strict=True):
-                begun = responses[rows[0]]
+                begun, limit = responses[rows[0]], limits[rows[0] // group_size]
                 room = {"max_tokens": limit - len(begun), "min_tokens": max(0, min_tokens - len(begun))}
                 # Ints: numpy's are other keys of the prefix cache.
                 context = [*map(int, prompts[rows[0] // group_size]), *begun]
@@ -169,16 +178,14 @@ class VLLMEngine:
             unfinished = []
             for rows, choices in zip(groups, self.vllm.complete(requests), strict=True):
                 for row, (ids, values) in zip(rows, choices, strict=True):
-                    if not extend(responses[row], logps[row], ids, values, rules, limit):
+                    if not extend(responses[row], logps[row], ids, values, rules, limits[row // group_size]):
                         unfinished.append(range(row, row + 1))
             groups = unfinished
         if any(worker["version"] != self._version for worker in self.vllm.call("llm_env_version")):
             raise StaleWeightsError(
                 "vLLM generated with other weights than it was given: it was restarted, or another run gave it its own"
             )
-        logprobs = [np.array(row, dtype=np.float32) for row in logps]
-        on_turns(range(len(responses)), responses, logprobs)
-        return Completions(responses, logprobs)
+        return responses, [np.array(row, dtype=np.float32) for row in logps]
 
     def close(self) -> None:
         """Shut down the vLLM in this process; a server keeps running."""

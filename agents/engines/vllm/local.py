@@ -50,7 +50,7 @@ class LocalVLLM:
             ImportError: If vLLM is too old.
             ValueError: If vLLM refuses the model.
         """
-        length = max(map(len, rules.prompts.ids)) + rules.max_new_tokens
+        length = rules.longest_prompt + rules.max_episode_tokens
         config = copy.deepcopy(policy.lm.config)
         config.architectures = [type(policy.lm).__name__]
         wanted = {

@@ -1,0 +1,344 @@
+"""Text environments: Gymnasium's reset and step over text, with seeds in the place of prompts."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from gymnasium.envs.registration import load_env_creator
+
+from llm_env.arguments import as_int, check_int, check_text
+from llm_env.dialogue.chat import Messages, check_message
+
+Text = str | list[dict[str, Any]]
+LARGEST_SEED = 2**32 - 1  # accepted by numpy's and Python's global generators
+SEEDS_CHECKED = 2
+CHECKED_TURNS = ("a", "1", "")  # actions of the seed check
+ENDLESS = 2**31  # number of seeds with num_tasks=None
+
+
+@runtime_checkable
+class TextEnv(Protocol):
+    """A multi-turn environment: Gymnasium's five values over text.
+
+    A text is a str, or a list of messages `{"role": ..., "content": ...}`. An env may also have `close()`.
+
+    Examples:
+        >>> import numpy as np
+        >>> class GuessNumber:
+        ...     def reset(self, *, seed=None):
+        ...         self.number = int(np.random.default_rng(seed).integers(1, 8))
+        ...         return "guess 1-7: ", {}
+        ...     def step(self, action):
+        ...         guess = int(action) if action.isdigit() else 0
+        ...         if guess == self.number:
+        ...             return "", 1.0, True, False, {"is_success": True}
+        ...         return "higher " if guess < self.number else "lower ", 0.0, False, False, {}
+        >>> isinstance(GuessNumber(), TextEnv)
+        True
+    """
+
+    def reset(self, *, seed: int | None = None) -> tuple[Text, dict[str, Any]]:
+        """Start an episode; return the first observation and an info. The episode must depend on the seed only."""
+
+    def step(self, action: str) -> tuple[Text, float, bool, bool, dict[str, Any]]:
+        """Take a turn; return observation, reward, terminated, truncated and info."""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The result of one step of a text env.
+
+    Attributes:
+        observation: a str or a list of messages.
+        reward: the reward of the turn.
+        terminated: whether the episode has ended.
+        truncated: whether the text env cut the episode off.
+        info: the info of the step.
+    """
+
+    observation: Text
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+class TextEnvTasks:
+    """Tasks of a text env: task `i` is the episode of `reset(seed=first_seed + i)`.
+
+    Args:
+        make: a class or a function without arguments that returns a `TextEnv`; or its name, `"module:Class"`.
+        num_tasks: number of seeds; None for fresh seeds without end.
+        first_seed: seed of task 0.
+        check_seeds: play two seeds twice with the same actions, and raise if the results differ.
+
+    Raises:
+        TypeError: If `make` cannot be called, or what it returns has no `reset` and `step`.
+        ValueError: If the arguments are out of range, the text env returns unusable values, or it ignores its seed.
+    """
+
+    def __init__(self, make: Any, num_tasks: int | None = 1000, first_seed: int = 0, check_seeds: bool = True) -> None:
+        self.make: Callable[[], Any] = load_env_creator(make) if isinstance(make, str) else make
+        if not callable(self.make):
+            raise TypeError(f"make={make!r} must be a class or a function that returns a text env, or its name 'module:Class'")
+        self.name = getattr(self.make, "__name__", type(self.make).__name__)
+        self.num_tasks = ENDLESS if num_tasks is None else check_int("num_tasks", num_tasks, 1, ENDLESS)
+        self.first_seed = check_int("first_seed", first_seed, 0, LARGEST_SEED + 1 - self.num_tasks)
+        self.endless = num_tasks is None
+        self._seconds = 0.0
+        if check_seeds:
+            self._check_seeds()
+
+    def new(self) -> Any:
+        """Create an instance of the text env."""
+        env = self.make()
+        if not (callable(getattr(env, "reset", None)) and callable(getattr(env, "step", None))):
+            raise TypeError(
+                f"make() returned a {type(env).__name__} without reset and step; it must return a text env: reset(seed=) -> "
+                "(text, info) and step(action) -> (text, reward, terminated, truncated, info)"
+            )
+        return env
+
+    def reset(self, env: Any, seed: int) -> tuple[Text, dict[str, Any]]:
+        """Reset an instance and check what it returns.
+
+        Raises:
+            ValueError, TypeError: If `reset` raises or returns anything but a text and a dict.
+        """
+        where = f"{self.name}.reset(seed={seed})"
+        try:
+            result = self._timed(env.reset, seed=seed)
+        except Exception as error:
+            raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise ValueError(f"{where} must return (text, info); got {_short(result)}")
+        text, info = result
+        check_observation(text, where)
+        if not isinstance(info, dict):
+            raise TypeError(f"{where} returned an info of type {type(info).__name__}; it must be a dict")
+        return copy.deepcopy(text), dict(info)
+
+    def step(self, env: Any, action: str) -> Transition:
+        """Step an instance and check what it returns.
+
+        Raises:
+            RuntimeError: If `step` raises.
+            ValueError, TypeError: If it returns anything but a text, a finite reward, two bools and a dict.
+        """
+        where = f"{self.name}.step({_short(action)})"
+        try:
+            result = self._timed(env.step, action)
+        except Exception as error:
+            raise RuntimeError(f"{where} raised {type(error).__name__}: {error}") from error
+        if not isinstance(result, (tuple, list)) or len(result) != 5:
+            raise ValueError(f"{where} must return (text, reward, terminated, truncated, info); got {_short(result)}")
+        text, reward, terminated, truncated, info = result
+        check_observation(text, where)
+        if isinstance(reward, (bool, np.bool_)) or not _is_number(reward) or not math.isfinite(reward):
+            raise ValueError(f"{where} returned the reward {reward!r}; it must be a finite number")
+        for name, value in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"{where} returned {name}={value!r}; it must be a bool")
+        if not isinstance(info, dict):
+            raise TypeError(f"{where} returned an info of type {type(info).__name__}; it must be a dict")
+        return Transition(copy.deepcopy(text), float(reward), bool(terminated), bool(truncated), dict(info))
+
+    def take_seconds(self) -> float:
+        """Return the seconds spent in `reset` and `step` since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _timed(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self._seconds += time.perf_counter() - begin
+
+    def _check_seeds(self) -> None:
+        env = self.new()
+        try:
+            for seed in range(self.first_seed, self.first_seed + min(SEEDS_CHECKED, self.num_tasks)):
+                first, second = self._play(env, seed), self._play(env, seed)
+                different = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+                if different is not None or len(first) != len(second):
+                    i = min(len(first), len(second)) - 1 if different is None else different
+                    raise ValueError(
+                        f"{self.name} does not repeat an episode: with seed {seed} and the actions {list(CHECKED_TURNS[:i])} "
+                        f"it gave {_short(first[i])}, then {_short(second[i])}. Draw all random numbers of an episode from "
+                        "np.random.default_rng(seed) in reset, or set check_seeds=False"
+                    )
+        finally:
+            close(env)
+
+    def _play(self, env: Any, seed: int) -> list[Any]:
+        text, info = self.reset(env, seed)
+        results: list[Any] = [(text, sorted(info))]
+        for action in CHECKED_TURNS:
+            try:
+                step = self.step(env, action)
+            except RuntimeError as error:  # a text env may refuse these actions, in the same way twice
+                return [*results, str(error)]
+            results.append((step.observation, step.reward, step.terminated, step.truncated, sorted(step.info)))
+            if step.terminated or step.truncated:
+                break
+        return results
+
+
+@dataclass
+class _Session:
+    """One row's episode with its own instance of the text env.
+
+    Attributes:
+        seed: seed of the episode.
+        observation: the first observation, as the prompt has it.
+        env: the instance; None until the first step.
+        played: the turns that the instance has taken since its reset; None if it has to be reset.
+        steps: turns with their transitions; a repeated call finds them here.
+    """
+
+    seed: int
+    observation: Text
+    env: Any = None
+    played: list[str] | None = None
+    steps: list[tuple[str, Transition]] = field(default_factory=list)
+
+
+class Sessions:
+    """Instances of a text env, one a row, made when a row takes its first turn.
+
+    A transition is kept until the row starts a new episode. A call that is repeated after an error therefore steps nothing
+    twice. An instance whose `step` raised is discarded; the next call plays the episode so far on a new one.
+
+    Args:
+        tasks: makes and steps the instances.
+    """
+
+    def __init__(self, tasks: TextEnvTasks) -> None:
+        self.tasks = tasks
+        self._sessions: dict[int, _Session] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        sessions = {row: _Session(each.seed, each.observation, steps=list(each.steps)) for row, each in self._sessions.items()}
+        return {"tasks": self.tasks, "_sessions": sessions}  # text envs need not be picklable: the copy plays on new ones
+
+    def start(self, row: int, seed: int, observation: Text) -> None:
+        """Begin the episode of a seed in a row; its first observation must be `observation` at every reset."""
+        before = self._sessions.get(row)
+        self._sessions[row] = _Session(seed, observation, None if before is None else before.env)
+
+    def step(self, row: int, turns: Sequence[str]) -> Transition:
+        """Take the last of a row's turns.
+
+        Args:
+            row: the row.
+            turns: the texts of all turns of the episode, the new one included.
+
+        Raises:
+            RuntimeError: If the text env raised an exception.
+            ValueError, TypeError: If it returned unusable values, or does not repeat the first observation of its seed.
+        """
+        session = self._sessions[row]
+        *before, action = turns
+        known = [text for text, _ in session.steps]
+        if known[: len(turns)] == list(turns):
+            return session.steps[len(before)][1]
+        del session.steps[len(before) :]
+        try:
+            self._replay(session, before)
+            transition = self._take(session, before, action, row)
+        except BaseException:  # also KeyboardInterrupt: the instance may have stepped
+            self._drop(session)
+            raise
+        session.steps.append((action, transition))
+        return transition
+
+    def discard(self, row: int) -> None:
+        """Forget the last transition of a row, which cannot be used; the next call plays the episode on a new instance."""
+        session = self._sessions[row]
+        session.steps.pop()
+        self._drop(session)
+
+    @staticmethod
+    def _drop(session: _Session) -> None:
+        close(session.env)
+        session.env = session.played = None
+
+    def _replay(self, session: _Session, before: list[str]) -> None:
+        """Bring the instance to the state after the turns `before`."""
+        if session.env is not None and session.played == before:
+            return
+        if session.env is None:
+            session.env = self.tasks.new()
+        session.played = None
+        observation, _ = self.tasks.reset(session.env, session.seed)
+        if observation != session.observation:
+            raise ValueError(
+                f"{self.tasks.name}.reset(seed={session.seed}) returned {_short(session.observation)}, and now "
+                f"{_short(observation)}: the episodes of a group would differ. Draw all random numbers from the seed"
+            )
+        session.played = []
+        for text in before:
+            self.tasks.step(session.env, text)
+            session.played.append(text)
+
+    def _take(self, session: _Session, before: list[str], action: str, row: int) -> Transition:
+        try:
+            transition = self.tasks.step(session.env, action)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise type(error)(f"{error} (row {row}, seed {session.seed}, turns before: {before})") from error
+        session.played = [*before, action]
+        return transition
+
+    def close(self) -> None:
+        """Close all instances."""
+        for session in self._sessions.values():
+            self._drop(session)
+
+
+def close(env: Any) -> None:
+    """Call `close()` of a text env that has one."""
+    if callable(method := getattr(env, "close", None)):
+        method()
+
+
+def as_messages(text: Text) -> Messages:
+    """Return messages as they are, and a str as a user message."""
+    return [{"role": "user", "content": text}] if isinstance(text, str) else text
+
+
+def check_observation(text: Any, where: str) -> None:
+    """Check that an observation is a str or a list of messages.
+
+    Raises:
+        TypeError, ValueError: If it is anything else.
+    """
+    if isinstance(text, str):
+        check_text(text, f"the observation of {where}")
+    elif isinstance(text, list):
+        for message in text:
+            check_message(message, f"the observation of {where}")
+    else:
+        raise TypeError(f"{where} returned {_short(text)} as its observation; it must be a str or a list of messages")
+
+
+def env_scores(info: dict[str, Any]) -> dict[str, float]:
+    """Return the numeric and bool entries of a step's info, as floats."""
+    return {key: float(value) for key, value in info.items() if isinstance(key, str) and _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_, int, float, np.integer, np.floating)) or (
+        getattr(value, "ndim", None) == 0 and as_int(value) is not None
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,37 @@
+"""Text environments of the user: `gym.make("llm_env/TextEnv-v0", make=..., tokenizer=...)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import Unpack
+
+from llm_env.dialogue.text_env import TextEnvTasks
+from llm_env.keywords import AGENT_NAMES, check_keywords
+from llm_env.rules import NAMES, RulesOptions
+
+
+def text_env(
+    make: Any,
+    tokenizer: Any,
+    reward: Any = None,
+    num_tasks: int | None = 1000,
+    first_seed: int = 0,
+    check_seeds: bool = True,
+    **rules: Unpack[RulesOptions],
+) -> dict[str, Any]:
+    """Return arguments of `TextGenerationEnv` for `llm_env/TextEnv-v0`; see `TextGenerationEnv.from_text_env`.
+
+    Args:
+        make: a class or a function that returns a `llm_env.TextEnv`, or its name, `"module:Class"`. A name can be saved with
+            the spec of the env.
+        tokenizer: a path, a hub id or a transformers tokenizer.
+        reward: reward functions, in addition to the text env's rewards.
+        num_tasks: number of seeds; None for fresh seeds without end.
+        first_seed: seed of prompt 0.
+        check_seeds: play two seeds twice, and raise if the episodes differ.
+        rules: keywords of `llm_env.rules.Rules`.
+    """
+    check_keywords("llm_env/TextEnv-v0", rules, NAMES - {"prompts"}, AGENT_NAMES)
+    tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds)
+    return {"prompts": tasks, "reward": reward, "tokenizer": tokenizer, **rules}
