@@ -1,0 +1,234 @@
+"""Training on episodes of several turns: losses and gradients of action tokens only, against slow references."""
+
+import numpy as np
+import pytest
+import torch
+
+from agents import GRPO, PPO, REINFORCE
+from llm_env import TextGenerationEnv
+from tests import slow
+from tests.conftest import make_model, make_tokenizer
+from tests.rollouts import collect
+from tests.test_published_agents import disturbed
+from tests.text_envs import Letters, worth
+
+TOKENIZER = make_tokenizer("abcdefgh")
+A, H, G = TOKENIZER.convert_tokens_to_ids(["a", "h", "g"])
+GROUP, EPISODES, GAMMA, LAMBDA = 4, 12, 0.9, 0.8
+LIMITS = {"max_prompt_tokens": 4, "max_new_tokens": 3, "max_turns": 3, "max_observation_tokens": 4}
+
+
+def make(kind=Letters, **kwargs):
+    return TextGenerationEnv.from_text_env(kind, TOKENIZER, **{**LIMITS, **kwargs})
+
+
+class Plain:
+    """What the references need of a rollout: one row an episode, one entry an action token. Rewards are worked out here."""
+
+    def __init__(self, agent, rollout, reference):
+        self.logp, self.ref, self.values, self.last = [], [], [], []
+        self.turns, self.paid, self.terminated, self.by_env, self.fits = [], [], [], [], []
+        self.old = [row[turns >= 0].double().tolist() for row, turns in zip(rollout.old_logp, rollout.turn_ids, strict=True)]
+        if rollout.old_values is not None:
+            pairs = zip(rollout.old_values, rollout.turn_ids, strict=True)
+            self.old_values = [row[turns >= 0].double().tolist() for row, turns in pairs]
+        for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+            context, first = torch.tensor([[*prompt, *response]]), len(prompt) - 1
+            actions = self.split(rollout, i)
+            self.logp.append(self.chosen(agent.policy.lm, context, first, actions))
+            self.ref.append([x.item() for x in self.chosen(reference, context, first, actions)])
+            if agent.policy.value_head is not None:
+                body = agent.policy.critic or agent.policy.lm.base_model
+                values = agent.policy.value_head(body(context).last_hidden_state[0]).double()[first:, 0]
+                self.values.append([values[t] for t in actions])
+                self.last.append(values[-1].item())
+
+    def split(self, rollout, i):
+        """The positions of actions, from the texts of the turns alone."""
+        response, actions, start = rollout.responses[i], [], 0
+        turns, paid = [], []
+        while start < len(response):
+            end = next(n for n in range(start + 1, len(response) + 1) if response[n - 1] == 0 or n - start == 3)
+            text = TOKENIZER.decode(response[start:end], skip_special_tokens=True)
+            turns += [len(set(turns))] * (end - start)
+            paid += [0.0] * (end - start - 1) + [worth(text)]
+            actions += range(start, end)
+            start = end + len("bc" * (len(text) % 3) + "d")
+        self.turns.append(turns)
+        self.paid.append(paid)
+        self.terminated.append("h" in text)
+        self.by_env.append("g" in text and "h" not in text)
+        return actions
+
+    @staticmethod
+    def chosen(model, context, first, actions):
+        logp = model(context).logits[0].double().log_softmax(-1)
+        return [logp[first + t, context[0, first + t + 1]] for t in actions]
+
+    @property
+    def lengths(self):
+        return [len(row) for row in self.paid]
+
+    @property
+    def scores(self):
+        return [sum(row) for row in self.paid]
+
+    def outcome(self, scale="std"):
+        return slow.group_advantages(self.scores, GROUP, scale)
+
+    def spread(self, per_response):
+        return slow.spread(per_response, self.lengths)
+
+    def process(self):
+        ends = [[t for t in range(len(row)) if t + 1 == len(row) or row[t + 1] != row[t]] for row in self.turns]
+        steps = [[(t, paid[t]) for t in row] for row, paid in zip(ends, self.paid, strict=True)]
+        return slow.step_advantages(steps, self.lengths, GROUP)
+
+    def returns(self):
+        return [slow.returns(row, GAMMA) for row in self.paid]
+
+    def bootstrapped(self):
+        return [0.0 if end else value for end, value in zip(self.terminated, self.last, strict=True)]
+
+    def gae(self):
+        rows = zip(self.paid, self.old_values, self.bootstrapped(), strict=True)
+        return [slow.gae(paid, values, GAMMA, LAMBDA, last) for paid, values, last in rows]
+
+    def by_turn(self):
+        """For each episode its turns' sizes, rewards, and old and new values at their first actions."""
+        rows = []
+        for i, turns in enumerate(self.turns):
+            first = [turns.index(k) for k in range(turns[-1] + 1)]
+            sizes = [turns.count(k) for k in range(turns[-1] + 1)]
+            rewards = [sum(p for p, t in zip(self.paid[i], turns, strict=True) if t == k) for k in range(turns[-1] + 1)]
+            rows.append((sizes, rewards, [self.old_values[i][t] for t in first], [self.values[i][t] for t in first]))
+        return rows
+
+
+def token_mean(x, advantages):
+    return slow.mean(a * new for new, a in slow.tokens(x.logp, advantages))
+
+
+def grpo(x, advantages):
+    return slow.grpo(x.logp, x.old, x.ref, advantages, 0.2, 0.5)
+
+
+def ppo(x):
+    advantages = x.gae()
+    rows = zip(advantages, x.old_values, strict=True)
+    targets = [[a + v for a, v in zip(*row, strict=True)] for row in rows]
+    return slow.ppo(x.logp, x.old, slow.whitened(advantages), 0.2) - 0.3 * slow.value_loss(x.values, x.old_values, targets, 0.2)
+
+
+def ppo_by_turn(x):
+    """Advantages normalized over turns; the value loss of a turn weighs as much as its tokens do."""
+    rows = x.by_turn()
+    advantages = [slow.gae(r, v, GAMMA, LAMBDA, last) for (_, r, v, _), last in zip(rows, x.bootstrapped(), strict=True)]
+    tokens = [
+        [a for a, size in zip(row, sizes, strict=True) for _ in range(size)]
+        for row, (sizes, *_) in zip(slow.whitened(advantages), rows, strict=True)
+    ]
+    loss, count = 0.0, 0
+    for row, (sizes, _, old, new) in zip(advantages, rows, strict=True):
+        for a, size, v_old, v in zip(row, sizes, old, new, strict=True):
+            near = slow.clip(v, v_old - 0.2, v_old + 0.2)
+            loss = loss + size * max((v - a - v_old) ** 2, (near - a - v_old) ** 2) / 2
+            count += size
+    return slow.ppo(x.logp, x.old, tokens, 0.2) - 0.3 * loss / count
+
+
+def turn_ratio(x):
+    """GSPO-token with each turn as a sequence: sg[s_k] pi_t / sg[pi_t], the mean over each response's tokens."""
+    per_response = []
+    for new, old, turns, advantage in zip(x.logp, x.old, x.turns, x.outcome(), strict=True):
+        terms = []
+        for k in range(turns[-1] + 1):
+            at = [t for t, turn in enumerate(turns) if turn == k]
+            s = np.exp(slow.mean(new[t].item() - old[t] for t in at))
+            terms += [slow.clipped(s * (new[t] - new[t].item()).exp(), advantage, 0.1, 0.15) for t in at]
+        per_response.append(slow.mean(terms))
+    return slow.mean(per_response)
+
+
+def kept(x, rows):
+    return [row for row, end in zip(rows, x.terminated, strict=True) if end]
+
+
+LIMIT = 9  # action tokens: three turns of three
+CRITIC = {"gamma": GAMMA, "vf_coef": 0.3, "gae_lambda": LAMBDA}
+METHODS = {
+    "GRPO": (GRPO, {"kl_coef": 0.5}, lambda x: grpo(x, x.spread(x.outcome()))),
+    "process supervision": (GRPO, {"kl_coef": 0.5, "supervision": "process"}, lambda x: grpo(x, x.process())),
+    "Dr. GRPO": (
+        GRPO,
+        {"aggregation": "constant", "scale": "none"},
+        lambda x: slow.dr_grpo(x.logp, x.old, x.spread(x.outcome("none")), 0.2, LIMIT),
+    ),
+    "DAPO": (
+        GRPO,
+        {"aggregation": "token", "clip_range_high": 0.28},
+        lambda x: slow.dapo(x.logp, x.old, x.spread(x.outcome()), 0.2, 0.28),
+    ),
+    "overlong filtering": (
+        GRPO,
+        {"aggregation": "token", "mask_truncated": True},
+        lambda x: slow.dapo(kept(x, x.logp), kept(x, x.old), kept(x, x.spread(x.outcome())), 0.2, 0.2),
+    ),
+    "GSPO": (
+        GRPO,
+        {"ratio_level": "sequence", "clip_range": 0.1, "clip_range_high": 0.15},
+        lambda x: slow.gspo(x.logp, x.old, x.outcome(), 0.1, 0.15),
+    ),
+    "ratios of turns": (GRPO, {"ratio_level": "turn", "clip_range": 0.1, "clip_range_high": 0.15}, turn_ratio),
+    "REINFORCE": (REINFORCE, {"gamma": GAMMA}, lambda x: token_mean(x, x.returns())),
+    "PPO": (PPO, CRITIC, ppo),
+    "PPO with a separate critic": (PPO, CRITIC | {"separate_critic": True}, ppo),
+    "PPO by turns": (PPO, CRITIC | {"gae_level": "turn"}, ppo_by_turn),
+}
+
+
+def make_agent(kind, env=None, **kwargs):
+    defaults = {"n_envs": EPISODES, "seed": 0, "max_grad_norm": 1e9, "micro_batch_size": 5}
+    defaults |= {"group_size": GROUP} if kind is GRPO else {}
+    model = make_model("llama", len(TOKENIZER), scale=1.5)
+    with torch.no_grad():
+        model.lm_head.weight[A] += 0.1
+    return kind(model, make() if env is None else env, **{**defaults, **kwargs})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_step_of_an_agent(method, monkeypatch):
+    kind, kwargs, objective_of = METHODS[method]
+    reference = make_model("llama", len(TOKENIZER), seed=1, scale=1.5)
+    agent = make_agent(kind, make(reference=reference), **kwargs)
+    if agent.needs_values:
+        torch.nn.init.normal_(agent.policy.value_head.weight, std=0.3)
+    rollout = collect(agent.policy, agent.env.venv, agent.group_size, agent.sampler())
+    agent.make_trainer().compute_old_logprobs(rollout)
+    rollout.old_logp = disturbed(rollout.old_logp, 0.3, 0)
+    if agent.needs_values:
+        rollout.old_values = disturbed(rollout.old_values, 0.3, 1)
+    agent.compute_advantages(rollout)
+    x = Plain(agent, rollout, reference)
+    counts = {max(turns) + 1 for turns in x.turns}
+    assert counts == {1, 2, 3} and any(x.by_env) and any(x.terminated) and not all(x.terminated)
+    objective = objective_of(x)
+    parameters = list(agent.policy.parameters())
+    expected = torch.autograd.grad(-objective, parameters, allow_unused=True)
+    monkeypatch.setattr(agent.policy.optimizer, "step", lambda: None)
+    statistics = agent.make_trainer().step(rollout, np.arange(EPISODES), is_first_pass=False)
+    assert statistics["loss"] == pytest.approx(-objective.item(), abs=2e-6)
+    assert max(p.grad.abs().max() for p in parameters if p.grad is not None) > 1e-3
+    for p, gradient in zip(parameters, expected, strict=True):
+        got, wanted = (torch.zeros_like(p) if g is None else g for g in (p.grad, gradient))
+        torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-4)
+    entropies = [-sum(p * np.log(p) for p in row) for row in _distributions(agent, rollout)]
+    assert statistics["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
+
+
+def _distributions(agent, rollout):
+    """pi before every action token."""
+    for prompt, response, turns in zip(rollout.prompts, rollout.responses, rollout.turn_rows, strict=True):
+        logits = agent.policy.lm(torch.tensor([[*prompt, *response]])).logits[0].double()
+        for t in np.flatnonzero(turns >= 0):
+            yield logits[len(prompt) - 1 + t].softmax(-1).tolist()
