@@ -122,7 +122,9 @@ def _unfinished_line(path: Path) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    raise TypeError(f"a column holds {value!r} ({type(value).__name__}), which JSON cannot store; use text or numbers, or drop it")
+    raise TypeError(
+        f"a column holds {value!r} ({type(value).__name__}), which JSON cannot store; use text or numbers, or drop it"
+    )
 
 
 def rescore(
