@@ -98,7 +98,9 @@ def one_per_row(given: Any, name: str, num_envs: int) -> list[Any]:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise if a str has an unpaired surrogate, which JSON allows but tokenizers cannot encode.
+    """Raise if a str has an unpaired surrogate.
+
+    JSON allows unpaired surrogates, but tokenizers cannot encode them.
 
     Args:
         text: the text to check.

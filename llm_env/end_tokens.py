@@ -1,4 +1,4 @@
-"""End tokens of a response: the tokenizer's EOS token and those of the model's generation config."""
+"""End tokens of a response, from the tokenizer and the generation config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_env.arguments import as_int
 
 
 def as_token_ids(value: Any) -> list[int]:
-    """Convert the `eos_token_id` of a config (None, an id or a list of ids) to a list of ids."""
+    """Convert a config's `eos_token_id` (None, an id or several) to a list of ids."""
     if value is None:
         return []
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -53,7 +53,9 @@ def _class_default(config: Any) -> list[int]:
 
 
 def end_tokens_beside(path: str, tokenizer: Any) -> list[int]:
-    """Return the end tokens of the model that is stored with a tokenizer; an empty list if there is none.
+    """Return the end tokens of the model that is stored with a tokenizer.
+
+    Returns an empty list if no model is stored there.
 
     Args:
         path: the folder or hub id from which the tokenizer was loaded.
@@ -105,5 +107,5 @@ def _listed(value: Any) -> list[Any]:
 
 
 def missing_end_tokens(mine: Collection[int], of_model: Collection[int], vocab_size: int) -> list[int]:
-    """Return the end tokens of a model that are not in `mine`, sorted; ids >= `vocab_size` are ignored."""
+    """Return the sorted end tokens of a model that are < V and not in `mine`."""
     return sorted(token for token in set(of_model) - set(mine) if 0 <= token < vocab_size)

@@ -1,4 +1,4 @@
-"""Check keyword arguments; suggest the closest known name or the equivalent of another library's name."""
+"""Check keyword arguments; suggest similar names and those of other libraries."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ AGENT_NAMES = {  # for the error messages of an env: arguments that belong to th
 
 
 def check_keywords(owner: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, Collection[str]]) -> None:
-    """Raise if a keyword argument is unknown; suggest the name that was probably meant.
+    """Raise if a keyword argument is unknown; suggest the probable name.
 
     Args:
         owner: name of the class that the user called.

@@ -1,4 +1,4 @@
-"""Observation formats: a Dict of token ids and attention mask, or one flat Box with padding -1."""
+"""Observation formats: a Dict of ids and mask, or a flat Box with padding -1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""End penalties: zero score for truncated responses, soft overlong penalty, missing end token."""
+"""End penalties: truncation, soft overlong penalty, missing end token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record episodes as JSON Lines, and score recorded episodes with other reward functions."""
+"""Record episodes as JSON Lines, and rescore them with other reward functions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Recorder:
         return Recorder(self.path.with_suffix(f".{name}{self.path.suffix}"))
 
     def _mend(self, last: bytes) -> None:
-        """Add a missing line break after the last record, or remove an incomplete last record."""
+        """Add a missing line break at the end, or remove an incomplete last record."""
         try:
             json.loads(last)
         except ValueError:
@@ -108,7 +108,7 @@ class Recorder:
 
 
 def _unfinished_line(path: Path) -> bytes:
-    """Return the bytes after the last line break of a file, reading only the end of the file."""
+    """Return the bytes after the last line break; read only the end of the file."""
     last = b""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
@@ -123,7 +123,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     raise TypeError(
-        f"a column holds {value!r} ({type(value).__name__}), which JSON cannot store; use text or numbers, or drop it"
+        f"a column holds {value!r} ({type(value).__name__}), which JSON cannot store; use text or numbers, or drop the column"
     )
 
 

@@ -90,7 +90,7 @@ class StopStrings:
         return any(pattern in text for pattern in self._patterns)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        """Decode tokens; special tokens that occur in a stop string become private-use characters."""
+        """Decode tokens; special tokens of stop strings become private-use characters."""
         parts: list[str] = []
         run: list[int] = []
         for token in tokens:
@@ -110,7 +110,7 @@ class StopStrings:
         return string
 
     def _check_possible(self, string: str, text: str) -> None:
-        """Raise if no token sequence decodes to `text`, a part of the stop string `string`."""
+        """Raise if no token sequence decodes to `text`, which is part of `string`."""
         if not text or text in self._plain(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
             return
         pieces = {self._plain([token]) for token in self._tokenizer.get_vocab().values()}
@@ -153,7 +153,7 @@ def _as_strings(stop: Any) -> list[str]:
 
 
 def _anchor(tokenizer: Any, textless: set[int]) -> list[int]:
-    """Return a token to put before others in decoding, so that the decoder keeps their leading space.
+    """Return a token that keeps the leading space of the tokens decoded after it.
 
     The list has one token id, or is empty if no candidate decodes to text.
     """

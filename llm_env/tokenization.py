@@ -1,4 +1,4 @@
-"""Encode text to token ids and decode token ids to text, with any transformers tokenizer."""
+"""Encode and decode text with any transformers tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Return the vocabulary size V: the largest token id plus 1, because some vocabularies have gaps."""
+    """Return the vocabulary size V.
+
+    This is the largest token id plus 1, because some vocabularies have gaps.
+    """
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
@@ -45,7 +48,9 @@ def encode_texts(
 
 
 def _once(ids: list[int], added: list[int], eos_id: int | None, end: bool) -> list[int]:
-    """Remove special tokens that the text already has and, unless `end`, those added after the text.
+    """Remove added special tokens that the text already has.
+
+    Unless `end`, the special tokens added after the text are removed, too.
 
     Args:
         ids: (n,) token ids.
