@@ -1,4 +1,4 @@
-"""The Stable-Baselines3 face of the vector env, and how any env a user brings becomes a VecEnv."""
+"""Convert text envs to Stable-Baselines3 VecEnvs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ TRANSPARENT_WRAPPERS = (OrderEnforcing, PassiveEnvChecker)
 
 
 class _TextVecEnvBase(VecEnv):
-    """What the two SB3 faces of a vector env share; they differ in how a step is taken.
+    """Base class of the SB3 VecEnvs of text envs; subclasses implement `step_wait`.
 
-    What SB3's `Monitor` adds to the last info (`episode`: return `r`, length `l`, seconds `t`) is there too.
+    The last info of an episode has the entry of SB3's `Monitor` (`episode`: return `r`, length `l`, seconds `t`).
 
     Args:
         env: a `TextGenerationVectorEnv`, or Gymnasium's vector wrappers around one.
 
     Attributes:
-        venv: the `TextGenerationVectorEnv` itself.
+        venv: the `TextGenerationVectorEnv` without wrappers.
     """
 
     venv: TextGenerationVectorEnv
@@ -48,7 +48,7 @@ class _TextVecEnvBase(VecEnv):
         self._started = time.monotonic()
 
     def reset(self) -> Any:
-        """New episodes in all rows, with the seeds and options (`index`) set before."""
+        """Start episodes in all rows, with the seeds and options (`index`) set before."""
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
         if unknown := {key for row in self._options for key in row} - {"index"}:
             raise ValueError(
@@ -62,17 +62,20 @@ class _TextVecEnvBase(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take note of one token a row.
+        """Store the actions for `step_wait`, one token per row.
 
         Raises:
-            ValueError: If there are more or fewer, or they are no whole numbers.
+            ValueError: If `actions` is not one integer per row.
         """
         if isinstance(actions, np.ndarray) and actions.shape == (self.num_envs, 1):
             actions = actions[:, 0]
         self._actions = self.venv.checked_actions(actions)
 
     def _end_info(self, row: int, final: Any, length: int, truncated: bool) -> dict[str, Any]:
-        """Return what SB3 and its `Monitor` add to the last info of an episode, whose return is then counted from 0 again."""
+        """Return the entries that SB3 and `Monitor` add to the last info of an episode.
+
+        The return of the row is reset to 0.
+        """
         seconds = round(time.monotonic() - self._started, 6)
         episode = {"r": float(self._returns[row]), "l": int(length), "t": seconds}
         self._returns[row] = 0
@@ -83,18 +86,25 @@ class _TextVecEnvBase(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Return the vector env's attribute, once a row; None for `render_mode`."""
+        """Return an attribute of the vector env, once per row; None for `render_mode`."""
         value = self.render_mode if attr_name == "render_mode" else getattr(self.venv, attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of the vector env, which all rows share."""
+        """Set an attribute of the vector env, which all rows share.
+
+        Raises:
+            ValueError: If `indices` does not select all rows.
+        """
         if len(list(self._get_indices(indices))) != self.num_envs:
             raise ValueError(f"all rows share {attr_name!r}: set it without indices")
         setattr(self.venv, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the vector env once a row; of `action_masks` and `set_action_logprob` each row has its own."""
+        """Call a method of the vector env, once per row.
+
+        `action_masks` and `set_action_logprob` apply to single rows; other methods apply to the whole vector env.
+        """
         if method_name == "action_masks":
             masks = self.venv.action_masks()
             return [masks[i] for i in self._get_indices(indices)]
@@ -105,19 +115,21 @@ class _TextVecEnvBase(VecEnv):
         return [getattr(self.venv, method_name)(*args, **kwargs) for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        """True for `Monitor`, whose records this face keeps itself."""
+        """Return True for `Monitor`, because this VecEnv adds the entries of `Monitor`."""
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
 
 class TextVecEnv(_TextVecEnvBase):
-    """A `TextGenerationVectorEnv` as an SB3 VecEnv, on the token clock: rows begin anew in the step in which they end.
+    """SB3 VecEnv around a `TextGenerationVectorEnv`, stepped token by token.
+
+    A row is reset in the step in which its episode ends. The agents of this package call `step_responses` of the vector env
+    instead, which is faster.
 
     Args:
-        venv: the env; its `step_responses` stays the faster way through, and is what the agents of this package use. A single
-            text env becomes a vector env of one row.
+        venv: the vector env. A single text env becomes a vector env with one row.
 
     Raises:
-        TypeError: If it is neither, or has wrappers.
+        TypeError: If `venv` is neither of these, or has wrappers that change the env.
     """
 
     def __init__(self, venv: TextGenerationVectorEnv | gym.Env) -> None:
@@ -131,7 +143,10 @@ class TextVecEnv(_TextVecEnvBase):
         super().__init__(venv)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Append the tokens; rows that end are reset, their last observation in the info as `terminal_observation`."""
+        """Append the tokens and reset the rows whose episode ended.
+
+        The last observation of an episode is `terminal_observation` in its info.
+        """
         episodes, rows = self.venv.episodes, np.arange(self.num_envs)
         outcome = self.venv.advance_tokens(rows, self._actions)
         rewards = outcome.rewards[:, 0].astype(np.float32)
@@ -148,13 +163,15 @@ class TextVecEnv(_TextVecEnvBase):
 
 
 class WrappedTextVecEnv(_TextVecEnvBase):
-    """Gymnasium's vector wrappers around a `TextGenerationVectorEnv` as an SB3 VecEnv: every token goes through them.
+    """SB3 VecEnv around a `TextGenerationVectorEnv` with Gymnasium's vector wrappers.
+
+    Every step goes through the wrappers, token by token.
 
     Args:
-        env: the wrapped env, in the autoreset mode SAME_STEP, the one that SB3 has.
+        env: the wrapped env. Its autoreset mode must be SAME_STEP, as in SB3.
 
     Raises:
-        ValueError: If it has another mode.
+        ValueError: If the autoreset mode is not SAME_STEP.
     """
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
@@ -168,15 +185,15 @@ class WrappedTextVecEnv(_TextVecEnvBase):
         self._lengths = np.zeros(env.num_envs, dtype=np.int64)
 
     def reset(self) -> Any:
-        """New episodes in all rows, with the seeds and options (`index`) set before."""
+        """Start episodes in all rows, with the seeds and options (`index`) set before."""
         self._lengths[:] = 0
         return super().reset()
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Take a step of the wrapped env.
+        """Step the wrapped env.
 
         Raises:
-            ValueError: If a wrapper ended an episode whose row it did not reset.
+            ValueError: If a wrapper ended an episode but did not reset its row.
         """
         observation, paid, terminated, truncated, listed = self.env.step(self._actions)
         rewards, dones = np.asarray(paid, dtype=np.float32), terminated | truncated
@@ -201,18 +218,18 @@ class WrappedTextVecEnv(_TextVecEnvBase):
 
 
 def as_vec_env(env: Any, n_envs: int) -> VecEnv:
-    """Return the VecEnv an agent works on.
+    """Convert an env to the VecEnv that an agent trains on.
 
-    A text env without wrappers that change it becomes a `TextVecEnv` of `n_envs` rows. Any other (one with wrappers, or an
-    SB3 VecEnv) is stepped token by token, as it is.
+    A single text env becomes a `TextVecEnv` with `n_envs` rows, unless it has wrappers that change it. A vector env keeps its
+    number of rows. An env with wrappers, or another SB3 VecEnv, is stepped token by token.
 
     Args:
-        env: an id of Gymnasium, a `TextGenerationEnv` or a `TextGenerationVectorEnv` (wrapped or not), or an SB3 VecEnv.
-        n_envs: rows of a `TextVecEnv` made here.
+        env: a Gymnasium id, a `TextGenerationEnv` or `TextGenerationVectorEnv` (with or without wrappers), or an SB3 VecEnv.
+        n_envs: number of rows for a single env without wrappers.
 
     Raises:
-        TypeError: If it is no text env.
-        ValueError: If it is a wrapped vector env whose autoreset mode is not SAME_STEP.
+        TypeError: If `env` is not a text env.
+        ValueError: If `env` is a wrapped vector env whose autoreset mode is not SAME_STEP.
     """
     if isinstance(env, str):
         env = gym.make(env)
@@ -236,10 +253,12 @@ def as_vec_env(env: Any, n_envs: int) -> VecEnv:
 
 
 def _from_single_envs(env: gym.vector.VectorEnv) -> VecEnv:
-    """Make the VecEnv of a vector env that Gymnasium made of single text envs, such as `gym.make_vec` of an env's own id.
+    """Convert a Gymnasium vector env of single text envs to a VecEnv.
+
+    `gym.make_vec` makes such a vector env for an id without a vector entry point.
 
     Raises:
-        TypeError: If its envs are no text envs, or are in other processes.
+        TypeError: If its envs are not text envs, have wrappers that change them, or run in other processes.
     """
     envs = getattr(env.unwrapped, "envs", ())
     if not envs or not all(isinstance(single.unwrapped, TextGenerationEnv) for single in envs):
@@ -262,10 +281,10 @@ def _warn_of_token_clock(cause: str) -> None:
 
 
 def _wrappers_that_matter(env: Any) -> list[str]:
-    """Return names of the wrappers, or of the subclass, by which an env may differ from its rules."""
+    """Return the names of wrappers and subclasses that may change an env's behavior."""
     names = []
     while isinstance(env, (gym.Wrapper, gym.vector.VectorWrapper)):
-        # A Monitor without a file only counts, and `TextVecEnv` counts the same.
+        # A Monitor without a file only adds infos, and `TextVecEnv` adds the same ones.
         if not isinstance(env, TRANSPARENT_WRAPPERS) and not (isinstance(env, Monitor) and env.results_writer is None):
             names.append(type(env).__name__)
         env = env.env
@@ -279,7 +298,7 @@ def rules_of_vec_env(vec_env: VecEnv) -> Rules:
     """Return the rules of the text envs in a VecEnv.
 
     Raises:
-        TypeError: If there are other envs in it.
+        TypeError: If the VecEnv has no text envs.
     """
     try:
         rules = vec_env.get_attr("rules")[0]
@@ -291,20 +310,29 @@ def rules_of_vec_env(vec_env: VecEnv) -> Rules:
 
 
 def vector_env_of(vec_env: VecEnv) -> TextGenerationVectorEnv | None:
-    """Return the vector env to collect whole responses from; None where only the token clock honours all wrappers."""
+    """Return the vector env that takes whole responses, or None.
+
+    None means that the env must be stepped token by token, because of wrappers or because it is another SB3 VecEnv.
+    """
     return vec_env.venv if isinstance(vec_env, TextVecEnv) else None
 
 
 def unique_rules(env: VecEnv) -> list[Rules]:
-    """Return the rules of all rows of an env, each once."""
+    """Return the distinct rules objects of all rows of an env."""
     return list({id(rules): rules for rules in env.get_attr("rules")}.values())
 
 
 def ids_and_mask(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, and True where they are no padding, of an observation in either form, batched or not.
+    """Return token ids and attention mask of an observation.
+
+    Args:
+        observation: an observation in dict or flat format, batched or not.
+
+    Returns:
+        Token ids, (L,) or (B, L), and a bool mask of the same shape, False at padding.
 
     Raises:
-        ValueError: If it is not the observation of a text env.
+        ValueError: If `observation` is not an observation of a text env.
     """
     if isinstance(observation, dict) and {"input_ids", "attention_mask"} <= observation.keys():
         ids, mask = np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"])
@@ -321,10 +349,10 @@ def ids_and_mask(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_of(observation: Observation) -> list[list[int]]:
-    """Return the token ids of each row of a batched observation, without the padding.
+    """Return the token ids of each row of a batched observation, without padding.
 
     Raises:
-        ValueError: If it is not the observation of a text env, or a row holds no token.
+        ValueError: If `observation` is not an observation of a text env, or a row has no tokens.
     """
     ids, mask = ids_and_mask(observation)
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]

@@ -1,4 +1,4 @@
-"""What users hand in, checked where it enters: whole numbers, numbers, arrays of them, text."""
+"""Validate user arguments: integers, floats, arrays, text and reset options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy as np
 
 
 def as_int(value: Any) -> int | None:
-    """A whole number of any kind (Python's, numpy's, a scalar tensor) as an int; None for what is none, bools included."""
+    """Convert an integer of any type (Python, NumPy, scalar tensor) to an int.
+
+    Returns None if `value` is not an integer. A bool is not an integer here.
+    """
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
@@ -20,10 +23,16 @@ def as_int(value: Any) -> int | None:
 
 
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """`value` as an int.
+    """Convert `value` to an int and check its range.
+
+    Args:
+        name: name of the argument, for the error message.
+        value: the value to check.
+        least: the minimum.
+        most: the maximum; default no maximum.
 
     Raises:
-        ValueError: If it is no whole number from `least` to `most`.
+        ValueError: If `value` is not an integer from `least` to `most`.
     """
     number = as_int(value)
     if number is None or number < least or (most is not None and number > most):
@@ -33,15 +42,15 @@ def check_int(name: str, value: Any, least: int, most: int | None = None) -> int
 
 
 def integers(values: Any, what: str, expected: str) -> np.ndarray:
-    """`values` as a one-dimensional int64 array.
+    """Convert `values` to a one-dimensional int64 array.
 
     Args:
-        values: a flat sequence of whole numbers; an empty one may have any type.
-        what: begins the error message.
-        expected: what must be given instead; the second half of the message.
+        values: a flat sequence of integers; an empty sequence may have any dtype.
+        what: name of the argument, for the error message.
+        expected: description of valid values, for the error message.
 
     Raises:
-        ValueError: If they are no such thing.
+        ValueError: If `values` is not a flat sequence of integers that fit into int64.
     """
     try:
         found = np.asarray(values)
@@ -50,15 +59,19 @@ def integers(values: Any, what: str, expected: str) -> np.ndarray:
     if found.ndim != 1 or (len(found) and not np.issubdtype(found.dtype, np.integer)):
         raise ValueError(f"{what} must be {expected}; got shape {found.shape} of {found.dtype}")
     if found.dtype == np.uint64 and len(found) and found.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{what} must be {expected}; {found.max()} is none")
+        raise ValueError(f"{what} must be {expected}; got {found.max()}, which does not fit into int64")
     return found.astype(np.int64)
 
 
 def finite(values: Any, what: str) -> np.ndarray:
-    """`values` as a float64 array.
+    """Convert `values` to a float64 array and check that all of them are finite.
+
+    Args:
+        values: numbers, in any shape.
+        what: name of the argument, for the error message.
 
     Raises:
-        ValueError: If they are no numbers, or not finite ones.
+        ValueError: If a value is not a number or not finite.
     """
     try:
         found = np.asarray(values, dtype=np.float64)
@@ -70,11 +83,11 @@ def finite(values: Any, what: str) -> np.ndarray:
 
 
 def one_per_row(given: Any, name: str, num_envs: int) -> list[Any]:
-    """Return the entries of `given`, one for each row of a vector env.
+    """Convert `given` to a list with one entry per row of a vector env.
 
     Raises:
-        TypeError: If it is nothing to walk through in order.
-        ValueError: If there are more or fewer.
+        TypeError: If `given` is not an ordered iterable.
+        ValueError: If its length is not `num_envs`.
     """
     if isinstance(given, (str, bytes, dict, set, frozenset)) or not hasattr(given, "__iter__"):
         raise TypeError(f"{name} is a {type(given).__name__}; give a list, one entry for each of {num_envs} rows")
@@ -85,10 +98,16 @@ def one_per_row(given: Any, name: str, num_envs: int) -> list[Any]:
 
 
 def check_text(text: str, what: str) -> None:
-    """Refuse a str with half of a surrogate pair, as JSON can hold it: no valid text, which tokenizers cannot read.
+    """Raise if a str has an unpaired surrogate.
+
+    JSON allows unpaired surrogates, but tokenizers cannot encode them.
+
+    Args:
+        text: the text to check.
+        what: name of the text, for the error message.
 
     Raises:
-        ValueError: If there is one; the message says where.
+        ValueError: If `text` has an unpaired surrogate. The message has its position.
     """
     try:
         text.encode("utf-8")
@@ -100,11 +119,11 @@ def check_text(text: str, what: str) -> None:
 
 
 def reset_options(options: Any, known: Sequence[str]) -> dict[str, Any]:
-    """Return the options of a reset, none for None.
+    """Check the keys of reset options; None becomes an empty dict.
 
     Raises:
-        TypeError: If they are no dict.
-        ValueError: If one of them is not known: a misspelt one would go unnoticed.
+        TypeError: If `options` is neither a dict nor None.
+        ValueError: If a key is not in `known`. Otherwise a misspelled key would be ignored silently.
     """
     if options is None:
         return {}

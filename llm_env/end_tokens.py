@@ -1,4 +1,4 @@
-"""Which tokens end a response: the tokenizer's end token and all that the model's generation config names."""
+"""End tokens of a response, from the tokenizer and the generation config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_env.arguments import as_int
 
 
 def as_token_ids(value: Any) -> list[int]:
-    """Return `eos_token_id` of a config, which may be None, a number or a list of numbers, as a list."""
+    """Convert a config's `eos_token_id` (None, an id or several) to a list of ids."""
     if value is None:
         return []
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -19,15 +19,16 @@ def as_token_ids(value: Any) -> list[int]:
 
 
 def end_tokens_of_model(generation_config: Any, config: Any, tokenizer: Any) -> list[int]:
-    """Return the end tokens that a model's generation config names.
+    """Return the end tokens of a model's generation config.
 
-    The default of the config's class (2 for Llama, 50256 for GPT-2) may be a number that nobody has set. Where transformers
-    made the generation config from that config, it counts if the tokenizer has a special token there and no other use for it.
+    Transformers may derive the generation config from the model config. Its `eos_token_id` can then be the default of the
+    config class (2 for Llama, 50256 for GPT-2), which may not fit the tokenizer. Such a default is used only if the tokenizer
+    has a special token with this id that has no other role, such as padding.
 
     Args:
         generation_config: `model.generation_config`; None for a model without one.
         config: `model.config`.
-        tokenizer: the model's tokenizer; None if it is not known.
+        tokenizer: the model's tokenizer; None if unknown.
     """
     ids = as_token_ids(getattr(generation_config, "eos_token_id", None))
     derived = getattr(generation_config, "_from_model_config", False)
@@ -46,16 +47,23 @@ def _may_end(token: int, tokenizer: Any) -> bool:
 def _class_default(config: Any) -> list[int]:
     try:
         default = type(config)().get_text_config(decoder=True)
-    except Exception:  # a config class of somebody's own that needs arguments has no default
+    except Exception:  # a custom config class with required arguments has no default
         return []
     return as_token_ids(getattr(default, "eos_token_id", None))
 
 
 def end_tokens_beside(path: str, tokenizer: Any) -> list[int]:
-    """Return the end tokens of the model whose files lie beside a tokenizer's; none where there is no model."""
+    """Return the end tokens of the model that is stored with a tokenizer.
+
+    Returns an empty list if no model is stored there.
+
+    Args:
+        path: the folder or hub id from which the tokenizer was loaded.
+        tokenizer: the tokenizer.
+    """
     try:
         generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError):  # no such file, or no such model
+    except (OSError, ValueError):  # the file or the model does not exist
         generation_config = None
     if generation_config is not None and not getattr(generation_config, "_from_model_config", False):
         return as_token_ids(generation_config.eos_token_id)
@@ -70,13 +78,13 @@ def resolve_end_tokens(eos_token_ids: Any, tokenizer: Any, vocab_size: int) -> f
     """Return the tokens that end a response.
 
     Args:
-        eos_token_ids: what the user says: an id or several, which are all end tokens then. None takes the tokenizer's end token
-            and those of the model beside whose files the tokenizer was loaded (`tokenizer.name_or_path`).
-        tokenizer: a transformers tokenizer with an end token.
-        vocab_size: V; ids from here on are no actions.
+        eos_token_ids: a token id or a list of ids, which are then the only end tokens. None uses the tokenizer's EOS token and
+            the end tokens of the model stored with the tokenizer (at `tokenizer.name_or_path`).
+        tokenizer: a transformers tokenizer with an EOS token.
+        vocab_size: V; valid token ids are 0 to V - 1.
 
     Raises:
-        ValueError: If `eos_token_ids` is empty or holds what is no token id.
+        ValueError: If `eos_token_ids` is empty or contains a value that is not a token id.
     """
     if eos_token_ids is None:
         path = getattr(tokenizer, "name_or_path", "")
@@ -99,5 +107,5 @@ def _listed(value: Any) -> list[Any]:
 
 
 def missing_end_tokens(mine: Collection[int], of_model: Collection[int], vocab_size: int) -> list[int]:
-    """Return the end tokens of a model that are not among `mine`, in order."""
+    """Return the sorted end tokens of a model that are < V and not in `mine`."""
     return sorted(token for token in set(of_model) - set(mine) if 0 <= token < vocab_size)

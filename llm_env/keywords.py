@@ -1,11 +1,11 @@
-"""Unknown keyword arguments: the nearest known name, and the names that other libraries have for the same thing."""
+"""Check keyword arguments; suggest similar names and those of other libraries."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 
-OTHER_NAMES = {  # of TRL, Stable-Baselines3, transformers, verl and OpenRLHF: what serves the same purpose here
+OTHER_NAMES = {  # this project's name: the equivalent names in TRL, Stable-Baselines3, transformers, verl and OpenRLHF
     "group_size": ("num_generations", "n_samples_per_prompt", "rloo_k", "num_return_sequences", "n_generations"),
     "kl_coef": ("beta", "init_kl_coef", "kl_loss_coef", "kl_penalty", "kl_beta", "kl_coeff"),
     "clip_range": ("epsilon", "cliprange", "clip_ratio", "eps_clip", "clip_eps", "clip_epsilon", "clip_param"),
@@ -65,7 +65,7 @@ OTHER_NAMES = {  # of TRL, Stable-Baselines3, transformers, verl and OpenRLHF: w
 TRANSLATIONS = {other: name for name, others in OTHER_NAMES.items() for other in others}
 
 
-AGENT_NAMES = {  # for the messages of an env: what is given to the agent
+AGENT_NAMES = {  # for the error messages of an env: arguments that belong to the agent
     "the agent": frozenset(
         "policy learning_rate n_envs n_epochs batch_size micro_batch_size group_size clip_range clip_range_high clip_range_vf "
         "ent_coef vf_coef gamma gae_lambda max_grad_norm temperature top_k top_p min_p engine tensorboard_log bf16 seed "
@@ -75,16 +75,16 @@ AGENT_NAMES = {  # for the messages of an env: what is given to the agent
 
 
 def check_keywords(owner: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, Collection[str]]) -> None:
-    """Raise if a keyword argument is unknown, with the name of the one that was probably meant.
+    """Raise if a keyword argument is unknown; suggest the probable name.
 
     Args:
-        owner: the class that the user called.
-        given: the names of the keyword arguments.
-        known: the names that `owner` has.
-        elsewhere: the names that other objects have, by how to call these ("the env").
+        owner: name of the class that the user called.
+        given: names of the keyword arguments in the call.
+        known: names of the arguments that `owner` accepts.
+        elsewhere: names of the arguments that other objects accept. The keys describe the objects in messages ("the env").
 
     Raises:
-        TypeError: If one is unknown.
+        TypeError: If a name in `given` is not in `known`.
     """
     for name in given:
         if name not in known:

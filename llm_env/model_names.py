@@ -1,4 +1,4 @@
-"""Names that cannot be a model: refused at once, before a model hub is asked."""
+"""Check model names and paths before any request to a model hub."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ SB3_POLICY = re.compile(r"(Mlp|Cnn|MultiInput)(Lstm)?Policy")
 
 
 def check_model_name(value: Any, argument: str) -> None:
-    """Raise if a path or name is certainly no model, tokenizer or adapter; other names are left to transformers.
+    """Raise if a name or path cannot be a model, tokenizer or adapter.
+
+    Other names are passed on to transformers.
 
     Args:
-        value: what a user gave; only `str` and `Path` are checked.
-        argument: its name, for the message.
+        value: the user's value; only `str` and `Path` are checked.
+        argument: name of the argument, for the error message.
 
     Raises:
-        FileNotFoundError: If it is a path at which there is nothing.
-        ValueError: If it is the name of one of Stable-Baselines3's networks, the id of an env, a checkpoint of an agent, or a
-            single file.
+        FileNotFoundError: If it is a path that does not exist.
+        ValueError: If it is the name of a Stable-Baselines3 policy, the id of an env, an agent's checkpoint, or a single
+            file.
     """
     if not isinstance(value, (str, Path)):
         return

@@ -1,4 +1,4 @@
-"""The two forms of an observation: a Dict of token ids and mask, and one flat Box in which padding is -1."""
+"""Observation formats: a Dict of ids and mask, or a flat Box with padding -1."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PADDING = -1
 
 
 def spaces_of(form: str, max_tokens: int, vocab_size: int) -> tuple[spaces.Space, spaces.Discrete]:
-    """Return the observation space and the action space of one episode.
+    """Return the observation space and the action space of a single env.
 
     Args:
         form: `"dict"` or `"flat"`; see `observe`.
-        max_tokens: L, the length of an observation.
-        vocab_size: V.
+        max_tokens: L, the length of an observation in tokens.
+        vocab_size: V, the number of actions.
     """
     shape, last = (max_tokens,), vocab_size - 1
     actions = spaces.Discrete(vocab_size)
@@ -29,13 +29,13 @@ def spaces_of(form: str, max_tokens: int, vocab_size: int) -> tuple[spaces.Space
 
 
 def observe(form: str, ids: np.ndarray, lengths: np.ndarray) -> Any:
-    """Return what the agent sees of B rows, in new arrays.
+    """Return the observations of B rows, as new arrays.
 
     Args:
-        form: `"dict"`: `input_ids` (B, L) int64 and `attention_mask` (B, L) int8; `"flat"`: the ids, (B, L) int64, -1 at
-            padding.
-        ids: (B, L) int64, padded on the right.
-        lengths: (B,), tokens that are no padding.
+        form: `"dict"` for `input_ids` (B, L) int64 and `attention_mask` (B, L) int8; `"flat"` for token ids (B, L) int64
+            with -1 as padding.
+        ids: (B, L) int64 token ids, padded on the right.
+        lengths: (B,) numbers of tokens without padding.
     """
     mask = np.arange(ids.shape[1]) < lengths[:, None]
     if form == "flat":
@@ -44,7 +44,10 @@ def observe(form: str, ids: np.ndarray, lengths: np.ndarray) -> Any:
 
 
 def pick(observation: Any, index: Any) -> Any:
-    """`observation[index]` in either form, copied: an int takes a row, a list some rows, None makes a batch of one."""
+    """Return a copy of `observation[index]`, for either format.
+
+    An int selects one row, a list selects several rows, and None adds a batch dimension of size 1.
+    """
     if isinstance(observation, dict):
         return {key: pick(value, index) for key, value in observation.items()}
     return np.array(np.asarray(observation)[index])

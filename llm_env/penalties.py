@@ -1,4 +1,4 @@
-"""What the end of an episode does to its score: length stops, soft overlong penalty, missing end token."""
+"""End penalties: truncation, soft overlong penalty, missing end token."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from llm_env.arguments import check_int
 
 @dataclass(frozen=True)
 class EndPenalties:
-    """What an episode's end means. All lengths are those of the completion, in tokens; the prompt never counts.
+    """Penalties on the score for how an episode ends.
+
+    All lengths are completion lengths in tokens; prompt tokens do not count.
 
     Attributes:
-        max_new_tokens: the length limit.
-        length_stop: `"score"`: a response cut off by the limit is paid its score like any other; `"zero"`: it is paid 0 in
-            the score's place (steps of a process reward stay paid) and is no success.
-        overlong_buffer: length of the zone before the limit in which a penalty grows from 0 to `overlong_penalty`, in tokens;
-            0 for none. DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) has `overlong_penalty=1`.
+        max_new_tokens: the maximum completion length, in tokens.
+        length_stop: the score of a response truncated by the limit. `"score"` keeps its score. `"zero"` replaces the score
+            by 0, and the response does not count as a success; step rewards of a process reward are kept.
+        overlong_buffer: length in tokens of the zone before the limit in which the overlong penalty grows linearly from 0 to
+            `overlong_penalty`; 0 for no penalty. `overlong_penalty=1` gives DAPO's soft overlong punishment (arXiv
+            2503.14476, eq. 13).
         overlong_penalty: the penalty at the limit.
-        missing_eos_penalty: what is taken off where neither an end token nor a stop string ended the response.
+        missing_eos_penalty: the penalty for a truncated response, one without an end token or a stop string.
     """
 
     max_new_tokens: int
@@ -40,20 +43,20 @@ class EndPenalties:
 
     @property
     def names(self) -> list[str]:
-        """The penalties in use."""
+        """Names of the penalties that are not 0."""
         in_use = {"overlong": self.overlong_buffer, "missing_eos": self.missing_eos_penalty}
         return [name for name, value in in_use.items() if value]
 
     def apply(self, scores: np.ndarray, lengths: np.ndarray, truncated: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores as they are paid.
+        """Apply the end penalties to scores.
 
         Args:
             scores: (R,) float64.
-            lengths: (R,) tokens of the completions.
-            truncated: (R,) bool, ended by the length limit.
+            lengths: (R,) completion lengths, in tokens.
+            truncated: (R,) bool, whether the length limit ended the response.
 
         Returns:
-            (R,) float64, and the penalties in use by name, (R,) float64, 0 or less.
+            The penalized scores, (R,) float64, and the penalties by name, each (R,) float64 and at most 0.
         """
         if self.length_stop == "zero":
             scores = np.where(truncated, 0.0, scores)

@@ -1,4 +1,4 @@
-"""Episodes as lines of JSON: written as they end, and scored again later by other rewards, without a model."""
+"""Record episodes as JSON Lines, and rescore them with other reward functions."""
 
 from __future__ import annotations
 
@@ -17,26 +17,37 @@ from llm_env.rewards import RewardFunction, RewardSum
 logger = logging.getLogger("llm_env")
 
 BATCH = 1024
-BLOCK = 1 << 16  # bytes read at a time, from the end
-BEGINNING = b'{"prompt_index": '  # of every record
+BLOCK = 1 << 16  # bytes per read when the last line is searched from the end of the file
+BEGINNING = b'{"prompt_index": '  # every record begins with this
 
 
 class Recorder:
-    """Appends one JSON object an episode to a file; give evaluation a separate env, or its episodes are recorded, too.
+    """Append each finished episode to a file, as one JSON object per line.
 
-    Every object has `prompt_index`, `prompt` and `completion` as reward functions get them, `prompt_text` (of a chat, as it is
-    rendered), `prompt_ids`, `completion_ids`, `columns` (the prompt's), `components` (by name, before weighting), `score` (what
-    rewards and ends paid, without a KL), `terminated`, `truncated`, `logprobs` and `ref_logprobs` (one a completion token, in
-    nats; null where not known), and `is_success`, `reward_error` and what rewards logged (`metric/<name>`, `extra/<column>`)
-    where the last info has them.
+    Use a separate env for evaluation; otherwise evaluation episodes are recorded in the same file.
+
+    Every object has these keys:
+
+    - `prompt_index`: the index of the prompt.
+    - `prompt`, `completion`: in the form that reward functions receive.
+    - `prompt_text`: the prompt's text; a chat as rendered by the chat template.
+    - `prompt_ids`, `completion_ids`: token ids.
+    - `columns`: the columns of the prompt's row.
+    - `components`: the reward components by name, before weighting.
+    - `score`: rewards plus end penalties, without a KL penalty.
+    - `terminated`, `truncated`: how the episode ended.
+    - `logprobs`, `ref_logprobs`: one value per completion token, in nats; null if not known.
+
+    The keys `is_success`, `reward_error`, `metric/<name>` and `extra/<column>` are added if the episode's last info has them.
 
     Args:
-        path: the file; made with its folders if it is not there. A last line that was cut off is taken away.
-        rows: the columns of all prompts, to see before any episode has ended that they can be written.
+        path: the file; it and its folders are created if missing. An incomplete last line is removed.
+        rows: the columns of all prompts. They are checked at construction, before the first episode ends.
 
     Raises:
-        TypeError: If a prompt's column holds what JSON cannot.
-        ValueError: If the file ends in the middle of a line that is no record.
+        TypeError: If a prompt's column has a value that JSON cannot represent.
+        ValueError: If a prompt's column has a circular reference, or the file ends with an incomplete line that is not part
+            of a record.
     """
 
     def __init__(self, path: str | Path, rows: Iterable[dict[str, Any]] = ()) -> None:
@@ -52,13 +63,16 @@ class Recorder:
             self._mend(last)
 
     def beside(self, name: str) -> Recorder:
-        """Return a recorder that writes to `<file>.<name>.<ending>` beside this one's file; this one, if it does already."""
+        """Return a recorder for the file `<stem>.<name><suffix>` in the same folder.
+
+        Returns this recorder if its file already has that name.
+        """
         if self.path.stem.endswith(f".{name}"):
             return self
         return Recorder(self.path.with_suffix(f".{name}{self.path.suffix}"))
 
     def _mend(self, last: bytes) -> None:
-        """Make the last line whole, or take it away; but only where it is a record that was cut off."""
+        """Add a missing line break at the end, or remove an incomplete last record."""
         try:
             json.loads(last)
         except ValueError:
@@ -76,7 +90,7 @@ class Recorder:
         """Append records.
 
         Raises:
-            OSError: If they cannot be written, for instance because the disk is full. The file is then as before.
+            OSError: If writing fails, for example because the disk is full. The file is restored to its previous size.
         """
         lines = memoryview("".join(json.dumps(record, default=_plain) + "\n" for record in records).encode())
         try:
@@ -88,13 +102,13 @@ class Recorder:
                 except OSError:
                     file.truncate(size)
                     raise
-        except OSError as error:  # a full disk does not name the file
+        except OSError as error:  # the error of a full disk has no file name: add it
             text = f"{error.strerror or error}; the episodes were not recorded"
             raise OSError(error.errno, text, error.filename or str(self.path)) from error
 
 
 def _unfinished_line(path: Path) -> bytes:
-    """Return what stands after the last line break of a file, of which no more is read than is needed."""
+    """Return the bytes after the last line break; read only the end of the file."""
     last = b""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
@@ -108,7 +122,9 @@ def _unfinished_line(path: Path) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    raise TypeError(f"a column holds {value!r} ({type(value).__name__}), which JSON cannot; give text or numbers, or drop it")
+    raise TypeError(
+        f"a column holds {value!r} ({type(value).__name__}), which JSON cannot store; use text or numbers, or drop the column"
+    )
 
 
 def rescore(
@@ -120,17 +136,18 @@ def rescore(
     """Score recorded episodes with other reward functions.
 
     Args:
-        path: a file that a `Recorder` wrote.
-        reward: a reward function or several; they are given what the recorded ones were given.
-        reward_weights: one weight a function; all 1 by default.
-        out: a file to write the new records to.
+        path: a file written by `Recorder`.
+        reward: a reward function or a list of them. They receive the same arguments as during recording.
+        reward_weights: one weight per function; default all 1.
+        out: the file for the new records; an existing file is replaced. None, the default, writes no file.
 
     Returns:
-        The records with new `components` and `score` (the ends' penalties are not applied again); a `reward_error` of the
-        old reward is gone.
+        The records with new `components` and `score`. End penalties are not applied. `is_success` and the `reward_error` of
+        the recorded reward are removed.
 
     Raises:
-        ValueError: If the file is no record of episodes, or a function fails; the message says where.
+        ValueError: If the file has lines that are not recorded episodes, or a reward function fails. The message has the
+            line or the row.
 
     Examples:
         >>> import tempfile, llm_env

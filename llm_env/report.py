@@ -1,4 +1,4 @@
-"""The table that a check prints: one row a question, with what was seen."""
+"""Report of `check_reward` and `check_agent`: a table with one row per check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PASSED, FAILED, NOTE, NOT_RUN, NOT_APPLICABLE = "passed", "FAILED", "note", "not
 
 @dataclass
 class CheckRow:
-    """One line of the table: what was checked, its result, and what was seen."""
+    """One row of the report: the check, its result, and details."""
 
     check: str
     result: str
@@ -18,21 +18,22 @@ class CheckRow:
 
 @dataclass
 class Report:
-    """What `check_reward` or `check_agent` found.
+    """Results of `check_reward` or `check_agent`.
 
     Attributes:
-        rows: one a check; `result` is "passed", "FAILED", "note", "not run" (another line says why) or "not applicable".
+        rows: one row per check. `result` is "passed", "FAILED", "note", "not run" (another row has the reason) or "not
+            applicable".
     """
 
     rows: list[CheckRow] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Whether no row has failed."""
+        """Whether no check failed."""
         return not any(row.result == FAILED for row in self.rows)
 
     def __getitem__(self, check: str) -> CheckRow:
-        """Return the row of that name."""
+        """Return the row of a check, by name."""
         return next(row for row in self.rows if row.check == check)
 
     def __str__(self) -> str:
@@ -44,5 +45,5 @@ class Report:
 
 
 def short(text: str, length: int = 70) -> str:
-    """`text`, with its middle left out where it is longer than `length`."""
+    """Shorten a text to `length` characters by replacing its middle with `...`."""
     return text if len(text) <= length else f"{text[: length - 23]}...{text[-20:]}"

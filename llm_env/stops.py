@@ -1,4 +1,4 @@
-"""Stop strings: texts that end a response with the token that completes them."""
+"""Stop strings: end a response at the token that completes one of the given texts."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from typing import Any
 from llm_env.arguments import check_text
 from llm_env.tokenization import decode
 
-PRIVATE = 0xF0000  # first of the characters that stand for special tokens while texts are compared
+PRIVATE = 0xF0000  # first private-use character; each one replaces a special token in compared text
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Return the contents of a tokenizer's special tokens, by id."""
+    """Return the texts of a tokenizer's special tokens, by token id."""
     return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 class StopStrings:
     """Find stop strings in responses.
 
-    A stop string may hold special tokens (`"<|im_end|>"`, `"</s>User:"`): these match by their ids alone. All else is
-    compared with decoded text. The space before a word counts also where the tokenizer's decoder swallows it at the beginning
-    of a text.
+    A stop string may contain special tokens (`"<|im_end|>"`, `"</s>User:"`), which are matched by token id. The rest of the
+    stop string is matched against decoded text. A leading space is part of the match, even if the tokenizer's decoder strips
+    the space at the beginning of a text.
 
     Args:
-        stop: a string, several, or None for none.
+        stop: a string, a list of strings, or None for no stop strings.
         tokenizer: a transformers tokenizer.
-        special: the contents of the tokenizer's special tokens, by id; they decode to no text.
-        ends: end tokens, which decode to no text either.
+        special: the texts of the tokenizer's special tokens, by token id. Special tokens are skipped in decoding.
+        ends: ids of the end tokens. End tokens are skipped in decoding, too.
 
     Attributes:
-        strings: the stop strings as they were given.
-        texts: those without special tokens.
-        token_ids: ids of those that are one special token each.
+        strings: the stop strings as passed.
+        texts: the stop strings without special tokens.
+        token_ids: sorted ids of the stop strings that are a single special token.
 
     Raises:
-        ValueError: If a stop string is empty, is not a string, or is a text that no tokens make.
+        ValueError: If a stop string is empty, is not a string, has text after an end token, or has text that no token
+            sequence decodes to.
     """
 
     def __init__(self, stop: Any, tokenizer: Any, special: Mapping[int, str], ends: Collection[int]) -> None:
@@ -44,7 +45,7 @@ class StopStrings:
         self._tokenizer = tokenizer
         textless = {*special, *ends}
         found = {text: token for token, text in special.items() if any(text in string for string in self.strings)}
-        # Longest first: "<|end|>x" is not "<|end" and a rest.
+        # Replace longer tokens first: a special token may be a prefix of another one.
         ordered = sorted(found, key=len, reverse=True)
         self._symbols = {found[text]: chr(PRIVATE + i) for i, text in enumerate(ordered)}
         self._patterns = [self._symbolic(string, ordered, found) for string in self.strings]
@@ -60,7 +61,8 @@ class StopStrings:
                 )
         self.texts = [p for p in self._patterns if not symbols & set(p)]
         self.token_ids = sorted(token for token, symbol in self._symbols.items() if symbol in self._patterns)
-        # A token with text holds at least a byte, so this many hold every stop string, with room for what a decoder strips.
+        # Each decoded token has at least one byte, so this many tokens cover the longest stop string. The 8 extra tokens
+        # allow for characters that the decoder strips.
         self._window = max((len(pattern.encode()) for pattern in self._patterns), default=0) + 8
         self._anchor = _anchor(tokenizer, textless) if self.strings else []
         self._anchor_length = len(decode(tokenizer, self._anchor))
@@ -74,7 +76,7 @@ class StopStrings:
     def completed_by(self, response: Sequence[int]) -> bool:
         """Return whether the last token of `response` completes a stop string.
 
-        Only as many of the last tokens are read as a stop string can need, so that the cost of a response is linear.
+        Only the last `_window` tokens are decoded, so the cost of a whole response is linear in its length.
         """
         if not self.strings:
             return False
@@ -88,7 +90,7 @@ class StopStrings:
         return any(pattern in text for pattern in self._patterns)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, with a private character for each special token that a stop string has."""
+        """Decode tokens; special tokens of stop strings become private-use characters."""
         parts: list[str] = []
         run: list[int] = []
         for token in tokens:
@@ -108,11 +110,11 @@ class StopStrings:
         return string
 
     def _check_possible(self, string: str, text: str) -> None:
-        """Refuse a stop string with a text that no sequence of tokens has."""
+        """Raise if no token sequence decodes to `text`, which is part of `string`."""
         if not text or text in self._plain(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
             return
         pieces = {self._plain([token]) for token in self._tokenizer.get_vocab().values()}
-        # A piece that is part of a character says that characters can be put together of bytes.
+        # A piece that is part of a character means a byte-level vocabulary, which can generate any text.
         if not any("\ufffd" in piece for piece in pieces) and not can_be_written(text, pieces):
             raise ValueError(
                 f"the stop string {string!r} can never appear: no tokens of the tokenizer make the text {text!r}; correct it, "
@@ -121,10 +123,10 @@ class StopStrings:
 
 
 def can_be_written(text: str, pieces: Collection[str]) -> bool:
-    """Return whether some sequence of pieces has `text` in it."""
+    """Return whether some concatenation of pieces contains `text`."""
     if any(text in piece for piece in pieces):
         return True
-    # How much of the text stands at the end of a sequence of pieces.
+    # Lengths of the prefixes of `text` with which a concatenation of pieces can end.
     reached = {n for piece in pieces for n in range(1, min(len(piece) + 1, len(text))) if piece.endswith(text[:n])}
     waiting = sorted(reached)
     while waiting:
@@ -151,7 +153,10 @@ def _as_strings(stop: Any) -> list[str]:
 
 
 def _anchor(tokenizer: Any, textless: set[int]) -> list[int]:
-    """Return a token to decode others after, so that the space before them is kept; none where all decode to nothing."""
+    """Return a token that keeps the leading space of the tokens decoded after it.
+
+    The list has one token id, or is empty if no candidate decodes to text.
+    """
     for text in ("a", "0", "."):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][-1:]
         if not textless.intersection(ids) and decode(tokenizer, ids).strip():

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with any tokenizer of transformers."""
+"""Encode and decode text with any transformers tokenizer."""
 
 from __future__ import annotations
 
@@ -7,47 +7,56 @@ from typing import Any
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Return V, one more than the largest token id: some vocabularies have gaps."""
+    """Return the vocabulary size V.
+
+    This is the largest token id plus 1, because some vocabularies have gaps.
+    """
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Return the text of tokens, without special tokens."""
+    """Decode token ids to text; special tokens are skipped."""
     return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], special: bool = True, end: bool = False, **kwargs: Any
 ) -> list[list[int]]:
-    """Tokenize texts, with each special token once.
+    """Tokenize texts without duplicate special tokens.
 
     Args:
         tokenizer: a transformers tokenizer.
         texts: N texts.
-        special: add the tokenizer's special tokens: those before a text, unless it begins with them (a rendered chat that has a
-            BOS); and with `end` those after it.
-        end: whether the texts are whole. Without it nothing is added after a text, because a prompt is continued.
+        special: whether to add the tokenizer's special tokens. Those before a text are added unless the text already begins
+            with them (a rendered chat with a BOS token). Those after a text are added only with `end=True`.
+        end: whether the texts are complete. With False, the default, no token is added after a text, because a prompt is
+            continued.
         kwargs: further arguments of the tokenizer.
+
+    Returns:
+        N lists of token ids.
     """
     if not len(texts):
         return []
     if not special:
         return tokenizer(list(texts), add_special_tokens=False, verbose=False, **kwargs)["input_ids"]
     encoded = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False, **kwargs)
-    if "special_tokens_mask" not in encoded:  # a tokenizer of somebody's own, which does not tell what it adds
+    if "special_tokens_mask" not in encoded:  # a custom tokenizer that does not report the tokens it adds
         return encoded["input_ids"]
     pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
     return [_once(list(ids), list(added), tokenizer.eos_token_id, end) for ids, added in pairs]
 
 
 def _once(ids: list[int], added: list[int], eos_id: int | None, end: bool) -> list[int]:
-    """Return the ids of a text without what was added to it twice, or (unless `end`) after it.
+    """Remove added special tokens that the text already has.
+
+    Unless `end`, the special tokens added after the text are removed, too.
 
     Args:
         ids: (n,) token ids.
-        added: (n,) 1 where the tokenizer has added a special token.
-        eos_id: the end token, to tell before from after in a text that is empty.
-        end: whether what was added after the text stays.
+        added: (n,) 1 for a special token that the tokenizer added, else 0.
+        eos_id: id of the EOS token. In an empty text, it marks the tokens added after the text.
+        end: whether to keep the tokens added after the text.
     """
     begin = next((i for i, is_added in enumerate(added) if not is_added), None)
     if begin is None:

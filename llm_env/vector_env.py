@@ -1,4 +1,4 @@
-"""Many episodes at once as a `gymnasium.vector.VectorEnv`, by token or by whole responses."""
+"""Vector env for text generation: step by token or by whole response."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llm_env.rules import NAMES, Rules, RulesOptions
 
 @dataclass
 class ResponseStep:
-    """The result of one turn per row. B rows, n_i action tokens in row i.
+    """Result of `step_responses`, for B rows with n_i action tokens in row i.
 
     Attributes:
         rewards: B float64 arrays of length n_i, one number per action token.
@@ -44,27 +44,30 @@ class ResponseStep:
 
 
 class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
-    """`num_envs` rows of text generation; see `TextGenerationEnv` for the episode itself.
+    """Vector env with `num_envs` rows of text generation.
 
-    *Token clock*: `step(actions)`, one token a row, in Gymnasium's three autoreset modes.
-    *Response clock*: `step_responses(responses)`, a whole response a row, for one reward call and one reference pass.
-    The same tokens give the same rewards, ends and infos on both.
+    `TextGenerationEnv` documents the episode. There are two ways to step:
 
-    Every row has its own random stream: row i, after `reset(seed=s)`, meets the prompts that `TextGenerationEnv` meets
-    after `reset(seed=s + i)`. A group reset (`options={"group_size": G}`) draws from the env's own stream instead, without
-    repetition until all prompts have been used: that is what training batches are made of.
+    - *Token clock*: `step(actions)` takes one token per row. It supports Gymnasium's three autoreset modes.
+    - *Response clock*: `step_responses(responses)` takes a whole response per row, with one call of the reward functions and
+      one forward pass of the reference.
+
+    Both give the same rewards, terminations, truncations and infos for the same tokens.
+
+    Every row has a separate random stream. After `reset(seed=s)`, row i gets the same prompts as a `TextGenerationEnv` after
+    `reset(seed=s + i)`. A group reset (`options={"group_size": G}`), which training uses, samples prompts from the env's
+    `np_random` instead. No prompt is repeated until all prompts have been used.
 
     Args:
         num_envs: number of rows, B.
         prompts, reward, tokenizer, rules: see `llm_env.rules.Rules`.
-        autoreset_mode: when a row that ended begins anew on the token clock. `step_responses` never resets: after it, call
-            `reset`.
+        autoreset_mode: when `step` resets rows whose episode ended. `step_responses` never resets; call `reset` after it.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TextGenerationVectorEnv:
-        """Refuse unknown keyword arguments in the name of this class."""
+        """Raise if a keyword argument is unknown; the error names the called class."""
         if cls.__init__ is TextGenerationVectorEnv.__init__:
             check_keywords(cls.__name__, kwargs, NAMES | {"num_envs", "autoreset_mode"}, AGENT_NAMES)
         return super().__new__(cls)
@@ -107,7 +110,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def from_rules(
         cls, rules: Rules, num_envs: int, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP
     ) -> TextGenerationVectorEnv:
-        """Return an env with the given rules, which are shared, not copied."""
+        """Make an env from existing rules, which are shared, not copied."""
         env = cls.__new__(cls)
         env._set_up(rules, num_envs, autoreset_mode)
         return env
@@ -136,18 +139,20 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin an episode in every row.
+        """Start an episode in every row.
 
         Args:
-            seed: row i is seeded with seed + i, or with seed[i].
-            options: `{"index": i}` or `{"index": [i, ...]}` takes these prompts, one a row (one a group with `group_size`);
-                None among them is the row's own next one.
-                `{"group_size": G}` gives rows iG..iG+G-1 one prompt.
-                `{"reset_mask": mask}`, (B,) bool, leaves the rows outside the mask as they are.
+            seed: an int or B ints. Row i is seeded with seed + i or seed[i]; None keeps the random state.
+            options: a dict with any of these keys:
+                `{"index": i}` or `{"index": [i, ...]}` selects the prompts by index, one per row (one per group with
+                `group_size`). An index of None selects the next prompt of the row or group.
+                `{"group_size": G}` gives rows iG..iG+G-1 the same prompt.
+                `{"reset_mask": mask}`, (B,) bool, resets only the rows with True.
 
         Raises:
-            ValueError: If G does not divide the number of rows; seeds, mask or indexes do not fit; an option is not known.
-                Nothing has changed then.
+            TypeError: If `options` is not a dict.
+            ValueError: If G does not divide the number of rows, if seeds, mask or indexes are invalid, or if an option is
+                unknown. The env is then unchanged.
         """
         options = reset_options(options, ("index", "group_size", "reset_mask"))
         rows, seeds = self._rows_to_reset(options.get("reset_mask")), self._row_seeds(seed)
@@ -179,14 +184,14 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """Append one token to every row.
 
         Args:
-            actions: (B,) integers; in NEXT_STEP mode those of rows that ended in the last step are ignored.
-            logprobs: (B,) log pi of the actions in nats; with them the KL penalty is exact.
+            actions: (B,) integers. In NEXT_STEP mode, the actions of rows that ended in the last step are ignored.
+            logprobs: (B,) log pi of the actions, in nats. With log-probs, the KL penalty is exact.
 
         Returns:
-            Observation, rewards (B,) float64, terminations and truncations (B,) bool, infos in Gymnasium's vector form.
+            Observation, rewards (B,) float64, terminations and truncations (B,) bool, infos in Gymnasium's vector format.
 
         Raises:
-            ValueError: If there are more or fewer actions than rows, or `advance_tokens` refuses one. Nothing has changed then.
+            ValueError: If the number of actions is not B, or `advance_tokens` rejects an action. The env is then unchanged.
         """
         tokens = self.checked_actions(actions)
         renewed = np.flatnonzero(self._pending)
@@ -216,16 +221,21 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return self.episodes.observation(), rewards, terminations, truncations, infos
 
     def step_responses(self, responses: Sequence[Any], logprobs: Sequence[Any] | None = None) -> ResponseStep:
-        """Append a response to every row: its tokens are the actions that `step` would have taken one by one.
+        """Append a response to every row.
+
+        The result is the same as calling `step` for each token.
 
         Args:
-            responses: B integer sequences, each up to and including its end token, stop string or the length limit. A shorter
-                one leaves its episode open (neither terminated nor truncated), and an empty one its row as it is.
-            logprobs: B float sequences of the same lengths, log pi of the tokens in nats; with them the KL penalty is exact.
+            responses: B integer sequences, each up to and including its end token or stop string, or up to the length limit.
+                The episode of a shorter response continues (neither terminated nor truncated). An empty response leaves its
+                row unchanged.
+            logprobs: B float sequences of the same lengths, log pi of the tokens, in nats. With log-probs, the KL penalty is
+                exact.
 
         Raises:
-            ValueError: If there are more or fewer responses than rows, lengths differ, a token is out of range, after the end
-                or past the limit, or a row has ended already. No row has changed then.
+            TypeError: If `responses` or `logprobs` is not a list or another ordered sequence.
+            ValueError: If the number of responses is not B, the lengths of `logprobs` differ, a token is out of range, after
+                the end or beyond the length limit, or the episode of a row has already ended. All rows are then unchanged.
         """
         rows = one_per_row(responses, "responses", self.num_envs)
         rows = [integers(row, f"response {i}", "a flat sequence of token ids") for i, row in enumerate(rows)]
@@ -261,16 +271,26 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.rules.prompts.close()
 
     def set_action_logprob(self, row: int, logprob: float) -> None:
-        """Say log pi, in nats, of the action that `row` takes in the next step: what wrappers have no argument for."""
+        """Set log pi of the next action of a row.
+
+        Use this if wrappers hide the `logprobs` argument of `step`.
+
+        Args:
+            row: number of the row.
+            logprob: log pi of the action that the row takes in the next step, in nats.
+
+        Raises:
+            ValueError: If `logprob` is not finite, or `row` is out of range.
+        """
         if not np.isfinite(logprob):
             raise ValueError(f"logprob={logprob} must be finite")
         self._action_logprob[check_int("row", row, 0, self.num_envs - 1)] = logprob
 
     def checked_actions(self, actions: Any) -> np.ndarray:
-        """(B,) int64, one action a row.
+        """Convert actions to a (B,) int64 array, one action per row.
 
         Raises:
-            ValueError: If it is anything else.
+            ValueError: If `actions` is not a flat sequence of B integers.
         """
         tokens = integers(actions, "actions", f"{self.num_envs} integers, one a row")
         if len(tokens) != self.num_envs:
@@ -283,7 +303,8 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Args:
             rows: (R,) distinct row numbers.
             tokens: (R,) int64.
-            logprobs: (R,) log pi in nats; by default as told, where it was told of all. What was told is then forgotten.
+            logprobs: (R,) log pi of the tokens, in nats. None uses the values of `set_action_logprob` if they are set for all
+                of `rows`. The values of all rows are cleared after the step.
         """
         told = self._action_logprob[rows]
         if logprobs is None and np.isfinite(told).all():
@@ -294,11 +315,11 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return outcome
 
     def action_masks(self) -> np.ndarray:
-        """(B, V) bool, True for the tokens that may come next."""
+        """Return the mask of valid actions, (B, V) bool, True for valid tokens."""
         return self.episodes.action_masks()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random streams and the order of the prompts, for `load_state_dict`; episodes under way are not in it."""
+        """Return the random states and the prompt order; running episodes are not saved."""
         return {
             "np_random": self.np_random.bit_generator.state,
             "group_cursor": self._group_cursor.state_dict(),
@@ -309,14 +330,14 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         }
 
     def fits(self, state: dict[str, Any]) -> bool:
-        """Return whether a saved state is of as many rows and prompts as this env has."""
+        """Return whether a saved state has the same number of rows and prompts."""
         return len(state["rows"]) == self.num_envs and state["group_cursor"]["size"] == len(self.rules.prompts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the prompts where `state_dict` was taken.
+        """Restore the random states and the prompt order from `state_dict`.
 
         Raises:
-            ValueError: If the state belongs to another number of rows or prompts.
+            ValueError: If the state has a different number of rows or prompts.
         """
         if not self.fits(state):
             raise ValueError(
@@ -331,7 +352,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             self._row_cursors[i].load_state_dict(cursor)
 
     def restart_rows(self, rows: np.ndarray) -> None:
-        """Begin new episodes in `rows`, each with its own stream's next prompt."""
+        """Start new episodes in `rows`, each with the next prompt of the row's stream."""
         self.episodes.start(rows, [self._row_cursors[row].next() for row in rows])
         self._pending[rows] = False
 
@@ -345,7 +366,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return (self._row_cursors[row] if group_size is None else self._group_cursor).next()
 
     def _wanted_indexes(self, index: Any, count: int) -> list[int | None]:
-        """Return one prompt a head, None where the head is to take its next one."""
+        """Return `count` prompt indexes; None stands for the next prompt of the stream."""
         many = isinstance(index, (list, tuple)) or (isinstance(index, np.ndarray) and index.ndim > 0)
         wanted = list(index) if many else [index] * count
         if len(wanted) != count:

@@ -1,4 +1,4 @@
-"""Sampling and learning at once: the next rollout is generated, by older weights, while the last one is trained on."""
+"""Overlap sampling and training: generate the next rollout during the update."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 from agents.collection.collector import ResponseCollector, gather_rollout
 from agents.rollout import Rollout
 
-RNG_KEYS = ("torch", "env", "cursor")  # parts of a `TrainingState` that a rollout moves when it begins
+RNG_KEYS = ("torch", "env", "cursor")  # entries of a `TrainingState` that change when a rollout begins
 
 
 class PrefetchedRollout:
-    """A rollout that is generated in a thread, with the weights of when this was made.
+    """A rollout that is generated in a thread, with a snapshot of the weights.
 
-    It is off-policy by one step, for which importance weights correct (`agents.losses.truncated_importance`). Prompts and
-    random numbers are drawn here, so that the result does not depend on which of the two threads is faster. Callbacks are
-    called, and files written, while no rollout is being generated; a reward function runs beside the update.
+    The rollout is off-policy by one update. Importance weights correct for this (`agents.losses.truncated_importance`).
+    Prompts and random numbers are sampled at construction, so the result does not depend on the timing of the threads.
+    Callbacks run and files are written only while no rollout is being generated. Reward functions run concurrently with the
+    update.
 
-    A checkpoint has the state before this rollout: who resumes from it generates the rollout again, with the weights in the
-    file, so that a run that was stopped is on-policy for one rollout where the uninterrupted one was not.
+    A checkpoint has the state before this rollout. A resumed run generates the rollout again, with the weights of the
+    checkpoint. Its first rollout is therefore on-policy, unlike in an uninterrupted run.
 
     Args:
-        collector: with an engine whose weights nobody changes; see `PolicyEngine.snapshot`.
+        collector: its engine must have weights that do not change during the update; see `PolicyEngine.snapshot`.
         began: the training state before the rollout.
     """
 
@@ -35,11 +36,14 @@ class PrefetchedRollout:
         self._executor.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Wait until the rollout is there, or has failed, and its thread has ended."""
+        """Wait until the rollout is finished or has failed, and its thread has ended."""
         self._executor.shutdown(wait=True)
 
     def result(self) -> Rollout:
-        """Return the episodes of all processes; where the call is interrupted, it returns once no env is stepped any more."""
+        """Return the episodes of all processes.
+
+        If the call is interrupted, it waits until the thread has ended, then re-raises.
+        """
         local, error = None, None
         try:
             try:
@@ -53,10 +57,10 @@ class PrefetchedRollout:
 
 
 def check_overlap(overlap: bool, by_response: bool, sharded: bool) -> None:
-    """Check that the next rollout can be generated during the update.
+    """Raise if the next rollout cannot be generated during the update.
 
     Raises:
-        ValueError: If the env is stepped token by token, or the weights are sharded.
+        ValueError: If `overlap` is True and the env is stepped token by token, or the weights are sharded.
     """
     if overlap and not by_response:
         raise ValueError(

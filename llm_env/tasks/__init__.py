@@ -1,4 +1,7 @@
-"""Ready-made tasks, one file each: a function that gives the arguments of an env, registered under an id."""
+"""Built-in tasks, registered with Gymnasium.
+
+Each task is a function in its own module that returns the arguments of an env.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,31 @@ def _arguments(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_env(task: str, render_mode: str | None = None, **arguments: Any) -> TextGenerationEnv:
-    """Return the entry point of `gym.make`: `arguments` are those of the task's function."""
+    """Make a single env of a task; the entry point of `gym.make`.
+
+    Args:
+        task: `"module:function"` of the task.
+        render_mode: render mode of the env.
+        arguments: arguments of the task's function.
+    """
     return TextGenerationEnv(**_arguments(task, arguments), render_mode=render_mode)
 
 
 def make_vec(task: str, num_envs: int, autoreset_mode: Any = None, **arguments: Any) -> TextGenerationVectorEnv:
-    """Return the entry point of `gym.make_vec`: the native vector env."""
+    """Make a native vector env of a task; the entry point of `gym.make_vec`.
+
+    Args:
+        task: `"module:function"` of the task.
+        num_envs: number of rows.
+        autoreset_mode: autoreset mode of the env; None uses the default.
+        arguments: arguments of the task's function.
+    """
     mode = {} if autoreset_mode is None else {"autoreset_mode": autoreset_mode}
     return TextGenerationVectorEnv(num_envs=num_envs, **_arguments(task, arguments), **mode)
 
 
 def register_tasks() -> None:
-    """Register every task with Gymnasium; importing `llm_env` does it."""
+    """Register every task with Gymnasium. `import llm_env` calls this function."""
     for env_id, task in TASKS.items():
         if env_id not in gym.registry:
             gym.register(

@@ -1,4 +1,4 @@
-"""Addition: the pupil's school story. `12+34=` is answered by `46`."""
+"""Addition task: the prompt `12+34=` has the answer `46`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from llm_env.rules import TaskOptions
 
 
 class AdditionProblems(PromptSource):
-    """Every `a+b=` with a and b from 0 to `largest`, with the column `answer`; row `a * (largest + 1) + b`."""
+    """Prompts `a+b=` for all a and b from 0 to `largest`.
+
+    The sum is in the column `answer`. The row of `a+b=` is `a * (largest + 1) + b`.
+
+    Args:
+        largest: the largest summand, default 99.
+    """
 
     def __init__(self, largest: int = 99) -> None:
         self.largest = check_int("largest", largest, 0)
@@ -31,9 +37,9 @@ def addition(split: str | None = "train", largest: int = 99, **overrides: Unpack
     """Return arguments of `TextGenerationEnv` for `llm_env/Addition-v0`.
 
     Args:
-        split: `"train"`, `"test"` (a tenth of the problems, by a hash of their text) or None for all.
-        largest: the largest summand.
-        overrides: arguments of `TextGenerationEnv` that replace the ones set here.
+        split: `"train"`, `"test"` (about 10% of the problems, chosen by a hash of their text) or None for all problems.
+        largest: the largest summand, default 99.
+        overrides: arguments of `TextGenerationEnv` that override those of the task.
     """
     problems = AdditionProblems(largest)
     digits = len(str(2 * largest))

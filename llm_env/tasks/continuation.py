@@ -1,4 +1,4 @@
-"""Continuation: continue a text. The user gives the reward, and the tokenizer of the model to be trained."""
+"""Continuation task: continue a text, with a user-defined reward and tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from llm_env.rules import SplitTaskOptions
 
 
 def word_count(completions: Texts, **_: Any) -> list[float]:
-    """Return the number of words of each completion: a reward to start from, to be replaced by one's own."""
+    """Return the number of words of each completion.
+
+    This is a placeholder; pass your own `reward` to the task.
+    """
     return [float(len(completion_text(completion).split())) for completion in completions]
 
 
@@ -20,7 +23,8 @@ def continuation(**overrides: Unpack[SplitTaskOptions]) -> dict[str, Any]:
     """Return arguments of `TextGenerationEnv` for `llm_env/Continuation-v0`.
 
     Args:
-        overrides: any argument of `TextGenerationEnv`: `prompts`, `reward` and `tokenizer` are the ones to set.
+        overrides: arguments of `TextGenerationEnv` that override those of the task. Set at least `prompts`, `reward` and
+            `tokenizer`.
     """
     defaults: dict[str, Any] = {
         "prompts": ["Once upon a time"],

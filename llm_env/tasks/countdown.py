@@ -1,4 +1,4 @@
-"""Countdown: make a target from given numbers with + - * / and parentheses."""
+"""Countdown task: reach a target number with + - * / and parentheses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm_env.rules import TaskOptions
 
 TEMPLATE = "Use each of {numbers} exactly once, with + - * / and parentheses, to make {target}.\n"
 TEMPLATE_AT_MOST_ONCE = "Use any of {numbers}, each at most once, with + - * / and parentheses, to make {target}.\n"
-LONGEST_ANSWER = 1000  # characters; an expression over ten numbers needs a tenth of it
+LONGEST_ANSWER = 1000  # characters; an expression over ten numbers has about 100
 
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
@@ -34,22 +34,24 @@ _EXPRESSION = re.compile(r"[-0-9+*/()\s]*")
 
 
 class CountdownProblems(PromptSource):
-    """Numbers and a target that a random expression over all of them reaches, so that every row can be solved.
+    """Countdown problems, each with at least one solution.
 
-    The expression has whole numbers all along; an answer need not. Row `i` is a function of `seed` and `i` alone. The numbers
-    stand in ascending order, so that one problem has one text and cannot be in both splits. Columns: `numbers` (list of
-    int), `target` (int), `solution` (an expression).
+    The target of a row is the value of a random expression over all of its numbers. All intermediate results of this expression
+    are integers; those of an answer may be fractions. Row `i` depends only on `seed` and `i`. The numbers are in ascending
+    order, so a problem has only one text and cannot be in both splits.
+
+    Columns: `numbers` (list of int), `target` (int), `solution` (an expression).
 
     Args:
-        size: how many rows.
-        count: how many numbers a row has: an int, or the least and the most.
-        smallest, largest: the range of the numbers.
-        largest_target: targets are 1 to this.
-        seed: another seed gives other rows.
-        template: the prompt; `{numbers}` and `{target}` stand for the row's.
+        size: number of rows, default 2000.
+        count: how many numbers a row has: an int, or the minimum and maximum.
+        smallest, largest: range of the numbers, inclusive.
+        largest_target: the largest target; the smallest is 1.
+        seed: seed of the problems.
+        template: template of the prompt; `{numbers}` and `{target}` are replaced by the row's values.
 
     Raises:
-        ValueError: If an argument is out of range, or the numbers hardly ever reach a target.
+        ValueError: If an argument is out of range, or no random expression in 100,000 reaches a valid target.
     """
 
     def __init__(
@@ -98,12 +100,15 @@ class CountdownProblems(PromptSource):
         )
 
     def prompt(self, numbers: Sequence[int], target: int) -> str:
-        """Return the prompt's text."""
+        """Return the text of the prompt."""
         return self.template.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
 
 
 def _random_expression(numbers: Sequence[int], random: Random) -> tuple[int | None, str]:
-    """Return the value and the text of a random binary tree over all the numbers; None where a division in it is not exact."""
+    """Return the value and the text of a random expression over all numbers.
+
+    The value is None if a division in the expression is not exact.
+    """
     parts = [(number, str(number)) for number in numbers]
     while len(parts) > 1:
         (left, left_text), (right, right_text) = (parts.pop(random.randrange(len(parts))) for _ in range(2))
@@ -117,10 +122,10 @@ def _random_expression(numbers: Sequence[int], random: Random) -> tuple[int | No
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """Return the exact value of an expression over whole numbers, + - * / and parentheses; None for anything else, and for x/0.
+    """Evaluate an expression of integers, + - * / and parentheses exactly.
 
-    Signs before a number, powers and decimals are not allowed, nor more than `LONGEST_ANSWER` characters or 200 nested
-    parentheses, which is Python's own limit.
+    Returns None for any other expression and for a division by 0. Signs before a number, powers and decimals are not allowed.
+    Neither are more than `LONGEST_ANSWER` characters or 200 nested parentheses (the limit of Python's parser).
 
     >>> evaluate("(1 + 2) * 3 / 2"), evaluate("-1"), evaluate("2**3"), evaluate("1/0")
     (Fraction(9, 2), None, None, None)
@@ -153,7 +158,7 @@ def _solves(text: str, numbers: Sequence[int], target: int, at_most_once: bool) 
     expression, equals, right = answer.partition("=")
     if equals and right.strip() != str(target):
         return False
-    # Compared as text: 07 is not 7, and a number of a thousand digits is never read.
+    # Compare numbers as text: 07 is not 7, and numbers of 1000 digits are never converted to int.
     used, given = Counter(re.findall(r"[0-9]+", expression)), Counter(map(str, numbers))
     if not (used <= given if at_most_once else used == given):
         return False
@@ -169,19 +174,29 @@ def countdown(
     prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
-    """1.0 where the answer is an expression that uses every number exactly once and equals the target, else 0.0.
+    """Return 1.0 for an expression that uses all numbers and equals the target.
 
-    The answer is what stands in the last `<answer>...</answer>`, or the whole completion, without thoughts; `= target` may
-    follow. Stricter than TinyZero's rules (github.com/Jiayi-Pan/TinyZero): parsed rather than evaluated by Python, exact rather
-    than within 1e-5, without powers, decimals and signs, and nothing is paid for the form alone.
+    All other answers get 0.0. Every number must be used exactly once. The answer is the content of the last
+    `<answer>...</answer>`, or the whole completion if there are no tags. Thoughts are removed first. The expression may be
+    followed by `= target`.
+
+    The rules are stricter than TinyZero's (github.com/Jiayi-Pan/TinyZero):
+
+    - The expression is parsed, not evaluated by Python.
+    - The value must be exact; TinyZero allows a difference of 1e-5.
+    - Powers, decimals and signs are not allowed.
+    - There is no reward for the format alone.
 
     Args:
         completions: B texts or lists of chat messages.
         numbers: B lists of the numbers to use.
         target: B targets.
-        prompts: B prompts; one that ends in an opening think tag begins the thought.
-        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.rewards.answers.strip_thoughts`.
-        prompt_texts: B prompts as the model reads them; where given, they are looked at instead of `prompts`.
+        prompts: B prompts. If a prompt ends with an opening think tag, its completion begins inside the thought.
+        think_tags: a pair of opening and closing tag, or several pairs; see `llm_env.rewards.answers.strip_thoughts`.
+        prompt_texts: B rendered prompts, as the model reads them; used instead of `prompts` if given.
+
+    Returns:
+        B rewards.
 
     >>> countdown(completions=["(3+5)*2", "(3+5)*2 = 16", "3+5+8"], numbers=[[2, 3, 5]] * 3, target=[16] * 3)
     [1.0, 1.0, 0.0]
@@ -198,7 +213,9 @@ def countdown_at_most_once(
     prompt_texts: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
-    """Like `countdown`, but numbers may be left out.
+    """Return 1.0 for an expression that equals the target; numbers may be unused.
+
+    Every number may be used at most once. The other rules are those of `countdown`.
 
     >>> countdown_at_most_once(completions=["3+5", "3+5+3"], numbers=[[2, 3, 5], [2, 3, 5]], target=[8, 11])
     [1.0, 0.0]
@@ -221,16 +238,16 @@ def countdown_task(
     """Return arguments of `TextGenerationEnv` for `llm_env/Countdown-v0`.
 
     Args:
-        split: `"train"`, `"test"` (a tenth of the problems, by a hash of their text) or None for all.
-        size: how many problems, both splits together.
-        count: how many numbers a problem has: an int, or the least and the most.
-        smallest: the least of the numbers.
-        largest: the greatest.
-        largest_target: targets are 1 to this.
-        seed: another seed gives other problems.
-        at_most_once: numbers may be left out, and the prompt says so.
-        template: another prompt.
-        overrides: arguments of `TextGenerationEnv` that replace the ones set here.
+        split: `"train"`, `"test"` (about 10% of the problems, chosen by a hash of their text) or None for all problems.
+        size: number of problems in both splits together, default 2000.
+        count: how many numbers a problem has: an int, or the minimum and maximum.
+        smallest: the smallest number.
+        largest: the largest number.
+        largest_target: the largest target; the smallest is 1.
+        seed: seed of the problems.
+        at_most_once: whether numbers may be unused. The default prompt then says so.
+        template: template of the prompt; `{numbers}` and `{target}` are replaced. None uses the default prompt.
+        overrides: arguments of `TextGenerationEnv` that override those of the task.
     """
     text = template or (TEMPLATE_AT_MOST_ONCE if at_most_once else TEMPLATE)
     problems = CountdownProblems(size, count, smallest, largest, largest_target, seed, text)
@@ -241,7 +258,7 @@ def countdown_task(
         "tokenizer": PUPIL,
         "split": split,
         "success": reward.__name__,
-        "max_prompt_tokens": len(problems.prompt([largest] * problems.most, largest_target)),  # by a character a token
+        "max_prompt_tokens": len(problems.prompt([largest] * problems.most, largest_target)),  # at most 1 token per character
         "max_new_tokens": max(64, (len(str(largest)) + 3) * problems.most),
     }
     return {**defaults, **overrides}

@@ -1,4 +1,7 @@
-"""GSM8K: grade-school word problems with a numeric answer (Cobbe et al. 2021, arXiv 2110.14168)."""
+"""GSM8K task: grade-school math word problems with a numeric answer.
+
+Source: Cobbe et al. 2021, arXiv 2110.14168.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,14 @@ def gsm8k(
     """Return arguments of `TextGenerationEnv` for `llm_env/GSM8K-v0`.
 
     Args:
-        path: required; a `.jsonl` file of rows with `question` and `answer`, the latter ending in `#### <number>`.
-        template: the prompt; `{question}` stands for the question.
-        chat: give the prompt as a user's message through the tokenizer's chat template.
-        overrides: arguments of `TextGenerationEnv` that replace the ones set here; `tokenizer` is the one to set.
+        path: path of a `.jsonl` file, required. Every row has the texts `question` and `answer`; the answer ends with
+            `#### <number>`.
+        template: template of the prompt; `{question}` is replaced by the question.
+        chat: whether to pass the prompt as a user message through the tokenizer's chat template. Default False.
+        overrides: arguments of `TextGenerationEnv` that override those of the task. Set at least `tokenizer`.
 
     Raises:
-        ValueError: If no path, or a row lacks `question` or `answer`.
+        ValueError: If `path` is None, or a row has no text `question` or `answer`.
     """
     if path is None:
         raise ValueError("llm_env/GSM8K-v0 needs path=..., the path of a GSM8K-format .jsonl file (columns question, answer)")

@@ -1,4 +1,7 @@
-"""Any data set of reasoning-gym (github.com/open-thought/reasoning-gym) as an env: puzzles with their own scorers."""
+"""Reasoning Gym task: puzzles with scorers, from any reasoning-gym data set.
+
+Source: github.com/open-thought/reasoning-gym.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,27 @@ TEMPLATE = "{question}\nGive the final answer between <answer> and </answer>.\n"
 
 
 class ReasoningGymProblems(PromptSource):
-    """The questions of a reasoning-gym data set, each once, made at construction and kept.
+    """Unique questions of a reasoning-gym data set.
 
-    Most of its data sets draw question i from the generator seeded with `seed + i`: the sets of neighbouring seeds are
-    shifted copies of each other, so that another seed is no other set. The splits are therefore by a hash of the question
-    (`llm_env.prompts.split_of`), disjoint whatever seeds and sizes they are made with. A few data sets (`list_functions`) make
-    other questions each time, whatever their seed.
+    All questions are generated at construction and kept in memory.
 
-    Columns: `answer` (text, or None where a question has many answers), `entry` (what reasoning-gym's scorer needs).
+    Most reasoning-gym data sets generate question i with the seed `seed + i`. Data sets with neighboring seeds are therefore
+    shifted copies of each other, and a different seed does not give an independent test set. For this reason the split depends
+    on a hash of the question (`llm_env.prompts.split_of`): train and test are disjoint for all seeds and sizes. A few data sets
+    (e.g. `list_functions`) ignore their seed and generate different questions each time.
+
+    Columns: `answer` (text, or None if a question has many answers), `entry` (the data for reasoning-gym's scorer).
 
     Args:
-        dataset: a data set of reasoning-gym.
-        split: `"train"`, `"test"` or None for all.
-        template: the prompt; `{question}` stands for the question.
+        dataset: a reasoning-gym data set.
+        split: `"train"`, `"test"` or None for all questions.
+        template: template of the prompt; `{question}` is replaced by the question.
 
     Attributes:
-        dropped: how many questions had been there before.
+        dropped: number of duplicate questions that were removed.
 
     Raises:
-        ValueError: If the split is unknown, or no question falls into it.
+        ValueError: If the split is unknown, or no question is in it.
     """
 
     def __init__(self, dataset: Any, split: str | None = None, template: str = TEMPLATE) -> None:
@@ -59,16 +64,18 @@ class ReasoningGymProblems(PromptSource):
 
 
 class ReasoningGymScore:
-    """The scorer of a data set as a reward function.
+    """Reward function that calls the scorer of a reasoning-gym data set.
 
-    The answer is what stands in the last `<answer>...</answer>`, as in reasoning-gym's own examples, or the whole completion
-    where there are no tags, without thoughts. What a scorer raises (some do, on an answer that they cannot read) is raised.
+    The answer is the content of the last `<answer>...</answer>`, as in reasoning-gym's examples, or the whole completion if
+    there are no tags. Thoughts are removed first. Exceptions of a scorer are not caught; some scorers raise if they cannot
+    parse an answer.
 
     Args:
-        dataset: a data set of reasoning-gym.
-        strict: pay 1.0 for a full score and 0.0 for anything less. The default scorer of reasoning-gym pays for an answer
-            that merely contains the right one, by their lengths, and others pay for the form; False passes that on.
-        think_tags: (opening, closing) tag, or several such pairs; see `llm_env.rewards.answers.strip_thoughts`.
+        dataset: a reasoning-gym data set.
+        strict: whether to return 1.0 for a full score and 0.0 for any lower score. With False, the scorer's value is returned.
+            reasoning-gym's default scorer gives partial scores to answers that contain the correct one, depending on their
+            lengths; other scorers give partial scores for the format. Default True.
+        think_tags: a pair of opening and closing tag, or several pairs; see `llm_env.rewards.answers.strip_thoughts`.
     """
 
     __name__ = "reasoning_gym"
@@ -86,7 +93,7 @@ class ReasoningGymScore:
         prompt_texts: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float]:
-        """Return the scores, each from 0 to 1, of B texts or lists of chat messages."""
+        """Score B completions (texts or lists of chat messages), each from 0 to 1."""
         texts = answer_texts(completions, prompts, self.think_tags, prompt_texts)
         scores = [
             float(self.dataset.score_answer(tagged_answer(text, ()), row)) for text, row in zip(texts, entry, strict=True)
@@ -95,11 +102,17 @@ class ReasoningGymScore:
 
 
 def create_dataset(dataset: str, size: int, seed: int, config: dict[str, Any] | None) -> Any:
-    """Return a data set of reasoning-gym.
+    """Create a reasoning-gym data set.
+
+    Args:
+        dataset: name of the data set.
+        size: number of questions.
+        seed: seed of the data set.
+        config: further arguments of the data set; None for none.
 
     Raises:
         ImportError: If reasoning-gym is not installed.
-        ValueError: If there is no such data set, or it does not take the configuration.
+        ValueError: If the data set does not exist or rejects the configuration.
     """
     try:
         package = importlib.import_module("reasoning_gym")
@@ -127,18 +140,18 @@ def reasoning_gym(
     """Return arguments of `TextGenerationEnv` for `llm_env/ReasoningGym-v0`.
 
     Args:
-        dataset: the name of the data set.
-        split: `"train"`, `"test"` (a tenth of the questions, by a hash of their text) or None for all.
-        size: how many questions to make, both splits together; those that come twice are left out.
-        seed: of the data set; see `ReasoningGymProblems` for what it is not good for.
+        dataset: name of the data set.
+        split: `"train"`, `"test"` (about 10% of the questions, chosen by a hash of their text) or None for all questions.
+        size: number of questions to generate for both splits together, default 500. Duplicates are removed.
+        seed: seed of the data set. A different seed does not give an independent test set; see `ReasoningGymProblems`.
         config: further arguments of the data set, such as `{"max_animals": 4}`.
-        strict: pay for full scores only; see `ReasoningGymScore`.
-        template: the prompt; `{question}` stands for the question.
-        overrides: arguments of `TextGenerationEnv` that replace the ones set here; `tokenizer` is the one to set.
+        strict: whether only full scores get a reward, default True; see `ReasoningGymScore`.
+        template: template of the prompt; `{question}` is replaced by the question.
+        overrides: arguments of `TextGenerationEnv` that override those of the task. Set at least `tokenizer`.
 
     Raises:
         ImportError: If reasoning-gym is not installed.
-        ValueError: If there is no such data set, or it does not take the configuration.
+        ValueError: If the data set does not exist or rejects the configuration.
     """
     source = create_dataset(dataset, size, seed, config)
     defaults: dict[str, Any] = {

@@ -1,1 +1,1 @@
-"""vLLM as an engine, in this process or behind its server."""
+"""vLLM engine: generate responses in this process or on a vLLM server."""

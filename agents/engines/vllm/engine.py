@@ -1,4 +1,4 @@
-"""vLLM as an engine: in this process, or behind its server."""
+"""Generate responses with vLLM, in this process or on a vLLM server."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from agents.policy import LanguagePolicy
 from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
 
-CHUNK = 1 << 25  # bytes of weights that travel at a time
-# Nats, at a temperature of 2. A push that arrived leaves 3e-7 in float32, and up to 0.006 in bfloat16 (small models).
+CHUNK = 1 << 25  # bytes of weights that are sent at a time
+# Nats, at temperature 2. After a complete update, differences are 3e-7 in float32, up to 0.006 in bfloat16 (small models).
 TOLERANCE = {"torch.float32": 1e-3}
 LOW_PRECISION = 0.1
 COMPARED = (
@@ -34,50 +34,61 @@ COMPARED = (
 
 
 class VLLM(Protocol):
-    """Where vLLM runs."""
+    """A running vLLM, in this process (`LocalVLLM`) or on a server (`VLLMServer`)."""
 
     def open(self, policy: LanguagePolicy, rules: Rules) -> None:
-        """Have it run, with a model of the policy's kind."""
+        """Start or connect to a vLLM that runs a model of the policy's architecture."""
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of `agents.engines.vllm.worker.PolicyWeights` on every worker."""
 
     def take(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """Hand over some of the weights."""
+        """Copy some of the weights into the running model."""
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""
 
     def complete(self, requests: list[dict[str, Any]]) -> list[list[tuple[list[int], list[float]]]]:
-        """Return token ids and their log-probs: for each request `n` responses."""
+        """Generate `n` responses per request; return token ids and log-probs of each."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the resources."""
 
 
 class VLLMEngine:
-    """Draws with vLLM (at least 0.32). Token ids go in and come out; log-probs are those of the whole tempered distribution.
+    """Engine that generates responses with vLLM (0.32 or newer).
 
-    Weights go straight into the running model, never through a file: from this process's memory, or over HTTP. vLLM has to be
-    told to load `agents.engines.vllm.worker`, which keeps the weights of a CPU model where they can be replaced.
+    Prompts and responses are passed as token ids. Log-probs are those of the whole distribution after temperature, before
+    top-k, top-p and min-p.
+
+    Weights are copied into the running model without a file, from this process's memory or over HTTP. A server must load the
+    worker extension `agents.engines.vllm.worker.PolicyWeights`, which also keeps the weights of a CPU model replaceable. Start
+    it on a machine where this package is installed:
+
+        VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL \\
+            --worker-extension-cls agents.engines.vllm.worker.PolicyWeights
+
+    MODEL must have the policy's architecture and shapes; its weights are replaced. In dev mode, anyone who can reach the server
+    has full control of it: do not expose it to other users.
 
     Args:
-        base_url: of a server, for instance `"http://localhost:8000"`; by default vLLM runs in this process. Several processes
-            need a server each: a list of urls. A server is started with `VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0
-            vllm serve MODEL --worker-extension-cls agents.engines.vllm.worker.PolicyWeights`, where this package is installed
-            too. MODEL has the policy's shape; its weights do not matter. In that mode whoever reaches the server can do with it
-            what they like: keep it private.
-        tolerance: how far, in nats, a log-prob may be from the policy's after a push. By default 1e-3 in float32, and 0.1 in
-            bfloat16 and float16, where weights that lag behind by one small step do not show.
-        model: the name that the server must serve; any by default.
-        timeout: seconds after which a request has failed.
-        attempts: how often a request is tried, with pauses of 0.5, 1, 2, ... seconds.
-        api_key: the server's; by default the environment's `VLLM_API_KEY`, which is not saved with the agent.
-        vllm: arguments of `vllm.LLM`, without a `base_url`, for instance `gpu_memory_utilization` or `enforce_eager`.
+        base_url: url of a server, such as `"http://localhost:8000"`, or a list with one url per process. None, the default,
+            runs vLLM in this process.
+        tolerance: the maximum difference, in nats, between log-probs of vLLM and of the policy after a weight update. Default
+            1e-3 in float32, and 0.1 in bfloat16 and float16. A tolerance of 0.1 does not detect weights that are outdated by
+            one small step.
+        model: only with `base_url`: the model name that the server must serve; default any name.
+        timeout: only with `base_url`: seconds to wait for the answer to a request, default 600.
+        attempts: only with `base_url`: maximum number of attempts per request, with pauses of 0.5, 1, 2, ... seconds; default
+            4.
+        api_key: only with `base_url`: the server's API key, default the environment variable `VLLM_API_KEY`. The value of the
+            variable is not saved with the agent.
+        settings: without `base_url`: arguments of `vllm.LLM`, such as `gpu_memory_utilization` or `enforce_eager`.
 
     Raises:
-        ImportError: If vLLM is to run in this process and is not installed.
-        ValueError: If arguments do not go with a server (or its absence), or there are more processes than servers.
+        ImportError: If vLLM has to run in this process and is not installed.
+        ValueError: If an argument needs a server and there is none, or the reverse, or if the number of urls is not the number
+            of processes.
     """
 
     takes_uniforms = False
@@ -92,12 +103,13 @@ class VLLMEngine:
         self._version: str | None = None
 
     def start(self, policy: LanguagePolicy, rules: Rules) -> None:
-        """Have vLLM run a model of the policy's kind, and check that it is.
+        """Start or connect to vLLM, and check that its model has the policy's architecture.
 
         Raises:
-            ImportError: If vLLM is not installed, or too old.
-            ValueError: If vLLM refuses the model, or serves another one; or an adapter's base is quantized.
-            ConnectionError: If there is no server.
+            ImportError: If vLLM is not installed or too old.
+            ValueError: If vLLM does not support the model or runs another model, its `max_model_len` is too small, or the base
+                of the policy's adapter is quantized.
+            ConnectionError: If the server cannot be reached.
         """
         self._version = None
         if policy.adapter is not None:
@@ -123,10 +135,10 @@ class VLLMEngine:
             self.tolerance = TOLERANCE.get(found["dtype"], LOW_PRECISION)
 
     def update_weights(self, policy: LanguagePolicy) -> None:
-        """Copy the weights into the running model, and empty its prefix cache.
+        """Copy the policy's weights into the running model, and reset its prefix cache.
 
         Raises:
-            ValueError: If some of vLLM's parameters got no weights.
+            ValueError: If some of vLLM's parameters received no weights.
             ConnectionError: If the server cannot be reached.
         """
         self._version = None
@@ -148,8 +160,8 @@ class VLLMEngine:
     ) -> Completions:
         """Generate `group_size` responses to each prompt; see `agents.engines.base.Engine.generate`.
 
-        A response ends where the rules say. vLLM looks for stop strings by other means and may stop too early, or late: tokens
-        beyond the end are cut off, and a response that has not ended continues in another request.
+        The rules decide where a response ends. vLLM matches stop strings differently and may stop too early or too late. Tokens
+        after the end are removed, and a response that has not ended is continued with another request.
         """
         turns = Lockstep(prompts, group_size, decoding, on_turns)
         while turns.rows:
@@ -165,14 +177,16 @@ class VLLMEngine:
         min_tokens = 0 if rules.constraint is None or rules.constraint.fixed is None else rules.constraint.fixed[1]
         responses: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
         logps: list[list[float]] = [[] for _ in responses]
-        groups = [range(i * group_size, (i + 1) * group_size) for i in range(len(prompts))]  # rows that one request answers
+        groups = [
+            range(i * group_size, (i + 1) * group_size) for i in range(len(prompts))
+        ]  # each request generates the responses of one range of rows
         while groups:
             seeds = torch.randint(2**31, (len(groups),), generator=sampler.generator, device=_device(sampler)).tolist()
             requests = []
             for rows, seed in zip(groups, seeds, strict=True):
                 begun, limit = responses[rows[0]], limits[rows[0] // group_size]
                 room = {"max_tokens": limit - len(begun), "min_tokens": max(0, min_tokens - len(begun))}
-                # Ints: numpy's are other keys of the prefix cache.
+                # Convert NumPy integers: they give other keys in the prefix cache than ints.
                 context = [*map(int, prompts[rows[0] // group_size]), *begun]
                 requests.append({**settings, **room, "prompt": context, "n": len(rows), "seed": seed})
             unfinished = []
@@ -183,28 +197,28 @@ class VLLMEngine:
             groups = unfinished
         if any(worker["version"] != self._version for worker in self.vllm.call("llm_env_version")):
             raise StaleWeightsError(
-                "vLLM generated with other weights than it was given: it was restarted, or another run gave it its own"
+                "vLLM generated with other weights than those of the last update: it was restarted, or another run updated them"
             )
         return responses, [np.array(row, dtype=np.float32) for row in logps]
 
     def close(self) -> None:
-        """Shut down the vLLM in this process; a server keeps running."""
+        """Shut down vLLM if it runs in this process; a server keeps running."""
         self._version = None
         self.vllm.close()
 
 
 def own_url(base_url: str | Sequence[str], communicator: Communicator) -> str:
-    """Return the url of this process's server.
+    """Return the url of the server for this process.
 
     Raises:
-        ValueError: If there are more processes, each of which gives a server its weights, or fewer.
+        ValueError: If the number of urls is not the number of processes.
     """
     urls: list[Any] = list(base_url) if isinstance(base_url, (list, tuple)) else [base_url]
     count = communicator.size
     if len(urls) != count:
         raise ValueError(
-            f"base_url={base_url!r} names {len(urls)} servers for {count} processes, each of which gives its weights to "
-            "one of its own; give a list of as many urls"
+            f"base_url={base_url!r} names {len(urls)} servers for {count} processes; every process updates the weights of "
+            f"a separate server. Give a list of {count} urls"
         )
     return urls[communicator.rank]
 
@@ -214,10 +228,10 @@ def _device(sampler: Sampler) -> torch.device | str:
 
 
 def sampling_settings(rules: Rules, sampler: Sampler) -> dict[str, Any]:
-    """Return what all requests of a rollout have in common, by the names of vLLM's `SamplingParams`.
+    """Return the vLLM `SamplingParams` that all requests of a rollout share.
 
     Raises:
-        ValueError: If vLLM has no such temperature; it replaces lower ones by 0.01.
+        ValueError: If the temperature is not between 0.01 and 2. vLLM replaces lower temperatures by 0.01.
     """
     if not 0.01 <= sampler.temperature <= 2:
         raise ValueError(f"temperature={sampler.temperature} is not possible with vLLM, which takes 0.01 to 2")
@@ -226,14 +240,14 @@ def sampling_settings(rules: Rules, sampler: Sampler) -> dict[str, Any]:
         "top_k": 1 if sampler.deterministic else int(sampler.top_k),
         "top_p": float(sampler.top_p),
         "min_p": float(sampler.min_p),
-        "logprobs": 0,  # of the drawn token alone
-        "ignore_eos": True,  # the model's idea of its end tokens; the env's one is
+        "logprobs": 0,  # of the sampled token only
+        "ignore_eos": True,  # of the model; `stop_token_ids` has the env's end tokens
         "stop_token_ids": sorted({*rules.eos_ids, *rules.stop_strings.token_ids}),
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
     }
-    if rules.stop_strings.texts:  # one with special tokens in it is noticed by `extend`
+    if rules.stop_strings.texts:  # `extend` matches stop strings with special tokens
         settings |= {"stop": rules.stop_strings.texts, "include_stop_str_in_output": True, "skip_special_tokens": True}
     if rules.constraint is not None and rules.constraint.fixed is not None and not rules.constraint.fixed[0].all():
         settings["allowed_token_ids"] = rules.constraint.fixed[0].nonzero()[0].tolist()
@@ -243,11 +257,14 @@ def sampling_settings(rules: Rules, sampler: Sampler) -> dict[str, Any]:
 def extend(
     response: list[int], logps: list[float], ids: Sequence[int], values: Sequence[float], rules: Rules, limit: int
 ) -> bool:
-    """Add tokens and log-probs to a response up to its end; whether it has come.
+    """Append tokens and log-probs to a response, up to the end of the response.
+
+    Returns:
+        Whether the response has ended.
 
     Raises:
-        RuntimeError: If there are no tokens.
-        ValueError: If a log-prob is no finite number.
+        RuntimeError: If there are no tokens to append.
+        ValueError: If a log-prob is not finite.
     """
     if not len(ids):
         raise RuntimeError(f"vLLM added no token to a response of {len(response)} that had not ended")
@@ -262,9 +279,10 @@ def extend(
 
 
 def chunks_of(policy: LanguagePolicy, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
-    """The language model's weights, adapters merged in, by the names that checkpoints have, in `dtype`.
+    """Yield the language model's weights in chunks of (name, tensor) pairs.
 
-    At most `CHUNK` bytes at a time, or one weight.
+    Adapters are merged, names are those in checkpoints, and floating-point weights are converted to `dtype`. A chunk has at most
+    `CHUNK` bytes, or a single weight.
     """
     chunk: list[tuple[str, Tensor]] = []
     size = 0

@@ -1,4 +1,4 @@
-"""vLLM in this process."""
+"""Run vLLM in this process."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ INSTALL = 'pip install "llm-env[vllm]"'
 
 
 class LocalVLLM:
-    """A `vllm.LLM` in this process, begun with weights of no meaning.
+    """A `vllm.LLM` in this process, started with dummy weights.
 
     Args:
-        settings: arguments of `vllm.LLM`. By default its dtype is float32, or bfloat16 where the policy computes in that; it
-            has room for the longest prompt and response; on a CPU 1 GiB of keys and values, elsewhere 0.3 of the memory.
+        settings: arguments of `vllm.LLM`. Defaults: `dtype` is float32, or bfloat16 if the policy computes in bfloat16;
+            `max_model_len` is the length of the longest prompt plus `max_new_tokens`; the KV cache has 1 GiB on a CPU, and
+            `gpu_memory_utilization` is 0.3 on a GPU.
 
     Raises:
         ImportError: If vLLM is not installed.
@@ -44,11 +45,11 @@ class LocalVLLM:
         self._serves: tuple[Any, ...] = ()
 
     def open(self, policy: LanguagePolicy, rules: Rules) -> None:
-        """Start it, unless it runs with such a model already.
+        """Start vLLM, unless it already runs with the same model and settings.
 
         Raises:
             ImportError: If vLLM is too old.
-            ValueError: If vLLM refuses the model.
+            ValueError: If vLLM cannot run the model.
         """
         length = rules.longest_prompt + rules.max_episode_tokens
         config = copy.deepcopy(policy.lm.config)
@@ -75,34 +76,36 @@ class LocalVLLM:
             rules.tokenizer.save_pretrained(folder)
             try:
                 self._llm = kind(folder, **wanted)
-                self.complete([{"prompt": [0], "n": 1, "max_tokens": 1, "logprobs": 0}])  # some models fail only here
+                self.complete(
+                    [{"prompt": [0], "n": 1, "max_tokens": 1, "logprobs": 0}]
+                )  # some models fail only when they generate
             except Exception as error:
                 raise ValueError(
                     f"vLLM refuses the {type(policy.lm).__name__} in {wanted['dtype']}, with {self.settings}: {error}. What it "
-                    "supports is listed at https://docs.vllm.ai/en/latest/models/supported_models/; without engine= the policy "
-                    "draws for itself"
+                    "supports is listed at https://docs.vllm.ai/en/latest/models/supported_models/. Without engine=, the policy "
+                    "generates its own responses"
                 ) from error
         self._serves = serves
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of the workers."""
+        """Call a method of every worker."""
         return list(self._running().collective_rpc(method, args=args))
 
     def take(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """Hand over weights as they lie in memory."""
+        """Copy weights into the running model, within this process's memory."""
         self.call("llm_env_take", tensors)
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix cache.
+        """Reset the prefix cache.
 
         Raises:
-            RuntimeError: If it is in use.
+            RuntimeError: If a request is using the prefix cache.
         """
         if not self._running().reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use and was not emptied: a request is under way")
 
     def complete(self, requests: list[dict[str, Any]]) -> list[list[tuple[list[int], list[float]]]]:
-        """Return token ids and their log-probs: for each request `n` responses."""
+        """Generate `n` responses per request; return token ids and log-probs of each."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": request["prompt"]} for request in requests]
@@ -112,7 +115,7 @@ class LocalVLLM:
         ]
         try:
             outputs = self._running().generate(prompts, params, use_tqdm=False)
-        except BaseException:  # Ctrl-C too: what is under way would come out with the next requests
+        except BaseException:  # also on KeyboardInterrupt: else running requests return with the next ones
             self.close()
             raise
         return [[(list(c.token_ids), _drawn(c.token_ids, c.logprobs)) for c in output.outputs] for output in outputs]
@@ -123,7 +126,7 @@ class LocalVLLM:
         return self._llm
 
     def close(self) -> None:
-        """Shut it down."""
+        """Shut down vLLM."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
@@ -134,10 +137,10 @@ def _drawn(ids: Any, logprobs: Any) -> list[float]:
 
 
 def import_vllm() -> Any:
-    """Return the package vllm.
+    """Import vLLM and check its version.
 
     Raises:
-        ImportError: If it is too old.
+        ImportError: If vLLM is too old.
     """
     import vllm
 
@@ -148,11 +151,14 @@ def import_vllm() -> Any:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let vLLM begin in this process, and leave the process's random numbers and threads as they were."""
+    """Start vLLM within the block; restore random states and environment afterwards.
+
+    vLLM runs in this process instead of a subprocess. `torch.set_num_threads` is restored, too.
+    """
     wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     before = {name: os.environ.get(name) for name in wanted}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    set_num_threads = torch.set_num_threads  # which vLLM replaces by one that does nothing
+    set_num_threads = torch.set_num_threads  # vLLM replaces this function by one that does nothing
     os.environ.update(wanted)
     try:
         yield

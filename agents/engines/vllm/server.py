@@ -1,4 +1,4 @@
-"""vLLM behind its server."""
+"""Client of a vLLM server: generation requests and weight updates over HTTP."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from agents.policy import LanguagePolicy
 from llm_env.arguments import check_int
 from llm_env.rules import Rules
 
-TOGETHER = 64  # requests under way at a time; what there is no room for waits in the server
+TOGETHER = 64  # concurrent requests; the server queues those that do not fit
 COMMAND = "VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL --worker-extension-cls {}"
 START = COMMAND.format("agents.engines.vllm.worker.PolicyWeights")
 
 
 class VLLMServer:
-    """A `vllm serve` that somebody started; see `agents.engines.vllm.engine.VLLMEngine` for the arguments.
+    """Client of a running `vllm serve`.
 
-    A request that gets no answer, or one of a server in trouble, is tried again; other errors are not.
+    Requests are retried if there is no answer, or if the answer is an error caused by the server's state. Other errors are
+    raised immediately. `agents.engines.vllm.engine.VLLMEngine` documents the arguments.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class VLLMServer:
         self._gave_up = threading.Event()
 
     def open(self, policy: LanguagePolicy, rules: Rules) -> None:
-        """Find out which model is served.
+        """Get the name of the served model.
 
         Raises:
-            ConnectionError: If nobody answers.
-            ValueError: If another model is served, or it is no vLLM server.
+            ConnectionError: If the server does not answer.
+            ValueError: If the server does not serve the requested model, or is not a vLLM server.
         """
         answer = self._ask("/v1/models")
         names = [entry.get("id") for entry in answer.get("data", [])]
@@ -66,53 +67,53 @@ class VLLMServer:
         self._model = names[0] if self.wanted is None else self.wanted
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of the workers.
+        """Call a method of every worker.
 
         Raises:
-            ValueError: If the server was not started for this.
+            ValueError: If the server was started without dev mode or without the worker extension.
         """
         return list(self._ask("/collective_rpc", {"method": method, "args": list(args)})["results"])
 
     def take(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """Send weights."""
+        """Send weights to the server."""
         text = base64.b64encode(save({name: tensor.contiguous() for name, tensor in tensors})).decode()
         self.call("llm_env_take_text", text)
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix cache.
+        """Reset the prefix cache.
 
         Raises:
-            RuntimeError: If it is in use.
+            RuntimeError: If a request is using the prefix cache.
         """
         if not self._ask("/reset_prefix_cache", {}).get("success"):
             raise RuntimeError(f"the prefix cache of {self.url} is in use and was not emptied: another run has requests there")
 
     def complete(self, requests: list[dict[str, Any]]) -> list[list[tuple[list[int], list[float]]]]:
-        """Return token ids and their log-probs: for each request `n` responses."""
+        """Generate `n` responses per request; return token ids and log-probs of each."""
         self._gave_up.clear()
         with ThreadPoolExecutor(TOGETHER) as threads:
             try:
                 return list(threads.map(self._complete, requests))
             except BaseException:
-                self._gave_up.set()  # the others need not wait for a server that is gone
+                self._gave_up.set()  # stops the retries of the other requests
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _complete(self, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
-        # Not without the texts: some versions look for stop strings in them only where they are asked for.
+        # Texts are requested, too: some versions look for stop strings only if they return texts.
         answer = self._ask("/v1/completions", {**request, "model": self._model, "return_token_ids": True})
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
     def close(self) -> None:
-        """Nothing: the server is its starter's."""
+        """Do nothing: the server keeps running."""
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the server's answer to a GET, or to a POST of `body`.
+        """Send a GET request, or a POST request with `body`; return the decoded JSON.
 
         Raises:
-            ConnectionError: If none came, as often as it was tried.
-            ValueError: If the server refused, or what it said is no JSON.
+            ConnectionError: If all attempts failed.
+            ValueError: If the server rejects the request, or its answer is not a JSON object.
         """
         data = None if body is None else json.dumps(body).encode()
         problem: Exception | str = ""
@@ -133,11 +134,11 @@ class VLLMServer:
             except (OSError, http.client.HTTPException) as error:
                 problem = error
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{self.url}{path} answered what is not vLLM's: {error}; is it a vLLM server?") from error
+                raise ValueError(f"{self.url}{path} gave an invalid answer: {error}; is it a vLLM server?") from error
         raise ConnectionError(
             f"{self.url}{path} gave no answer in {self.attempts} attempts ({problem}). Start the server again, or give the "
-            "agent another with agent.set_engine('vllm', {'base_url': ...}). The rollout under way does not count, and the "
-            "agent can be saved"
+            "agent another with agent.set_engine('vllm', {'base_url': ...}). The current rollout is discarded, and the agent "
+            "can be saved"
         )
 
     def _refusal(self, path: str, code: int, said: str) -> str:
@@ -148,5 +149,13 @@ class VLLMServer:
 
 
 def in_trouble(path: str, code: int, said: str) -> bool:
-    """Return whether an error is the server's state, rather than what was asked: a worker's own errors are 500 as well."""
+    """Return whether an HTTP error is caused by the server's state, not by the request.
+
+    Errors raised by a worker method have code 500, too, and are not retried unless the engine has died.
+
+    Args:
+        path: path of the request.
+        code: HTTP status code.
+        said: text of the answer.
+    """
     return code > 500 or (code == 500 and (path != "/collective_rpc" or "EngineDead" in said or "EngineCore" in said))

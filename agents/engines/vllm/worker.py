@@ -1,7 +1,8 @@
-"""What a vLLM worker needs besides its own: a model whose weights can be replaced, and the log-probs that training wants.
+"""vLLM worker extension: replaceable weights, and log-probs for training.
 
-vLLM imports this module where it was told to, before it loads the model: `--worker-extension-cls
-agents.engines.vllm.worker.PolicyWeights`. Nothing else may import it, for it changes how vLLM's linear layers compute on a CPU.
+vLLM imports this module before it loads the model, because of `--worker-extension-cls
+agents.engines.vllm.worker.PolicyWeights`. Do not import it elsewhere: the import changes how vLLM's linear layers compute on a
+CPU.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from vllm.v1.sample.sampler import Sampler
 
 
 def keep_weight(layer: Any, remove_weight: bool) -> None:
-    """Let a linear layer compute with its weight as it stands.
+    """Make a linear layer compute with its unpacked weight.
 
-    On a CPU vLLM packs the weight into a copy, and discards the weight. Then there is nothing left to load
-    into, and whoever packs anew does not reach a graph that was compiled with the first copy.
+    On a CPU, vLLM packs the weight into a copy and discards the original. Then no weight is left to update, and packing again
+    does not update a graph that was compiled with the first copy.
     """
     layer.cpu_linear = torch.nn.functional.linear
 
@@ -30,9 +31,12 @@ if hasattr(layer_utils, "dispatch_cpu_unquantized_gemm"):
 
 
 class PolicySampler(Sampler):
-    """vLLM's sampler, restricted to the first `vocab_size` ids, whose log-probs are those of the whole tempered distribution.
+    """Sampler with log-probs after temperature and before top-k, top-p and min-p.
 
-    vLLM's own are either untempered ("raw_logprobs") or those of what top-k, top-p and min-p leave ("processed_logprobs").
+    vLLM offers log-probs only before temperature ("raw_logprobs") or after all truncation ("processed_logprobs").
+
+    Args:
+        vocab_size: only token ids below this are sampled.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -41,31 +45,40 @@ class PolicySampler(Sampler):
         self._whole: Tensor | None = None
 
     def forward(self, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Draw from logits (B, V): see vLLM's `Sampler`."""
+        """Sample from logits (B, V); see vLLM's `Sampler`."""
         logits[:, self.vocab_size :] = -torch.inf
         return super().forward(logits, *args, **kwargs)
 
     def apply_temperature(self, logits: Tensor, temp: Tensor, all_random: bool) -> Tensor:
-        """Divide the logits by the temperature, and keep what that gives: min-p, top-k and top-p come after it."""
+        """Divide the logits by the temperature, and store the log-probs.
+
+        vLLM applies min-p, top-k and top-p after this method.
+        """
         logits = super().apply_temperature(logits, temp, all_random)
         self._whole = self.compute_logprobs(logits)
         return logits
 
     def sample(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B,) and the log-probs (B, V) of what they were drawn from."""
+        """Sample tokens (B,); return them and log-probs (B, V) before truncation."""
         self._whole = None
         tokens, processed = super().sample(*args, **kwargs)
         return tokens, processed if self._whole is None else self._whole
 
 
 class PolicyWeights:
-    """Methods that vLLM mixes into its worker, for `collective_rpc`; over HTTP, arguments are strings and whole numbers."""
+    """Worker methods for `collective_rpc`; vLLM mixes this class into its worker.
+
+    Over HTTP, the arguments must be strings or integers.
+    """
 
     model_runner: Any
     _llm_env_version: str | None = None
 
     def llm_env_begin(self, vocab_size: int) -> dict[str, Any]:
-        """Draw among the first `vocab_size` ids from here on; what model this is: its config's entries, dtype and length."""
+        """Install `PolicySampler`; return the model's config, dtype and maximum length.
+
+        Returns a dict with `error` if the worker's sampler cannot be replaced.
+        """
         if not isinstance(self.model_runner.sampler, Sampler):
             return {"error": f"its sampler is a {type(self.model_runner.sampler).__qualname__}"}
         self.model_runner.sampler = PolicySampler(vocab_size)
@@ -74,19 +87,23 @@ class PolicyWeights:
         return {"config": plain, "dtype": str(config.dtype), "max_model_len": config.max_model_len}
 
     def llm_env_take(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """Copy some of the weights, by their names in transformers, into the model that is running."""
+        """Copy weights, named as in transformers, into the running model."""
         self._llm_env_version = None
         if not hasattr(self, "_llm_env_taken"):
             self._llm_env_taken: set[str] = set()
         self._llm_env_taken |= self.model_runner.get_model().load_weights(iter(tensors))
 
     def llm_env_take_text(self, text: str) -> None:
-        """`llm_env_take` of a safetensors file in base64."""
+        """Call `llm_env_take` with the contents of a safetensors file in base64."""
         self.llm_env_take(list(load(base64.b64decode(text)).items()))
 
     def llm_env_commit(self, version: str) -> dict[str, Any]:
-        """End an update of the weights, and name it; return which parameters it did not reach."""
-        if version == self._llm_env_version:  # asked again by somebody who did not get the answer
+        """Finish a weight update; return the parameters that received no weights.
+
+        Args:
+            version: name of the update; see `llm_env_version`.
+        """
+        if version == self._llm_env_version:  # a retried request, whose first answer was lost
             return {"missing": []}
         names = {name for name, _ in self.model_runner.get_model().named_parameters()}
         missing = sorted(names - self.__dict__.pop("_llm_env_taken", set()))
@@ -94,5 +111,8 @@ class PolicyWeights:
         return {"missing": missing}
 
     def llm_env_version(self) -> dict[str, Any]:
-        """Return the name of the last push; None where there was none, or one was not ended."""
+        """Return the version of the last finished weight update.
+
+        The version is None if there was no update, or an update has not been finished.
+        """
         return {"version": self._llm_env_version}
