@@ -56,7 +56,7 @@ class VLLM(Protocol):
 
 
 class VLLMEngine:
-    """Engine that generates responses with vLLM (0.32 or newer).
+    r"""Engine that generates responses with vLLM (0.32 or newer).
 
     Prompts and responses are passed as token ids. Log-probs are those of the whole distribution after temperature, before
     top-k, top-p and min-p.
@@ -65,7 +65,7 @@ class VLLMEngine:
     worker extension `agents.engines.vllm.worker.PolicyWeights`, which also keeps the weights of a CPU model replaceable. Start
     it on a machine where this package is installed:
 
-        VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL \\
+        VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL \
             --worker-extension-cls agents.engines.vllm.worker.PolicyWeights
 
     MODEL must have the policy's architecture and shapes; its weights are replaced. In dev mode, anyone who can reach the server
@@ -281,8 +281,8 @@ def extend(
 def chunks_of(policy: LanguagePolicy, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the language model's weights in chunks of (name, tensor) pairs.
 
-    Adapters are merged, names are those in checkpoints, and floating-point weights are converted to `dtype`. A chunk has at most
-    `CHUNK` bytes, or a single weight.
+    Adapters are merged, names are those in checkpoints, and floating-point weights are converted to `dtype`. A chunk has at
+    most `CHUNK` bytes, or a single weight.
     """
     chunk: list[tuple[str, Tensor]] = []
     size = 0

@@ -82,8 +82,8 @@ class LocalVLLM:
             except Exception as error:
                 raise ValueError(
                     f"vLLM refuses the {type(policy.lm).__name__} in {wanted['dtype']}, with {self.settings}: {error}. What it "
-                    "supports is listed at https://docs.vllm.ai/en/latest/models/supported_models/. Without engine=, the policy "
-                    "generates its own responses"
+                    "supports is listed at https://docs.vllm.ai/en/latest/models/supported_models/. Without engine=, the "
+                    "policy generates its own responses"
                 ) from error
         self._serves = serves
 
