@@ -5,6 +5,10 @@ import pytest
 import torch
 
 from agents import GRPO, PPO, REINFORCE
+from agents.advantages import gae, gae_turns, normalize
+from agents.losses import ratio, turn_weights
+from agents.ppo import bootstraps
+from agents.rollout import from_episodes
 from llm_env import TextGenerationEnv
 from tests import slow
 from tests.conftest import make_model, make_tokenizer
@@ -232,3 +236,133 @@ def _distributions(agent, rollout):
         logits = agent.policy.lm(torch.tensor([[*prompt, *response]])).logits[0].double()
         for t in np.flatnonzero(turns >= 0):
             yield logits[len(prompt) - 1 + t].softmax(-1).tolist()
+
+
+# --- credit, by hand -------------------------------------------------------------------------------------------------------
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+TURNS = torch.tensor([[0, 0, -1, -1, 1, -1, 2, 2], [0, -1, 1, 1, -1, -1, -1, -1], [0, 0, 0, -1, -1, -1, -1, -1]])
+
+
+def test_gae_over_turns_by_hand():
+    """gamma 0.5, lambda 0.5. R = 1, 2, 4 with V = 1, 2, 8 in the first row: delta 1, 4, -4; A_2 = -4, A_1 = 3, A_0 = 1.75."""
+    rewards = tensor([0.5, 0.5, 0, 0, 2, 0, 1, 3], [1, 0, -1, 0, 0, 0, 0, 0], [0, 0, 3, 0, 0, 0, 0, 0])
+    values = tensor([1, 99, 99, 99, 2, 99, 8, 99], [2, 99, 4, 99, 99, 99, 99, 99], [5, 99, 99, 99, 99, 99, 99, 99])
+    last = tensor(0, 6, 0).flatten()  # the second row goes on: delta_1 = -1 + 3 - 4 = -2, delta_0 = 1 + 2 - 2 = 1
+    advantages, returns = gae_turns(rewards, values, TURNS, 0.5, 0.5, last)
+    expected = [[1.75, 1.75, 0, 0, 3, 0, -4, -4], [0.5, 0, -2, -2, 0, 0, 0, 0], [-2, -2, -2, 0, 0, 0, 0, 0]]
+    assert advantages.tolist() == expected
+    assert returns.tolist() == [[2.75, 2.75, 0, 0, 5, 0, 4, 4], [2.5, 0, 2, 2, 0, 0, 0, 0], [3, 3, 3, 0, 0, 0, 0, 0]]
+    one_turn, _ = gae_turns(rewards[2:], values[2:], TURNS[2:], 0.9, 0.3)
+    assert one_turn.tolist() == [[-2, -2, -2, 0, 0, 0, 0, 0]]  # A = R - V(prompt)
+
+
+def test_turns_of_one_token_are_tokens():
+    rng = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 6, generator=rng)
+    turns = torch.tensor([[0, -1, 1, -1, 2, -1], [0, 1, -1, -1, -1, -1], [0, 1, 2, 3, 4, 5]])
+    mask = (turns >= 0).float()
+    for got, expected in zip(
+        gae_turns(rewards * mask, values, turns, 0.9, 0.7), gae(rewards * mask, values, mask, 0.9, 0.7), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_weights_move_to_the_first_action_of_a_turn():
+    weights = (TURNS >= 0).double() / 10
+    moved = turn_weights(weights, TURNS)
+    torch.testing.assert_close(moved, tensor([2, 0, 0, 0, 1, 0, 2, 0], [1, 0, 2, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0, 0, 0]) / 10)
+    assert normalize(
+        tensor([1, 1, 1, 0], [3, 0, 0, 0]), tensor([1, 1, 1, 0], [1, 0, 0, 0]), tensor([1, 0, 0, 0], [1, 0, 0, 0])
+    )[:, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])  # mean 2, std 2 ** 0.5: every turn counts once
+
+
+def test_ratios_of_turns_by_hand():
+    logp = torch.log(tensor([0.2, 0.8, 1, 1, 0.5, 1, 0.9, 0.1], [0.5, 1, 0.5, 0.5, 1, 1, 1, 1], [0.1, 0.1, 0.8, 1, 1, 1, 1, 1]))
+    old = torch.full_like(logp, np.log(0.4))
+    got = ratio(logp, old, (TURNS >= 0).double(), "turn", TURNS)[TURNS >= 0]
+    geometric = [1, 1, 1.25, 0.75, 0.75, 1.25, 1.25, 1.25, 0.5, 0.5, 0.5]  # sqrt(.5 * 2), 1.25, sqrt(2.25 * .25); ...
+    assert got.tolist() == pytest.approx(geometric)
+    sequence = ratio(logp[2:], old[2:], (TURNS[2:] >= 0).double(), "sequence")[TURNS[2:] >= 0]
+    assert sequence.tolist() == pytest.approx([0.5] * 3)  # one turn is a sequence
+
+
+def episode(turns, rewards, info, observation=1):
+    """An episode of turns of two tokens, each paid at its second one."""
+    turn_ids = [i for k in range(turns) for i in ([k, k] + [-1] * observation)][: None if observation == 0 else -observation]
+    paid = [0.0] * len(turn_ids)
+    for k, reward in enumerate(rewards):
+        paid[k * (2 + observation) + 1] = reward
+    ends = [k * (2 + observation) + 1 for k in range(turns)]
+    return turn_ids, paid, {"step_ends": ends, **info}
+
+
+def rollout_of(*episodes, group_size=1, truncated=None):
+    turn_ids, rewards, infos = zip(*episodes, strict=True)
+    responses = [[3] * len(row) for row in turn_ids]
+    zeros = [[0.0] * len(row) for row in turn_ids]
+    truncated = [False] * len(responses) if truncated is None else truncated
+    return from_episodes(
+        [[3]] * len(responses), responses, rewards, zeros, None, truncated, list(infos), group_size, "cpu", turn_ids
+    )
+
+
+def test_process_supervision_of_episodes_of_one_two_and_three_turns_by_hand():
+    """Six steps, pooled: 1 | 0, 1 | 0, 0, 1. Mean 0.5, std (Bessel) 0.5477: a step of 1 is +0.9127, of 0 is -0.9127.
+
+    An episode's first token has their sum: 0.9127, 0 and -0.9127. All three succeed, and longer ones score lower.
+    """
+    agent = make_agent(GRPO, supervision="process", group_size=3)
+    rollout = rollout_of(episode(1, [1.0], {}), episode(2, [0.0, 1.0], {}), episode(3, [0.0, 0.0, 1.0], {}), group_size=3)
+    agent.compute_advantages(rollout)
+    one = 0.5 / (0.3**0.5 + 1e-4)
+    expected = [
+        [one, one, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, one, one, 0, 0, 0],
+        [-one, -one, 0, 0, 0, 0, one, one],
+    ]
+    torch.testing.assert_close(rollout.advantages.double(), tensor(*expected))
+    mostly_unpaid = [episode(3, [0.0, 0.0, 1.0], {}), episode(2, [0.0, 1.0], {}), episode(1, [0.0], {})]
+    with pytest.warns(UserWarning, match="67% of the steps pay 0"):
+        agent.compute_advantages(rollout_of(*mostly_unpaid, group_size=3))
+
+
+CAUSES = ["env", "max_turns", "max_episode_tokens", "turn_limit"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "has_reward", "expected"),
+    [
+        (None, False, [True, True, False, False]),
+        (None, True, [True, False, False, False]),
+        (True, False, [True] * 4),
+        (False, False, [False] * 4),
+    ],
+)
+def test_which_truncations_are_bootstrapped(setting, has_reward, expected):
+    extra = {"reward/env": 0.0} | ({"reward/mine": 0.0} if has_reward else {})
+    episodes = [episode(1, [0.0], {"truncated_by": cause, "final_observation_fits": True, **extra}) for cause in CAUSES]
+    unfit = [episode(1, [0.0], {"truncated_by": "env", "final_observation_fits": False, **extra})]
+    rollout = rollout_of(*episodes, *unfit, episode(1, [0.0], extra), truncated=[True] * 5 + [False])
+    assert bootstraps(rollout, setting).tolist() == [*expected, False, False]
+
+
+@pytest.mark.parametrize("level", ["token", "turn"])
+def test_bootstrap_after_a_truncation_by_hand(level):
+    """gamma 0.5, lambda 0: the last turn's last decision has 1 + 0.5 * V(after) - V, V(after) = 4."""
+    agent = make_agent(PPO, gamma=0.5, gae_lambda=0.0, gae_level=level, normalize_advantage=False)
+    info = {"truncated_by": "env", "final_observation_fits": True}
+    rollout = rollout_of(
+        episode(2, [0.0, 1.0], info), episode(2, [0.0, 1.0], {**info, "final_observation_fits": False}), truncated=[True, True]
+    )
+    rollout.old_values = torch.tensor([[1.0, 2.0, 9.0, 3.0, 5.0]] * 2)
+    rollout.last_values = torch.tensor([4.0, 4.0])
+    agent.compute_advantages(rollout)
+    # by token: 0.5 * 2 - 1, 0.5 * 3 - 2, 0.5 * 5 - 3, 1 + 0.5 * 4 - 5; by turn: 0.5 * 3 - 1, 1 + 0.5 * 4 - 3
+    expected = {"token": [0.0, -0.5, 0.0, -0.5, -2.0], "turn": [0.5, 0.5, 0.0, 0.0, 0.0]}[level]
+    unfit = {"token": [0.0, -0.5, 0.0, -0.5, -4.0], "turn": [0.5, 0.5, 0.0, -2.0, -2.0]}[level]
+    assert rollout.advantages.tolist() == [expected, unfit]
