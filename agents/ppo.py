@@ -17,7 +17,7 @@ from agents.policy import Evaluation
 from agents.rollout import Rollout
 from agents.training.objective import LossTerms, Statistics
 from agents.validation import check_choice, check_numbers
-from llm_env.rules import ENV_REWARD
+from llm_env.rewards import ENV_REWARD
 
 GAE_LEVELS = ("token", "turn")
 
@@ -46,9 +46,10 @@ class PPO(LanguageAgent):
             Where the policy is an adapter, V has a second adapter on the same base. The head is always trained in full.
         target_kl: stop a rollout's passes once approx_kl is over 1.5 times this; None for never.
         bootstrap_truncated: add gamma * V of the state after the last token to truncated episodes, as SB3 does. None (default)
-            does so for episodes that a text env truncated, and for those that `max_turns` truncated without a reward function:
-            nothing was paid for their end. Length limits are ends by default, because the score was paid. V is 0 where the last
-            observation did not fit.
+            does so for episodes that a text env truncated; and with `gamma` below 1 for those that `max_turns` truncated, if no
+            reward function was paid at their end. With `gamma=1` the latter would teach that playing on is as good as winning:
+            the value of an episode that never ends would be its own target. Length limits are ends by default, because the
+            score was paid. V is 0 where the last observation did not fit.
         aggregation: how token losses become one number; see `agents.losses.token_weights`.
         common: see `LanguageAgent`.
     """
@@ -98,7 +99,7 @@ class PPO(LanguageAgent):
     def compute_advantages(self, rollout: Rollout) -> None:
         """Compute GAE over action tokens or turns. The values' targets are computed before advantages are normalized."""
         assert rollout.old_values is not None and rollout.last_values is not None
-        last = torch.where(bootstraps(rollout, self.bootstrap_truncated), rollout.last_values, 0.0)
+        last = torch.where(bootstraps(rollout, self.bootstrap_truncated, self.gamma), rollout.last_values, 0.0)
         counted = rollout.mask
         if self.gae_level == "token":
             advantages, rollout.returns = gae(
@@ -138,20 +139,20 @@ class PPO(LanguageAgent):
         return self.target_kl is not None and statistics["approx_kl"] > 1.5 * self.target_kl
 
 
-def bootstraps(rollout: Rollout, bootstrap_truncated: bool | None) -> Tensor:
+def bootstraps(rollout: Rollout, bootstrap_truncated: bool | None, gamma: float) -> Tensor:
     """Return whether V of the state after the last token continues an episode's return, (B,) bool; see `PPO`.
 
     Args:
         rollout: the episodes, with their last infos.
         bootstrap_truncated: True for all truncated episodes, False for none. None for those that a text env truncated, and
-            those that `max_turns` truncated if no reward function was paid at their end.
+            with `gamma` below 1 for those that `max_turns` truncated, if no reward function was paid at their end.
+        gamma: discount factor.
     """
     wanted = []
     for info in rollout.infos:
         cause = info.get("truncated_by")
-        paid_at_end = any(key.startswith("reward/") and key != f"reward/{ENV_REWARD}" for key in info)
-        by_default = cause == "env" or (cause == "max_turns" and not paid_at_end)
-        wanted.append(
-            (by_default if bootstrap_truncated is None else bootstrap_truncated) and info.get("final_observation_fits", True)
-        )
+        is_paid_at_end = any(key.startswith("reward/") and key != f"reward/{ENV_REWARD}" for key in info)
+        by_default = cause == "env" or (cause == "max_turns" and gamma < 1 and not is_paid_at_end)
+        is_wanted = by_default if bootstrap_truncated is None else bootstrap_truncated
+        wanted.append(is_wanted and info.get("final_observation_fits", True))
     return torch.tensor(wanted, device=rollout.truncated.device) & rollout.truncated

@@ -16,8 +16,8 @@ import numpy as np
 from llm_env.dialogue.text_env import Sessions, Transition, as_messages, env_scores
 from llm_env.observations import observe
 from llm_env.prompts import TaskTable
-from llm_env.rewards import NOTES, Scores
-from llm_env.rules import ENV_REWARD, Rules
+from llm_env.rewards import ENV_REWARD, NOTES, Scores
+from llm_env.rules import Rules
 
 
 @dataclass

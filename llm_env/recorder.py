@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_env.prompts import read_jsonl
-from llm_env.rewards import RewardFunction, RewardSum
+from llm_env.rewards import ENV_REWARD, RewardFunction, RewardSum
 
 logger = logging.getLogger("llm_env")
 
@@ -37,6 +37,9 @@ class Recorder:
     - `score`: rewards plus end penalties, without a KL penalty.
     - `terminated`, `truncated`: how the episode ended.
     - `logprobs`, `ref_logprobs`: one value per completion token, in nats; null if not known.
+
+    With a text env, `completion` is a list of messages, `completion_ids` has turns and observations up to the last action,
+    `turn_ids` has the turn of each of them (-1 for tokens of the env), and log-probs are those of actions.
 
     The keys `is_success`, `reward_error`, `metric/<name>` and `extra/<column>` are added if the episode's last info has them.
 
@@ -142,7 +145,8 @@ def rescore(
         out: the file for the new records; an existing file is replaced. None, the default, writes no file.
 
     Returns:
-        The records with new `components` and `score`. End penalties are not applied. `is_success` and the `reward_error` of
+        The records with new `components` and `score`. Rewards of a text env (the component `env`) are kept. End penalties are
+        not applied. `is_success` and the `reward_error` of
         the recorded reward are removed.
 
     Raises:
@@ -175,7 +179,11 @@ def rescore(
         scores = rewards(prompts, completions, ids, columns, [str(r.get("prompt_text", r["prompt"])) for r in batch])
         for i, record in enumerate(batch):
             components = {name: float(v[i]) for name, v in scores.components.items() if np.isfinite(v[i])}
-            new = {**record, "components": components, "score": float(scores.total[i])}
+            score = float(scores.total[i])
+            if "turn_ids" in record:  # of a text env
+                components[ENV_REWARD] = record["components"][ENV_REWARD]
+                score += components[ENV_REWARD]
+            new = {**record, "components": components, "score": score}
             new.pop("reward_error", None)
             new.pop("is_success", None)
             scored.append({**new, "reward_error": scores.errors[i]} if i in scores.errors else new)

@@ -21,7 +21,7 @@ from llm_env.observations import FORMS
 from llm_env.penalties import EndPenalties
 from llm_env.prompts import PromptTable, TaskTable
 from llm_env.recorder import Recorder
-from llm_env.rewards import RewardFunction, RewardSum
+from llm_env.rewards import ENV_REWARD, RewardFunction, RewardSum
 from llm_env.stops import StopStrings, special_tokens
 from llm_env.tokenization import decode, encode_texts, vocabulary_size
 
@@ -32,7 +32,6 @@ logger = logging.getLogger("llm_env")
 
 DEFAULT_MAX_TURNS = 8  # with a text env
 TURN_LIMITS = ("truncate", "continue")
-ENV_REWARD = "env"  # the reward component of a text env
 
 
 class _CommonOptions(TypedDict, total=False):

@@ -335,20 +335,21 @@ CAUSES = ["env", "max_turns", "max_episode_tokens", "turn_limit"]
 
 
 @pytest.mark.parametrize(
-    ("setting", "has_reward", "expected"),
+    ("setting", "has_reward", "gamma", "expected"),
     [
-        (None, False, [True, True, False, False]),
-        (None, True, [True, False, False, False]),
-        (True, False, [True] * 4),
-        (False, False, [False] * 4),
+        (None, False, 0.9, [True, True, False, False]),
+        (None, False, 1.0, [True, False, False, False]),
+        (None, True, 0.9, [True, False, False, False]),
+        (True, False, 1.0, [True] * 4),
+        (False, False, 0.9, [False] * 4),
     ],
 )
-def test_which_truncations_are_bootstrapped(setting, has_reward, expected):
+def test_which_truncations_are_bootstrapped(setting, has_reward, gamma, expected):
     extra = {"reward/env": 0.0} | ({"reward/mine": 0.0} if has_reward else {})
     episodes = [episode(1, [0.0], {"truncated_by": cause, "final_observation_fits": True, **extra}) for cause in CAUSES]
     unfit = [episode(1, [0.0], {"truncated_by": "env", "final_observation_fits": False, **extra})]
     rollout = rollout_of(*episodes, *unfit, episode(1, [0.0], extra), truncated=[True] * 5 + [False])
-    assert bootstraps(rollout, setting).tolist() == [*expected, False, False]
+    assert bootstraps(rollout, setting, gamma).tolist() == [*expected, False, False]
 
 
 @pytest.mark.parametrize("level", ["token", "turn"])

@@ -154,9 +154,16 @@ def planned(prompts, lengths, budget=None, size=None, shares=True):
     lm = make_model("llama", 16) if shares else BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2))
     policy = SimpleNamespace(prefix_sharing="auto", lm=lm)
     trainer = Trainer(
-        policy, None, SINGLE_PROCESS, None, None, None, micro_batch_size=size, max_tokens_per_batch=budget or NO_BOUND
+        policy,
+        None,
+        SINGLE_PROCESS,
+        None,
+        None,
+        SimpleNamespace(text_env=None),
+        micro_batch_size=size,
+        max_tokens_per_batch=budget or NO_BOUND,
     )
-    rollout = SimpleNamespace(prompts=prompts, lengths=np.array(lengths), turn_lists=None, group_size=1)
+    rollout = SimpleNamespace(prompts=prompts, lengths=np.array(lengths))
     parts = trainer.micro_batches(rollout, np.arange(len(prompts)))
     assert sorted(row for part in parts for row in part) == list(range(len(prompts)))
     return parts

@@ -214,7 +214,8 @@ class Trainer:
         """
         lengths, prompts = rollout.lengths[rows].tolist(), [rollout.prompts[row] for row in rows]
         most = min(self.micro_batch_size or len(rows), max_rows or len(rows))
-        groups = None if rollout.turn_lists is None else [int(row) // rollout.group_size for row in rows]
+        # First observations of different tasks are often equal: prompts alone would make one group of a whole rollout.
+        groups = None if self.rules.text_env is None else [int(row) // rollout.group_size for row in rows]
         parts = micro_batches(
             self.policy.lm, prompts, lengths, most, self.max_tokens_per_batch, self.policy.prefix_sharing, groups
         )

@@ -3,7 +3,8 @@
 A reward function is any callable `f(prompts, completions, **columns) -> list[float]`. All arguments are passed by keyword:
 
 - `prompts`, `completions`: lists of length B. If a prompt is text, it and its completion are str. If it is a chat, the prompt
-  is its list of messages and the completion is `[{"role": "assistant", "content": ...}]`.
+  is its list of messages and the completion is `[{"role": "assistant", "content": ...}]`. With a text env, a completion is the
+  list of all messages after the prompt: the assistant's turns, and the observations between them.
 - `completion_ids`: B lists of token ids.
 - every column of the prompts: a list of B values.
 - `prompt_texts`: the prompts as text, with chats rendered by the chat template. Passed only if the signature names it.
@@ -22,9 +23,20 @@ from llm_env.rewards.answers import final_answer, parse_number
 from llm_env.rewards.functions import exact_match, math_answer, numeric_answer
 from llm_env.rewards.pool import PooledReward
 from llm_env.rewards.reward_check import check_reward
-from llm_env.rewards.sums import EXTRA, METRIC, NOTES, RewardFunction, RewardSum, Scores, TrainerState, process_reward
+from llm_env.rewards.sums import (
+    ENV_REWARD,
+    EXTRA,
+    METRIC,
+    NOTES,
+    RewardFunction,
+    RewardSum,
+    Scores,
+    TrainerState,
+    process_reward,
+)
 
 __all__ = [
+    "ENV_REWARD",
     "EXTRA",
     "METRIC",
     "NOTES",

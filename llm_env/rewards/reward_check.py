@@ -32,6 +32,7 @@ class RewardTask(Protocol):
     tokenizer: Any
     eos_id: int
     max_new_tokens: int
+    text_env: Any
 
 
 def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, threads: int = 4, quiet: bool = False) -> Report:
@@ -60,7 +61,7 @@ def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, thr
 
     Raises:
         TypeError: If `env` is not a text env.
-        ValueError: If `n` or `threads` is less than 1, or there is no column `gold`.
+        ValueError: If `n` or `threads` is less than 1, there is no column `gold`, or the env is made from a text env.
 
     Examples:
         >>> import llm_env
@@ -91,6 +92,10 @@ def check_reward(env: Any, *, gold: Gold = None, n: int = 64, seed: int = 0, thr
     if n < 1 or threads < 1:
         raise ValueError(f"n={n} and threads={threads} must be at least 1")
     rules = _rules(env)
+    if rules.text_env is not None:
+        raise ValueError(
+            "check_reward makes up single answers; a text env pays its own turns. Check its reward functions alone"
+        )
     rng = np.random.default_rng(seed)
     golds = known_answers(rules.prompts, gold)
     indexes = choose_prompts(rules.prompts, golds, n, rng)

@@ -19,6 +19,7 @@ RewardFunction = Callable[..., Sequence[Value]]
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids")
 ON_REQUEST = ("prompt_texts",)  # passed only to functions whose signature names them
 NOT_A_BATCH = ("trainer_state", "log_extra", "log_metric")
+ENV_REWARD = "env"  # name of the reward component of a text env
 METRIC, EXTRA = NOTES = ("metric/", "extra/")  # prefixes of the info keys for `log_metric` and `log_extra`
 LARGEST = float(np.finfo(np.float32).max)
 NAME_LIMIT = 24  # SB3 truncates log keys to 36 characters and raises if two collide
