@@ -20,8 +20,10 @@ from agents import GRPO, PPO, REINFORCE
 from agents.distributed import communicator
 from agents.distributed.fsdp import full_params
 from agents.validation import check_processes
+from llm_env import TextGenerationEnv
 from tests.conftest import make_model, make_tokenizer
 from tests.probes import make_env
+from tests.text_envs import Letters
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = make_tokenizer("abcdefgh")
@@ -37,6 +39,9 @@ KINDS = {
     "PPO": (PPO, {"batch_size": 19, "n_epochs": 2}),  # the last episode is one process's
     "PPO with a critic of its own": (PPO, {"batch_size": 10, "n_epochs": 1, "separate_critic": True}),
     "PPO with an adapter and a critic": (PPO, {"batch_size": 10, "separate_critic": True, "learning_rate": 0.1}),
+    "PPO, one step an epoch": (PPO, {"n_epochs": 2}),  # old log-probs are computed twice, and summed over the processes once
+    "PPO on turns": (PPO, {"gae_level": "turn", "batch_size": 10, "n_epochs": 2}),
+    "GRPO on turns": (GRPO, {"group_size": 4, "kl_coef": 0.1, "ratio_level": "turn"}),
     "REINFORCE by tokens": (REINFORCE, {"batch_size": 7}),
     "REINFORCE": (REINFORCE, {"batch_size": 10, "n_epochs": 2, "gradient_checkpointing": True}),
 }
@@ -76,6 +81,9 @@ def letters(completions, **kwargs):
 def make_text_env(kind="GRPO", reward=letters, **kwargs):
     shaping = {"kl_coef": 0.05} if KINDS[kind][0] is PPO else {}
     kwargs.setdefault("reference", "base" if "adapter" in kind else make_model("llama", len(TOKENIZER), seed=1, scale=2.0))
+    if "on turns" in kind:
+        limits = {"max_prompt_tokens": 4, "max_new_tokens": 3, "max_turns": 3, "max_observation_tokens": 4}
+        return TextGenerationEnv.from_text_env(Letters, TOKENIZER, **limits, **shaping, **kwargs)
     env = make_env(TOKENIZER, reward, tuple("abcdef"), **shaping, **kwargs)
     return TransformReward(env, float) if "by tokens" in kind else env
 
