@@ -1,4 +1,4 @@
-"""Which tokens may come next: one function for action masks, sampling and training, so that the ratio stays 1."""
+"""Constrained tokens: the same restriction for action masks, sampling, training and the reference."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ AllowedTokens = Callable[[list[int], list[int]], Any]
 
 
 class TokenConstraint:
-    """Which tokens may come next, as a function of the prompt and the response so far.
+    """The tokens that may come next, as a function of the context and the turn so far.
 
     Args:
-        allowed: token ids, or a (V,) bool array, for every state; or a function `f(prompt_ids, response_ids)` that returns
-            one of the two for a state. It must depend on its arguments alone: it is asked again in training. An end token
-            is allowed only where it is among them. None allows all.
-        min_new_tokens: no end token is allowed as one of the first `min_new_tokens` tokens. Stop strings still end.
+        allowed: token ids or a (V,) bool array, for every state; or a function `f(context_ids, turn_ids)` that returns one of
+            the two. The context is the prompt, and with a text env all earlier turns and observations. The function must
+            depend on its arguments only, because it is called again in training. End tokens are allowed only if they are
+            among the allowed tokens. None allows all tokens.
+        min_new_tokens: no end token is allowed among the first `min_new_tokens` tokens of a turn. Stop strings still end it.
         vocab_size: V.
-        eos_ids: the end tokens; a single one may be given as an int.
+        eos_ids: the end tokens, as ints; a single one may be an int.
 
     Raises:
-        ValueError, TypeError: If `allowed` holds no token, or what is no token id.
+        ValueError, TypeError: If `allowed` has no token, or something that is not a token id.
     """
 
     def __init__(self, allowed: Any, min_new_tokens: int, vocab_size: int, eos_ids: int | Collection[int]) -> None:
@@ -39,7 +40,7 @@ class TokenConstraint:
         self._kinds[1, self._eos_ids] = False
         if not self._always[self._eos_ids].any():
             names = ", ".join(map(str, self._eos_ids))
-            logger.warning("allowed_tokens is without the end token %s: only a stop string or the limit ends a response", names)
+            logger.warning("allowed_tokens does not have the end token %s: only a stop string or the limit ends a turn", names)
         if min_new_tokens and not self._kinds[1].any():
             raise ValueError(
                 f"min_new_tokens={min_new_tokens} forbids the end token, and allowed_tokens leaves no other; allow more tokens"
@@ -47,26 +48,26 @@ class TokenConstraint:
 
     @property
     def fixed(self) -> tuple[np.ndarray, int] | None:
-        """What is allowed everywhere, (V,) bool, and for how many tokens the end token is not; None if a function decides."""
+        """The allowed tokens, (V,) bool, and the minimum length; None if `allowed` is a function."""
         return None if self._function is not None else (self._always, self._min_new_tokens)
 
     def next(self, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
-        """(V,) bool, True for the tokens that may follow `response`.
+        """Return the tokens that may follow `response`, (V,) bool.
 
         Raises:
-            ValueError: If no token may.
+            ValueError: If no token is allowed.
         """
         return self.along(prompt, [*response, self._eos_ids[0]], len(response))[0]
 
     def masks(self, states: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
-        """`next` for B states (prompt, response so far): bool, (B, V), or (1, V) where it is the same for all."""
+        """Return `next` of B states (prompt, response so far): (B, V) bool, or (1, V) if it is the same for all."""
         if self._function is not None:
             return np.stack([self.next(*state) for state in states])
         held_back = np.array([len(response) < self._min_new_tokens for _, response in states], dtype=int)
         return self._kinds[held_back[:1] if (held_back == held_back[0]).all() else held_back]
 
     def along(self, prompt: Sequence[int], response: Sequence[int], begin: int = 0) -> np.ndarray:
-        """(n, V) bool, for each of the n tokens `response[begin:]` what might have stood in its place. Read-only."""
+        """Return the tokens that were allowed in place of each of the n tokens `response[begin:]`, (n, V) bool. Read-only."""
         if self._function is None:
             masks = np.broadcast_to(self._always, (len(response) - begin, self._vocab_size))
         else:

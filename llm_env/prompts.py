@@ -1,4 +1,4 @@
-"""Where prompts come from: lists, `.jsonl` files, datasets and procedural sources, in a seeded order and disjoint splits."""
+"""Prompts from lists, `.jsonl` files, datasets, procedural sources and text envs; splits, and the order of sampling."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ ENDLESS_SAMPLE = 256  # tasks that stand for all, if there is no end of them
 
 
 class PromptSource(ABC):
-    """Rows made on demand: row `i` is the same at every call, so that a split and a cursor can refer to it by its index."""
+    """Rows that are made on demand. Row `i` must be the same at every call."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return how many rows there are."""
+        """Return the number of rows."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Row:
-        """Row `index`: a dict with `prompt` (a str) or `messages` (a chat), and any columns for the reward functions."""
+        """Return row `index`: a dict with `prompt` (a str) or `messages` (a chat), and columns for the reward functions."""
 
     def __iter__(self) -> Iterator[Row]:
-        """All rows; a source need not raise at the end, which is what Python's own way through a sequence relies on."""
+        """Iterate over all rows. `__getitem__` need not raise an `IndexError` at the end."""
         return (self[index] for index in range(len(self)))
 
 
 def split_of(text: str) -> str:
-    """`"test"` for a tenth of all texts, else `"train"`: a property of the text (sha256), so the splits never overlap."""
+    """Return the split of a text: `"test"` for a tenth of all texts, else `"train"`, by its sha256 hash."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
 
 
 def check_split(split: str | None) -> None:
-    """Refuse what is neither a split nor None."""
+    """Raise if `split` is neither a split nor None."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split={split!r} must be 'train', 'test' or None")
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Return one JSON object a line.
+    """Read a file with one JSON object per line.
 
     Raises:
         ValueError: If a line is empty, is not JSON or is not an object; the message names file and line.
@@ -86,14 +86,14 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def as_rows(prompts: Any) -> Sequence[Row]:
-    """Normalize what a user may call prompts into a sequence of dict rows.
+    """Convert prompts to a sequence of dicts.
 
     Args:
-        prompts: list of str, list of dict, `PromptSource`, path of a `.jsonl` file, or anything with `len()` and integer
-            indexing that yields either (a Hugging Face `Dataset` or one of its columns).
+        prompts: a list of str, a list of dict, a `PromptSource`, the path of a `.jsonl` file, or anything with `len()` and
+            integer indexing that returns str or dict (a Hugging Face `Dataset` or one of its columns).
 
     Raises:
-        TypeError, ValueError: If it is none of these, or empty.
+        TypeError, ValueError: If `prompts` is none of these, or empty.
     """
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
@@ -130,7 +130,7 @@ def as_rows(prompts: Any) -> Sequence[Row]:
 
 
 def _why_no_rows(prompts: Any) -> str:
-    """Return what is wrong with something that is no sequence of rows, and the remedy, where that is known."""
+    """Return why a value is not a sequence of rows, with the remedy, if that is known; else an empty text."""
     if isinstance(prompts, dict) and prompts and all(hasattr(split, "column_names") for split in prompts.values()):
         return f" of the splits {list(prompts)}: pick one, prompts=dataset[{next(iter(prompts))!r}]"
     if hasattr(prompts, "__iter__") and not hasattr(prompts, "__len__"):
@@ -139,23 +139,23 @@ def _why_no_rows(prompts: Any) -> str:
 
 
 class PromptTable:
-    """Every prompt as the token ids the model will see, with its text and its columns.
+    """All prompts: token ids, text and columns.
 
     Args:
         prompts: see `as_rows`.
-        format: how rows become text and token ids; a tokenizer makes one with its own chat template.
-        max_prompt_tokens: the longest prompt allowed, in tokens.
-        split: `"train"` or `"test"` keeps the rows whose prompt `split_of` assigns there; None keeps all.
-        long_prompts: `"error"` refuses a longer prompt, `"drop"` leaves it out, counts it in `dropped` and logs it.
+        format: converts rows to text and token ids; or a tokenizer, whose chat template is used.
+        max_prompt_tokens: maximum length of a prompt, in tokens.
+        split: `"train"` or `"test"` keeps the rows that `split_of` assigns there; None keeps all.
+        long_prompts: `"error"` raises an error for longer prompts; `"drop"` drops and logs them.
 
     Attributes:
-        format: how rows become text and token ids.
-        ids: one int64 array a prompt.
-        texts: the prompts as text (chats as their template renders them).
-        messages: the chats as lists of messages; None where a prompt is text.
-        dropped: how many prompts were left out for their length.
-        columns: names of the columns, "prompt" aside, that any row has.
-        incomplete: for each column that some row lacks, the first such row.
+        format: converts rows to text and token ids.
+        ids: one int64 array per prompt.
+        texts: the prompts as text; chats as rendered by their template.
+        messages: for each prompt, the messages of a chat, or None for text.
+        dropped: number of prompts that were dropped for their length.
+        columns: names of all columns except "prompt".
+        incomplete: for each column that is missing in some row, the first such row.
     """
 
     def __init__(
@@ -242,7 +242,8 @@ class PromptTable:
     ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         """Return prompts, completions and columns as reward functions get them, in TRL's convention.
 
-        Text stays text. Of a chat the prompt is its messages, and the completion one message of the assistant's.
+        A text prompt and its completion are str. For a chat, the prompt is a list of messages, and the completion is a list
+        with one assistant message.
 
         Args:
             indexes: B indexes of prompts.
@@ -256,7 +257,7 @@ class PromptTable:
         return prompts, answers, columns
 
     def ids_of_text(self, text: str) -> list[int] | None:
-        """Return the ids of the chat that its template writes as `text`; None where no prompt is that chat."""
+        """Return the token ids of the chat that is rendered as `text`; None if no prompt is that chat."""
         if self._chats is None:
             self._chats = {self.texts[i]: i for i, messages in enumerate(self.messages) if messages is not None}
         index = self._chats.get(text)
@@ -266,7 +267,7 @@ class PromptTable:
         """Do nothing: a table holds no resources."""
 
     def row(self, index: int) -> Row:
-        """Return the columns of prompt `index` that it has, "prompt" aside."""
+        """Return the columns of prompt `index`, except "prompt"."""
         return {name: value for name, value in self._rows[self._kept[index]].items() if name != "prompt"}
 
     def _survey(self) -> tuple[list[str], dict[str, int]]:
@@ -434,14 +435,14 @@ def _template_columns(info: dict[str, Any]) -> dict[str, Any]:
 
 
 class PromptCursor:
-    """Draws indexes of prompts in shuffled order, each once before any is repeated.
+    """Draws indexes of prompts in shuffled order: each once before any is repeated.
 
-    This is a Fisher-Yates shuffle that stores moved indexes only, so that a cursor over a million prompts needs no memory
-    until it is used. From `ENDLESS` prompts on, indexes are drawn independently.
+    A Fisher-Yates shuffle that stores only the indexes that were moved. With `ENDLESS` prompts or more, indexes are drawn
+    independently.
 
     Args:
         size: n, the number of prompts.
-        rng: returns the current generator of the env that owns the cursor; the order depends on its stream only.
+        rng: returns the current random generator of the env that owns the cursor.
         contains: whether an index has a prompt; others are skipped. Needed for `ENDLESS` indexes only.
     """
 
@@ -459,7 +460,7 @@ class PromptCursor:
         return cls(len(prompts), rng, prompts.contains)
 
     def restart(self) -> None:
-        """Forget what was drawn: the next index begins a new shuffle."""
+        """Start a new shuffle with the next index."""
         self._drawn = 0
         self._moved: dict[int, int] = {}
 
@@ -479,14 +480,14 @@ class PromptCursor:
         return index
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the order, for `load_state_dict`; the env keeps the generator's state."""
+        """Return the state of the shuffle, for `load_state_dict`. The state of the generator is not included."""
         return {"size": self._size, "drawn": self._drawn, "moved": dict(self._moved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue where `state_dict` was called.
 
         Raises:
-            ValueError: If the state belongs to another number of prompts.
+            ValueError: If the state is of another number of prompts.
         """
         if state["size"] != self._size:
             raise ValueError(f"the saved cursor runs over {state['size']} prompts, this env has {self._size}")

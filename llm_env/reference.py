@@ -1,6 +1,6 @@
-"""The reference policy: log pi_ref of action tokens, and the coefficient of the KL penalty in the reward.
+"""The reference policy: log pi_ref of action tokens, and coefficients of the KL penalty.
 
-The shaping is k1, by definition: the reward of token t is r_t - beta * (log pi - log pi_ref).
+The KL penalty in the reward uses the estimator k1: the reward of token t is r_t - beta * (log pi - log pi_ref).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from llm_env.lm.sharing import PrefixSharing
 
 
 class Reference:
-    """A frozen causal language model that knows log pi_ref.
+    """A frozen causal language model that computes log pi_ref.
 
     Args:
-        model: a path, a hub id or a transformers causal language model. A model object is copied, since the usual one is
-            the model that is about to be trained; `copy_model=False` keeps the object itself.
-        device: where it runs; by default where the model is (CPU for a path).
-        batch_size: responses per forward pass; bounds the memory.
-        copy_model: whether a model object is copied.
+        model: a path, a hub id or a transformers causal language model. A model object is copied, because it is usually the
+            model that will be trained.
+        device: device of the model. Default: the model's (CPU for a path).
+        batch_size: maximum number of responses per forward pass.
+        copy_model: whether to copy a model object.
 
     Raises:
         TypeError: If `model` is not a causal language model.
 
     Attributes:
-        max_positions: tokens that it can read, prompt and response together; None without a limit.
-        temperature: divides the logits; the agent sets it to its own, so that both policies are tempered alike.
-        bf16, prefix_sharing: how it is computed, set by the agent, too; see `agents.policy.LanguagePolicy`.
-        max_tokens_per_batch: tokens per forward pass with padding, set by the agent, too; see `llm_env.lm.micro_batches`.
+        max_positions: maximum length of prompt and response, in tokens; None for no limit.
+        temperature: divides the logits. The agent sets this and the following attributes to its own settings.
+        bf16, prefix_sharing: see `agents.policy.LanguagePolicy`.
+        max_tokens_per_batch: token budget of a forward pass, including padding; see `llm_env.lm.micro_batches`.
     """
 
     max_positions: int | None = None
@@ -80,10 +80,10 @@ class Reference:
         self.model.to(device)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a model that cannot score all token ids of the env.
+        """Check that the model can score all token ids of the env.
 
         Raises:
-            ValueError: If the model's vocabulary is smaller.
+            ValueError: If the model's vocabulary is smaller than `vocab_size`.
         """
         size = vocabulary_of(self.model)
         if size < vocab_size:
@@ -99,7 +99,7 @@ class Reference:
             name: name of the argument that limits them, for error messages.
 
         Raises:
-            ValueError: If they have.
+            ValueError: If prompt and response are too long together.
         """
         check_length(self.max_positions, prompt, new, "the reference", name)
 
@@ -111,13 +111,16 @@ class Reference:
         allowed: Sequence[np.ndarray] | None = None,
         actions: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """Log pi_ref of every response token, in nats: one float32 array of the response's length a row.
+        """Compute log pi_ref of response tokens.
 
         Args:
-            prompts: token ids, one row each.
-            responses: token ids, one row each.
-            allowed: for each row (n, V) bool, the tokens that were allowed in each action token's place; all by default.
-            actions: for each row a bool array, True at action tokens; others get 0. All by default.
+            prompts: B lists of token ids.
+            responses: B lists of token ids.
+            allowed: B arrays (n, V) bool, the tokens that were allowed in place of each of the n action tokens. Default: all.
+            actions: B bool arrays, True at action tokens; other tokens get 0. Default: all are actions.
+
+        Returns:
+            B float32 arrays of the responses' lengths, in nats.
 
         Raises:
             ValueError: If a row has more tokens than the model has positions.
@@ -148,16 +151,14 @@ BASE = "base"
 
 
 class BaseReference(Reference):
-    """The base of the LoRA adapter that an agent trains, which is the policy with its adapter off: no second model is held.
+    """The agent's policy with its LoRA adapter off: a reference without a second model.
 
-    `reference="base"` makes one (a model in a folder of that name is `"./base"`). An agent that gets the env binds it to its
-    own base, whose weights the base has in common with the policy; before that nothing can be scored. Its passes are cut as
-    the update's are.
-
-    Other envs, for evaluation say, may have the same: `reference=env.unwrapped.rules.reference`.
+    `reference="base"` makes one. (For a model in a folder named "base", write `"./base"`.) The agent that gets the env sets the
+    model; before that, nothing can be scored. Another env, for example for evaluation, can use the same reference:
+    `reference=env.unwrapped.rules.reference`.
 
     Attributes:
-        has_model: whether an agent has had the env.
+        has_model: whether an agent has set the model.
     """
 
     def __init__(self) -> None:
@@ -166,16 +167,21 @@ class BaseReference(Reference):
         self._init_settings(batch_size=64)
 
     def set_model(self, model: PreTrainedModel, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Take this for the model, which stays the agent's, and has its weights `within()`."""
+        """Set the model.
+
+        Args:
+            model: the base of the agent's adapter; it is not copied.
+            within: returns a context manager in which the weights are complete (they may be sharded) and the adapter is off.
+        """
         self.model, self.has_model, self._within = model, True, within
         self.max_positions = max_positions(model)
         super().check_vocabulary(self._vocab_size)
 
     def set_device(self, device: torch.device) -> None:
-        """Do nothing: the model is on the agent's device already."""
+        """Do nothing: the model is on the agent's device."""
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """See `Reference`; a model that comes later is checked then."""
+        """Check the vocabulary; see `Reference`. Without a model, it is checked when the model is set."""
         self._vocab_size = vocab_size
         if self.has_model:
             super().check_vocabulary(vocab_size)
@@ -187,10 +193,10 @@ class BaseReference(Reference):
         allowed: Sequence[np.ndarray] | None = None,
         actions: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """See `Reference`.
+        """Compute log pi_ref of response tokens; see `Reference`.
 
         Raises:
-            ValueError: If no agent has had the env yet.
+            ValueError: If no agent has set the model yet.
         """
         if not self.has_model:
             raise ValueError(
@@ -203,14 +209,14 @@ class BaseReference(Reference):
 
 
 def as_reference(reference: Any) -> Reference:
-    """A `Reference` from whatever a user may give: itself, a path, a hub id, a model, or "base" (see `BaseReference`)."""
+    """Make a `Reference` from a path, a hub id, a model, or "base" (see `BaseReference`); return a `Reference` as it is."""
     if isinstance(reference, str) and reference == BASE:
         return BaseReference()
     return reference if isinstance(reference, Reference) else Reference(reference)
 
 
 class KLController:
-    """A coefficient beta of the KL penalty that stays as it is.
+    """A constant coefficient beta of the KL penalty.
 
     Args:
         value: beta, in reward per nat; at least 0.
@@ -222,18 +228,23 @@ class KLController:
         self.value = float(value)
 
     def update(self, kl: float, n: int) -> None:
-        """Take note of the KL (sum over an episode's tokens, mean over n episodes, in nats); agents do so every rollout."""
+        """Adapt beta to the KL of a rollout; agents call this after each one. A constant coefficient ignores it.
+
+        Args:
+            kl: KL per episode (the sum over its tokens), mean over n episodes, in nats.
+            n: number of episodes.
+        """
 
 
 class AdaptiveKLController(KLController):
-    """Steers the KL to a target: beta *= 1 + clip(KL/target - 1, -0.2, 0.2) * n/horizon.
+    """A coefficient that steers the KL to a target: beta *= 1 + clip(KL/target - 1, -0.2, 0.2) * n/horizon.
 
-    Ziegler et al. 2019, arXiv 1909.08593, section 2.2. It is fed a KL, never a KL reward.
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2. The input is a KL, not a KL reward.
 
     Args:
-        value: the coefficient to begin with.
-        target: KL per episode, in nats, that is aimed at.
-        horizon: in episodes.
+        value: initial coefficient.
+        target: desired KL per episode, in nats.
+        horizon: number of episodes over which the coefficient adapts.
     """
 
     def __init__(self, value: float = 0.15, target: float = 6.0, horizon: float = 10_000) -> None:
@@ -243,18 +254,18 @@ class AdaptiveKLController(KLController):
         self.target, self.horizon = target, horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Multiply beta by 1 + error * n/horizon, where n episodes had the mean KL `kl`."""
+        """Multiply beta by 1 + error * n/horizon; see `KLController.update`."""
         error = np.clip(kl / self.target - 1, -0.2, 0.2)
         self.value *= float(1 + error * n / self.horizon)
 
 
 def coefficient(kl_coef: float | KLController) -> float:
-    """Return the number that a coefficient is now."""
+    """Return the current value of a coefficient."""
     return kl_coef.value if isinstance(kl_coef, KLController) else kl_coef
 
 
 def as_kl_controller(kl_coef: float | KLController) -> KLController | None:
-    """Return a controller from a number or a controller; None for 0, which means no shaping."""
+    """Make a controller of a number; return a controller as it is. 0 gives None: no KL penalty."""
     if isinstance(kl_coef, KLController):
         return kl_coef
     return KLController(kl_coef) if kl_coef != 0 else None

@@ -1,4 +1,4 @@
-"""What all rows of an env share: prompts, tokenizer, rewards, ends, reference. Nothing here needs torch."""
+"""Rules: the settings that all rows of an env share. Nothing here imports torch, except for a reference."""
 
 from __future__ import annotations
 
@@ -86,38 +86,39 @@ NAMES = frozenset({"prompts", "reward", "tokenizer"}) | OPTIONS
 
 
 class Rules:
-    """What all rows of an env share. The faces of the env pass their keyword arguments on to here.
+    """Settings that all rows of an env share: prompts, tokenizer, rewards, ends and reference.
+
+    `TextGenerationEnv` and `TextGenerationVectorEnv` pass their keyword arguments to this class.
 
     Args:
-        prompts: list of str, list of dict with `prompt` or `messages`, a `PromptSource`, a dataset, a `.jsonl` path, or the
-            `TextEnvTasks` of a text env.
-        reward: a reward function in TRL's convention, or a list of them; see `llm_env.rewards`. None for a text env whose
-            own rewards are all there are.
-        tokenizer: a path, a hub id or a transformers tokenizer; it must have an end token.
-        reward_weights: one weight a reward function; all 1 by default.
-        max_prompt_tokens: the longest prompt, in tokens; see `long_prompts`.
-        max_new_tokens: the length limit of a turn, in tokens; see `turn_limit`.
-        stop: a string or several; an episode ends with the token that completes one of them. It stays in the completion, but
-            for the special tokens in it; see `llm_env.stops`.
-        eos_token_ids: an id or several, which are all the tokens that end an episode. By default the tokenizer's end token and
-            those of the model whose files lie beside the tokenizer's; an agent adds those of its model. See
-            `llm_env.end_tokens`.
-        chat_template: for chats, a template, the name of one of the tokenizer's, or the path of a `.jinja` file; the
-            tokenizer's own by default. The agent saves it with the model.
-        chat_template_kwargs: keyword arguments of the template, such as `{"enable_thinking": False}`; a column of that name
-            overrides them for its row. A column `tools` goes to the template, too.
-        reference: a path, hub id, model or `Reference` that gives log pi_ref of every action; see `llm_env.reference`. "base"
-            is, for an agent that trains a LoRA adapter, its policy with the adapter off; see `llm_env.reference.BaseReference`.
+        prompts: a list of str, a list of dict with `prompt` or `messages`, a `PromptSource`, a dataset, the path of a `.jsonl`
+            file, or the `TextEnvTasks` of a text env.
+        reward: a reward function in TRL's convention, or a list of them; see `llm_env.rewards`. With a text env it may be None:
+            only the text env's own rewards are paid.
+        tokenizer: a path, a hub id or a transformers tokenizer. It must have an end token.
+        reward_weights: one weight per reward function; all 1 by default.
+        max_prompt_tokens: maximum length of a prompt, in tokens; see `long_prompts`.
+        max_new_tokens: maximum length of a turn, in tokens; see `turn_limit`.
+        stop: one or several stop strings. A turn ends with the token that completes one of them. The stop string stays in the
+            completion, except for special tokens in it; see `llm_env.stops`.
+        eos_token_ids: one or several ids: all tokens that end a turn. By default the tokenizer's end token and those of the
+            model whose files are in the tokenizer's folder. An agent adds those of its model. See `llm_env.end_tokens`.
+        chat_template: for chats: a template, the name of one of the tokenizer's templates, or the path of a `.jinja` file.
+            Default: the tokenizer's. The agent saves it with the model.
+        chat_template_kwargs: keyword arguments of the template, such as `{"enable_thinking": False}`. A column of that name
+            overrides them for its row. A column `tools` is passed to the template, too.
+        reference: a path, hub id, model or `Reference`, which computes log pi_ref of every action; see `llm_env.reference`.
+            `"base"` is the policy with its LoRA adapter off; see `llm_env.reference.BaseReference`.
         kl_coef: beta of the KL penalty in the reward, in reward per nat: a number or a KL controller. Needs a reference.
-        split: `"train"` or `"test"`, a tenth of the prompts by a hash of their text; None for all.
-        long_prompts: `"error"` or `"drop"`, for prompts of more than `max_prompt_tokens` tokens.
-        record: a file to which every episode is appended as a line of JSON; see `llm_env.recorder`.
-        allowed_tokens: which tokens may come next: ids, a (V,) bool array or a function of the state; see
-            `llm_env.constraints.TokenConstraint`. Action masks, sampling, training and the reference all keep to it.
-        min_new_tokens: no end token is allowed before this many tokens.
-        length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: what an episode's end does to its score; see
+        split: `"train"` or `"test"` (a tenth of the prompts, by a hash of their text); None for all prompts.
+        long_prompts: what to do with prompts of more than `max_prompt_tokens` tokens: `"error"` or `"drop"`.
+        record: the path of a file. Every episode is appended to it as a line of JSON; see `llm_env.recorder`.
+        allowed_tokens: the tokens that may come next: ids, a (V,) bool array or a function of the state; see
+            `llm_env.constraints.TokenConstraint`. It applies to action masks, sampling, training and the reference.
+        min_new_tokens: minimum length of a turn, in tokens: no end token is allowed before.
+        length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: how the end of an episode changes its score; see
             `llm_env.penalties.EndPenalties`.
-        observation: `"dict"`, or `"flat"` for agents that want one Box; see `llm_env.observations`.
+        observation: `"dict"`, or `"flat"` for agents that need a single Box; see `llm_env.observations`.
         max_turns: maximum number of turns in an episode; 1 with prompts, by default 8 with a text env.
         max_observation_tokens: expected length of an observation of a text env, in tokens; it only sets the default of
             `max_episode_tokens`.
@@ -130,11 +131,11 @@ class Rules:
             `is_success` appear in the last info.
 
     Raises:
-        ValueError, TypeError: If any of them is unusable; the message names the value and the remedy.
+        ValueError, TypeError: If an argument is unusable. The message names the value and the remedy.
 
     Attributes:
-        eos_ids: the tokens that end an episode.
-        eos_id: one of them: the tokenizer's end token where it is one.
+        eos_ids: the tokens that end a turn.
+        eos_id: one of `eos_ids`: the tokenizer's end token if it is among them.
         text_env: the tasks of a text env; None with prompts.
     """
 
@@ -272,7 +273,7 @@ class Rules:
             self.constraint = TokenConstraint(allowed, least, self.vocab_size, eos_ids)
 
     def end_also_at(self, tokens: Collection[int]) -> None:
-        """End episodes at further tokens: those of a model about which nothing was known when the env was made."""
+        """Add end tokens: those of a model that was not known when the env was made."""
         self._set_ends(self.eos_ids | frozenset(tokens))
         if self.bridge is not None:
             self.bridge = Bridge(self._format, {*self.eos_ids, *self.special})
@@ -324,19 +325,19 @@ class Rules:
         return f"{self.text_env.name}, {tasks} tasks, max_turns={self.max_turns}, max_new_tokens={self.max_new_tokens}"
 
     def are_end_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """Return where `tokens`, of any shape, are end tokens: bool, of that shape."""
+        """Return which tokens are end tokens: a bool array of the same shape."""
         found: np.ndarray = np.zeros(tokens.shape, dtype=bool)
         for token in self.eos_ids:
             found |= tokens == token
         return found
 
     def record_apart(self, process: int) -> None:
-        """Append episodes, in any but the first of several processes, to a file beside that of the others."""
+        """Record into a separate file, in all processes except the first."""
         if self.recorder is not None and process:
             self.recorder = self.recorder.beside(f"process{process}")
 
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
-        """Return the responses as text, without special tokens: what reward functions and people read."""
+        """Decode responses without special tokens, as reward functions and people read them."""
         return [
             self.tokenizer.decode(
                 [token for token in ids if token not in self.eos_ids],
@@ -347,10 +348,10 @@ class Rules:
         ]
 
     def prompt_index(self, index: Any) -> int:
-        """Return which prompt `index` is, as an int.
+        """Return an index of a prompt as an int.
 
         Raises:
-            ValueError: If it is no whole number, or there is no such prompt.
+            ValueError: If it is not a whole number, or there is no such prompt.
         """
         number = as_int(index)
         if number is None:
@@ -394,9 +395,10 @@ class Rules:
         return self.stop_strings.completed_by(response)
 
     def endless_turn(self) -> str:
-        """Return what is wrong, with its remedy, where the chat template closes a turn with a token that ends no episode.
+        """Return a warning if the chat template closes a turn with a token that is not an end token.
 
-        Empty where no prompt is a chat, or an end token or stop string is in what the template writes after a turn.
+        The warning has the remedy. It is empty if no prompt is a chat, or if the text that the template writes after a turn
+        has an end token or a stop string.
         """
         if not self.prompts.has_chats:
             return ""
@@ -417,7 +419,7 @@ class Rules:
         )
 
     def warn_of_endless_turn(self) -> None:
-        """Log `endless_turn`, once; and prompts that end as an answer does."""
+        """Log the warning of `endless_turn`, and chats whose prompt ends with an end token; once."""
         if self._warned:
             return
         self._warned = True
@@ -428,8 +430,8 @@ class Rules:
         chats = (i for i, messages in enumerate(self.prompts.messages) if messages is not None)
         if (i := next((i for i in chats if int(self.prompts.ids[i][-1]) in self.eos_ids), None)) is not None:
             logger.warning(
-                "the prompt %r ends with an end token: the chat template writes no opening of the assistant's answer; see that "
-                "it heeds add_generation_prompt",
+                "the prompt %r ends with an end token: the chat template writes no opening of the assistant's answer; check "
+                "that it uses add_generation_prompt",
                 self.prompts.texts[i][-80:],
             )
 

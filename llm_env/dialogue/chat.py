@@ -1,4 +1,4 @@
-"""Prompts as text or chat messages, and the token ids that a model sees of them."""
+"""Chat templates: prompts as text or messages, their token ids, and the tokens between two turns."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FIRST_USER = "question-7f3a"  # stands for the user message before the turn
 
 
 class Prompt(NamedTuple):
-    """A prompt as it is rendered.
+    """A rendered prompt.
 
     Attributes:
-        text: what is tokenized; of a chat, as the template writes it.
-        messages: the chat; None where the prompt is text.
+        text: the text that is tokenized; a chat as rendered by the template.
+        messages: the messages of a chat; None for text.
     """
 
     text: str
@@ -42,16 +42,16 @@ class Prompt(NamedTuple):
 
 
 class PromptFormat:
-    """How prompts become text, and text token ids.
+    """Converts prompts to text, and text to token ids.
 
     Args:
         tokenizer: a transformers tokenizer.
-        chat_template: a template, the name of one of the tokenizer's, or the path of a `.jinja` file; the tokenizer's own by
-            default.
+        chat_template: a template, the name of one of the tokenizer's templates, or the path of a `.jinja` file. Default: the
+            tokenizer's template.
         chat_template_kwargs: keyword arguments of the template for all prompts, such as `{"enable_thinking": False}`.
 
     Attributes:
-        tokenizer: the tokenizer; where another template is used, a copy that has it, to be saved with the model.
+        tokenizer: the tokenizer; a copy with the template if `chat_template` is given. It is saved with the model.
 
     Raises:
         TypeError, ValueError: If an argument is unusable.
@@ -65,18 +65,18 @@ class PromptFormat:
     # --- text ------------------------------------------------------------------------------------------------------------
 
     def render(self, row: Any, index: int, kind: str = "row") -> Prompt:
-        """Return the prompt of a row as text, and as messages where it is a chat.
+        """Render the prompt of a row.
 
-        A chat under `prompt` that ends in an assistant's message is continued, as in TRL; one under `messages` is an example of
-        supervised training, whose answer does not belong in the prompt.
+        A chat in `prompt` that ends with an assistant message is continued, as in TRL. A chat in `messages` that does so is an
+        example for supervised training, and an error: its answer would be part of the prompt.
 
         Args:
-            row: a dict with `prompt` (text or messages) or `messages`, and perhaps `tools` and `chat_template_kwargs`.
+            row: a dict with `prompt` (text or messages) or `messages`, and optionally `tools` and `chat_template_kwargs`.
             index: the row's number, for error messages.
-            kind: what rows are called in error messages.
+            kind: name of a row in error messages.
 
         Raises:
-            TypeError, ValueError: If the row holds no usable prompt, or the template fails on it; the message names the row.
+            TypeError, ValueError: If the row has no usable prompt, or the template fails. The message names the row.
         """
         name = f"{kind} {index}"
         long_name = f"row {index} of the prompts" if kind == "row" else name
@@ -108,7 +108,7 @@ class PromptFormat:
         for message in messages:
             check_message(message, name)
         own = _checked_kwargs(row.get("chat_template_kwargs"), f"{name}: 'chat_template_kwargs'")
-        # A column of a data set holds every key in every row, with None where a row has none.
+        # A dataset column has every key in every row, with None for missing ones.
         kwargs = {**self.chat_template_kwargs, **{key: value for key, value in own.items() if value is not None}}
         answered = bool(messages) and messages[-1].get("role") == "assistant"
         goes_on = kwargs.pop("continue_final_message", answered and key == "prompt")
@@ -132,7 +132,7 @@ class PromptFormat:
         return Prompt(text, messages)
 
     def _apply(self, messages: Messages, **kwargs: Any) -> str:
-        # Keywords that are off are left out: tokenizers of others' making do not know them all.
+        # Keywords that are off are not passed: some tokenizers do not accept them.
         used = {key: value for key, value in kwargs.items() if value is not None and (key, value) != OFF}
         if self.chat_template is not None:
             used["chat_template"] = self.chat_template
@@ -141,7 +141,7 @@ class PromptFormat:
     # --- token ids -------------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the token ids of prompts: text with the tokenizer's beginning and no end; a chat as its template wrote it."""
+        """Tokenize prompts: text with BOS and without EOS, a chat as its template rendered it."""
         return encode_prompts(self.tokenizer, prompts)
 
     def after_turn(self, observation: Messages, turn: str) -> str | None:
@@ -161,11 +161,11 @@ class PromptFormat:
         return rest if found else None
 
     def end_of_turn(self) -> list[int]:
-        """Return the tokens that the chat template writes after an assistant's message; empty where that is none or unknown."""
+        """Return the tokens that the chat template writes after an assistant message; empty if there are none."""
         turn = [{"role": "user", "content": PLACEHOLDER}, {"role": "assistant", "content": PLACEHOLDER}]
         try:
             text = self._apply(turn, **self.chat_template_kwargs)
-        except Exception:  # a template that wants other messages: the end of its turns is not known
+        except Exception:  # the template refuses these messages
             return []
         _, found, rest = text.rpartition(PLACEHOLDER)
         return encode_texts(self.tokenizer, [rest], special=False)[0] if found else []
@@ -240,7 +240,7 @@ def check_message(message: Any, name: str) -> None:
 
 
 def _tools(tools: Any, name: str) -> Any:
-    """Return the column `tools`, which may be JSON text; None for no tools, since some templates write about an empty list."""
+    """Parse the column `tools`, which may be JSON. Return None for no tools: some templates mention an empty list."""
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
     except json.JSONDecodeError as error:
@@ -254,12 +254,12 @@ OFF = ("continue_final_message", False)
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], end: bool = False, **kwargs: Any) -> list[list[int]]:
-    """Tokenize rendered prompts: text with the tokenizer's special tokens, a chat with those that its template wrote.
+    """Tokenize rendered prompts: text with the tokenizer's special tokens, a chat with those of its template.
 
     Args:
         tokenizer: a transformers tokenizer.
         prompts: N prompts.
-        end: whether texts are whole; see `encode_texts`.
+        end: whether to append the tokenizer's end; see `encode_texts`.
         kwargs: further arguments of the tokenizer.
     """
     rows: list[list[int]] = [[]] * len(prompts)
@@ -272,10 +272,10 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], end: bool = False,
 
 
 def _template(tokenizer: Any, chat_template: Any) -> str | None:
-    """Return the template that is meant.
+    """Return the text of a template.
 
     Raises:
-        TypeError, ValueError: If it is none: no text, a file that is not there, or a name that the tokenizer does not know.
+        TypeError, ValueError: If it is not text, the file cannot be read, or the tokenizer has no template of that name.
     """
     if chat_template is None:
         return None
@@ -302,7 +302,7 @@ def _template(tokenizer: Any, chat_template: Any) -> str | None:
 
 
 def _with_template(tokenizer: Any, template: str) -> Any:
-    """Return a copy of a tokenizer whose chat template is another; the tokenizer itself is somebody else's."""
+    """Return a copy of a tokenizer with another chat template. The tokenizer itself belongs to the user."""
     tokenizer, named = copy.copy(tokenizer), tokenizer.chat_template
     tokenizer.chat_template = {**named, "default": template} if isinstance(named, dict) else template
     return tokenizer

@@ -103,7 +103,7 @@ class VLLMEngine:
         self._version: str | None = None
 
     def start(self, policy: LanguagePolicy, rules: Rules) -> None:
-        """Start or connect to vLLM, and check that its model has the policy's architecture.
+        """Start or connect to vLLM, and check the architecture of its model.
 
         Raises:
             ImportError: If vLLM is not installed or too old.
@@ -158,7 +158,7 @@ class VLLMEngine:
         decoding: DecodingSpec,
         on_turns: OnTurns = end_episodes,
     ) -> Completions:
-        """Generate `group_size` responses to each prompt; see `agents.engines.base.Engine.generate`.
+        """Generate `group_size` responses to each prompt; see `Engine.generate`.
 
         The rules decide where a response ends. vLLM matches stop strings differently and may stop too early or too late. Tokens
         after the end are removed, and a response that has not ended is continued with another request.
@@ -177,9 +177,7 @@ class VLLMEngine:
         min_tokens = 0 if rules.constraint is None or rules.constraint.fixed is None else rules.constraint.fixed[1]
         responses: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
         logps: list[list[float]] = [[] for _ in responses]
-        groups = [
-            range(i * group_size, (i + 1) * group_size) for i in range(len(prompts))
-        ]  # each request generates the responses of one range of rows
+        groups = [range(i * group_size, (i + 1) * group_size) for i in range(len(prompts))]  # rows per request
         while groups:
             seeds = torch.randint(2**31, (len(groups),), generator=sampler.generator, device=_device(sampler)).tolist()
             requests = []

@@ -76,9 +76,7 @@ class LocalVLLM:
             rules.tokenizer.save_pretrained(folder)
             try:
                 self._llm = kind(folder, **wanted)
-                self.complete(
-                    [{"prompt": [0], "n": 1, "max_tokens": 1, "logprobs": 0}]
-                )  # some models fail only when they generate
+                self.complete([{"prompt": [0], "n": 1, "max_tokens": 1, "logprobs": 0}])  # some models fail only here
             except Exception as error:
                 raise ValueError(
                     f"vLLM refuses the {type(policy.lm).__name__} in {wanted['dtype']}, with {self.settings}: {error}. What it "

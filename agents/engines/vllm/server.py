@@ -149,7 +149,7 @@ class VLLMServer:
 
 
 def in_trouble(path: str, code: int, said: str) -> bool:
-    """Return whether an HTTP error is caused by the server's state, not by the request.
+    """Return whether an HTTP error is caused by the server, not by the request.
 
     Errors raised by a worker method have code 500, too, and are not retried unless the engine has died.
 
