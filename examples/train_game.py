@@ -29,19 +29,24 @@ HELD_OUT = 1_000_000  # first seed of the games for evaluation
 
 
 class GuessNumber:
-    """A text environment: guess a number from 1 to `LARGEST`."""
+    """A text environment: guess a number from 1 to `LARGEST` in `TURNS` turns.
+
+    The game ends itself after the last guess. If it were cut off by `max_turns`, agents that bootstrap truncated episodes (such
+    as SB3's PPO) would learn that guessing on is as good as winning.
+    """
 
     def reset(self, *, seed: int | None = None) -> tuple[str, dict[str, Any]]:
         """Think of a number."""
         self.number = int(np.random.default_rng(seed).integers(1, LARGEST + 1))
+        self.left = TURNS
         return "guess=", {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Compare a guess with the number."""
         guess = int(action)  # `allowed_tokens` permits digits only
-        if guess == self.number:
-            return "", 1.0, True, False, {"is_success": True}
-        return "+" if guess < self.number else "-", 0.0, False, False, {"is_success": False}
+        self.left -= 1
+        success = guess == self.number
+        return "+" if guess < self.number else "-", float(success), success or not self.left, False, {"is_success": success}
 
 
 def make_env(first_seed: int = 0, **settings: Any) -> llm_env.TextGenerationEnv:
