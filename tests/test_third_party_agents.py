@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributions import Categorical
 
 from agents import TextVecEnv, TokenEmbeddingExtractor
+from llm_env import TextGenerationEnv
 from tests.conftest import make_tokenizer
 from tests.probes import make_env
+from tests.text_envs import ShortGame
 
 LETTERS = "abcdefghijklmnop"
 CODE = dict(zip(LETTERS, "gkobjnaeldphcmfi", strict=True))
@@ -94,6 +96,33 @@ def test_sb3_ppo_learns_with_embedded_tokens(observation):
 @pytest.mark.slow
 def test_token_ids_as_plain_numbers_teach_sb3_ppo_little():
     assert before_and_after({})[1] < 0.6
+
+
+@pytest.mark.parametrize("kind", ["SB3", pytest.param("MaskablePPO", marks=pytest.mark.slow)])
+def test_other_agents_learn_a_game_of_several_turns(kind):
+    """Always won only if the second guess depends on the reply to the first one."""
+    tokenizer = make_tokenizer("123+-=")
+    limits = {"max_turns": 2, "max_new_tokens": 1, "max_prompt_tokens": 1, "max_observation_tokens": 1}
+    agent = SB3PPO
+    if kind == "MaskablePPO":
+        agent = pytest.importorskip("sb3_contrib").MaskablePPO
+        limits["allowed_tokens"] = tokenizer.convert_tokens_to_ids(["1", "2", "3"])
+    env = TextGenerationEnv.from_text_env(ShortGame, tokenizer, **limits)
+    model = agent(
+        "MultiInputPolicy",
+        TextVecEnv(env.vectorize(128)),
+        learning_rate=3e-3,
+        n_steps=8,
+        batch_size=256,
+        n_epochs=4,
+        gamma=1.0,
+        ent_coef=0.01,
+        policy_kwargs=EMBEDDED,
+        seed=0,
+        device="cpu",
+    )
+    model.learn(12_000)
+    assert np.mean([episode["r"] for episode in model.ep_info_buffer]) > 0.8  # the last hundred games
 
 
 def masked(reward, prompts=("a",)):

@@ -46,16 +46,25 @@ class Scripted:
 
 
 class GuessNumber:
-    """Guess a number from 1 to 7; the reply is "higher" or "lower"."""
+    """Guess a number from 1 to `largest`; the reply is "+" (higher) or "-" (lower). Ends after `turns` guesses, if not None."""
 
-    prompt = "guess 1-7="
+    prompt, largest, turns = "guess 1-7=", 7, None
 
     def reset(self, *, seed=None):
-        self.number = int(np.random.default_rng(seed).integers(1, 8))
+        self.number = int(np.random.default_rng(seed).integers(1, self.largest + 1))
+        self.guesses = 0
         return self.prompt, {"number": self.number}
 
     def step(self, action):
         guess = int(action) if action.isdecimal() else 0
-        if guess == self.number:
+        self.guesses += 1
+        right = guess == self.number
+        if right:
             return "", 1.0, True, False, {"is_success": True}
-        return "+" if guess < self.number else "-", 0.0, False, False, {"is_success": False}
+        return "+" if guess < self.number else "-", 0.0, self.guesses == self.turns, False, {"is_success": False}
+
+
+class ShortGame(GuessNumber):
+    """Three numbers and two guesses: at random 5 of 9 games are won, and all with a first guess of 2."""
+
+    prompt, largest, turns = "=", 3, 2
