@@ -367,3 +367,13 @@ def test_bootstrap_after_a_truncation_by_hand(level):
     expected = {"token": [0.0, -0.5, 0.0, -0.5, -2.0], "turn": [0.5, 0.5, 0.0, 0.0, 0.0]}[level]
     unfit = {"token": [0.0, -0.5, 0.0, -0.5, -4.0], "turn": [0.5, 0.5, 0.0, -2.0, -2.0]}[level]
     assert rollout.advantages.tolist() == [expected, unfit]
+
+
+def test_the_head_is_computed_for_action_tokens_only():
+    agent, rows = make_agent(GRPO), []
+    rollout = collect(agent.policy, agent.env.venv, GROUP, agent.sampler())
+    hook = agent.policy.lm.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(output.shape[:-1].numel()))
+    with torch.no_grad():
+        agent.policy.evaluate_actions(rollout.prompts, rollout.responses, 1.0, rollout.turn_lists)
+    hook.remove()
+    assert sum(rows) == (rollout.turn_ids >= 0).sum() < sum(map(len, rollout.responses))
