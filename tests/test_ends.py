@@ -221,4 +221,4 @@ def test_render_ends_with_components_and_the_kl_of_every_token():
 def test_a_vocabulary_without_the_end_token_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, logger="llm_env"):
         make(allowed_tokens=[A])
-    assert "without the end token 0" in caplog.text
+    assert "does not have the end token 0" in caplog.text

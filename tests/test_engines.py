@@ -261,7 +261,7 @@ def test_answers_that_are_none():
     vllm.response = lambda request: ([3], [float("nan")])
     refused(engine.generate, [[2]], 1, decoding, error=ValueError, match="not finite")
     vllm.response, vllm.version = (lambda request: ([rules.eos_id], [-1.0])), "somebody's"
-    with pytest.raises(StaleWeightsError, match="another run gave it its own"):
+    with pytest.raises(StaleWeightsError, match="other weights than those of the last update"):
         engine.generate([[2]], 1, decoding)
     hot = DecodingSpec(rules, agent_for(None, temperature=3.0).sampler(), rules.max_new_tokens)
     refused(engine.generate, [[2]], 1, hot, error=ValueError, match=r"takes 0\.01 to 2")

@@ -162,7 +162,7 @@ class Engine(Protocol):
 
 
 class StaleWeightsError(ConnectionError):
-    """The engine has other weights than it was last given: it was restarted, or another run gave it its own."""
+    """The engine has other weights than it was last given: it was restarted, or another run updated them."""
 
 
 class PolicyEngine:
