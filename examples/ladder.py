@@ -16,10 +16,11 @@ It measures, over several seeds:
 - the variance of the policy gradient at fixed weights, per baseline (`ladder_parts/variance.py`);
 - the tokens to 90% accuracy on held-out problems, and the size of every update (`ladder_parts/runs.py`);
 - PPO with and without clipping at learning rates that are too large;
+- credit per token, per turn and per episode, in a game of several turns (`ladder_parts/credit.py`);
 - a reward that can be hacked, with and without the reference model (`ladder_parts/hacking.py`);
 - CPU time and memory of an update, with and without a critic (`ladder_parts/memory.py`).
 
-The run takes half an hour on one core. It writes the figure `ladder.png`, the tables `ladder.md` and all numbers
+The run takes an hour on one core. It writes the figure `ladder.png`, the tables `ladder.md` and all numbers
 `ladder.json` to `--out`, and TensorBoard logs to `--logs`. `--numbers ladder.json` draws the figure and writes the tables from
 stored numbers, without measuring.
 """
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ladder_parts import hacking, memory, variance
+from ladder_parts import credit, hacking, memory, variance
 from ladder_parts.runs import EPISODES, STEPS, Exam, Step, train
 from ladder_parts.tables import tables
 from transformers import AutoModelForCausalLM
@@ -101,6 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "ladder": lambda: train_all(STEPS, seeds, tokens, logs / "ladder"),
         "variance": lambda: [variance.measure(seed, arguments.rounds, checkpoints) for seed in seeds],
         "collapse": lambda: train_all(clipped_or_not(), seeds, tokens // 3, logs / "ladder_collapse"),
+        "credit": lambda: credit.train_all(seeds, 3 * tokens, logs / "ladder_credit"),
         "hacking": lambda: train_all(hacking.steps(HACKING_RATE, HACKING_KL), seeds, 2 * tokens // 3, logs / "ladder_hacking"),
         "costs": lambda: costs(arguments.length, max(1, arguments.rounds // 4)),
     }

@@ -14,7 +14,7 @@ from agents import GRPO, PPO, REINFORCE
 from tests.test_readme_and_examples import ROOT, run
 
 sys.path.insert(0, str(ROOT / "examples"))
-from ladder_parts import runs, tables
+from ladder_parts import credit, runs, tables
 from ladder_parts.gradients import Moments, evaluate, halves, policy_gradient, with_advantages
 from ladder_parts.hacking import lazy_teacher
 
@@ -135,14 +135,27 @@ def test_the_command(tmp_path):
     numbers = json.loads((tmp_path / "ladder.json").read_text())
     assert (tmp_path / "ladder.md").read_text() in out
     assert (tmp_path / "ladder.png").stat().st_size > 20_000
-    trained = [each for part in ("ladder", "collapse", "hacking") for several in numbers[part].values() for each in several]
+    parts = ("ladder", "collapse", "credit", "hacking")
+    trained = [each for part in parts for several in numbers[part].values() for each in several]
     for curve in [curve for each in trained for curve in each["curves"].values()]:
         assert len(curve) and np.isfinite(curve).all()
-    assert [len(numbers[part]) for part in ("ladder", "collapse", "hacking", "costs")] == [5, 4, 2, 2]
+    assert [len(numbers[part]) for part in ("ladder", "collapse", "credit", "hacking", "costs")] == [5, 4, 4, 2, 2]
     (points,) = numbers["variance"]
     assert len(points) == 3 and all(np.isfinite(list(point["estimators"].values())).all() for point in points)
     assert all(noise > 0 for point in points for _, _, noise in point["estimators"].values())
     assert all(second > 0 and size > 0 for part in numbers["costs"].values() for second, size in part.values())
     body = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(body) == 5 * 2 + 5 + len(points[0]["estimators"]) + 4 + 3 + len(next(iter(numbers["costs"].values())))
+    assert len(body) == 5 * 2 + 5 + len(points[0]["estimators"]) + 4 + 5 + 3 + len(next(iter(numbers["costs"].values())))
     assert len(list(tmp_path.glob("runs/ladder/*/events*"))) == 5
+
+
+def test_the_game_of_the_credit_step():
+    game = credit.Echo()
+    text, _ = game.reset(seed=3)
+    numbers = np.random.default_rng(3).integers(10, 100, credit.TURNS).tolist()
+    assert text == f"{numbers[0]}="
+    first, second, third, last = map(str, numbers)
+    assert game.step(first) == (f"{second}=", 1.0, False, False, {})
+    assert game.step("xy") == (f"{third}=", 0.0, False, False, {})
+    assert game.step(third[0] + "x") == (f"{last}=", 0.5, False, False, {})
+    assert game.step(last) == ("", 1.0, True, False, {})

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ladder_parts import credit
 from ladder_parts.runs import STEPS, Curve, Run
 from ladder_parts.tables import Numbers, jackknife, pooled, runs_of, told
 
@@ -105,6 +106,14 @@ def hacking_panel(axes: Axes, numbers: Numbers) -> None:
     axes.legend(fontsize=9, loc="lower left")
 
 
+def credit_panel(axes: Axes, numbers: Numbers) -> None:
+    """Plot the return of the game of several turns over tokens."""
+    for name, runs in runs_of(numbers["credit"]).items():
+        lines(axes, runs, credit.RETURN, 3, label=name)
+    axes.set(title=f"Credit in a game of {credit.TURNS} turns", xlabel="thousand tokens", ylabel="return")
+    axes.legend(fontsize=9)
+
+
 def costs_panel(axes: Axes, numbers: Numbers) -> None:
     """Plot peak memory of an update of the larger model, labeled with CPU seconds."""
     title, part = list(numbers["costs"].items())[-1]
@@ -120,9 +129,12 @@ def costs_panel(axes: Axes, numbers: Numbers) -> None:
 
 def draw(numbers: Numbers, path: Path) -> None:
     """Draw all panels and save the figure."""
-    figure = Figure(figsize=(10, 10), layout="constrained")
+    figure = Figure(figsize=(10, 13), layout="constrained")
     panels = [variance_panel, accuracy_panel, jumps_panel, collapse_panel, hacking_panel, costs_panel]
-    for axes, panel in zip(figure.subplots(3, 2).flat, panels, strict=True):
+    grid = figure.add_gridspec(4, 2)
+    places = [grid[i // 2, i % 2] for i in range(len(panels))] + [grid[3, :]]
+    for place, panel in zip(places, [*panels, credit_panel], strict=True):
+        axes = figure.add_subplot(place)
         panel(axes, numbers)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)

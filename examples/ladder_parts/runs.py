@@ -106,19 +106,12 @@ class Exam:
         return float(np.mean([info["is_success"] for info in rollout.infos]))
 
 
-class Watch(BaseCallback):
-    """Callback that records the rewards of every rollout and the exam accuracy.
+class Rewards(BaseCallback):
+    """Callback that records the mean rewards of every rollout in a run."""
 
-    The exam is held before training, about every `EXAM_EVERY` tokens, and after training.
-    """
-
-    def __init__(self, run: Run, exam: Exam) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self.run, self.exam, self.due = run, exam, 0
-
-    def _on_rollout_start(self) -> None:
-        if self.model.num_timesteps >= self.due:
-            self.examine()
+        self.run = run
 
     def _on_step(self) -> bool:
         return True
@@ -127,6 +120,21 @@ class Watch(BaseCallback):
         infos = self.locals["infos"]
         names = [name for name in infos[0] if name == "kl" or name.startswith("reward/")]
         self.run.note(self.num_timesteps, **{name: float(np.mean([info[name] for info in infos])) for name in names})
+
+
+class Watch(Rewards):
+    """Callback that records the rewards of every rollout and the exam accuracy.
+
+    The exam is held before training, about every `EXAM_EVERY` tokens, and after training.
+    """
+
+    def __init__(self, run: Run, exam: Exam) -> None:
+        super().__init__(run)
+        self.exam, self.due = exam, 0
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps >= self.due:
+            self.examine()
 
     def _on_training_end(self) -> None:
         self.examine()

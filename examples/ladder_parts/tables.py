@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ladder_parts import credit
 from ladder_parts.runs import STEPS, Run
 
 LAST = 5  # final rollouts to average for a noisy curve
@@ -141,6 +142,17 @@ def collapse_table(numbers: Numbers) -> str:
     return table(header, rows)
 
 
+def credit_table(numbers: Numbers) -> str:
+    """Format the returns of the game of several turns, over all rollouts and at the end."""
+    rows = []
+    for step in credit.STEPS:
+        runs = [Run(**run) for run in numbers["credit"][step.name]]
+        settings = ", ".join(f"{key}={value!r}" for key, value in step.settings.items())
+        mean, end = [run.values(credit.RETURN).mean() for run in runs], [last(run, credit.RETURN) for run in runs]
+        rows.append([step.name, f"`{step.kind.__name__}({settings})`", spread(mean), spread(end)])
+    return table(["credit", "agent", "mean return", "return at the end"], rows)
+
+
 def hacking_table(numbers: Numbers) -> str:
     """Format proxy, true reward and KL, in the first rollout and at the end."""
     names = {"reward/lazy_teacher": 2, "reward/exact_match": 2, "kl": 2}
@@ -182,6 +194,11 @@ NOTES = {
 - "?" means that the standard error is at least as large as the number.""",
     collapse_table: """Each rollout is used for four epochs. clip_range is 0.2 or 1e6. The token budget is a third of that
 above. Collapsed: the final accuracy is below the accuracy of the pupil.""",
+    credit_table: f"""The game has {credit.TURNS} turns. In each, a number of {credit.DIGITS} digits has to be
+repeated. The reward is the share of correct digits, so that the largest return is {credit.TURNS}. Every
+rollout has {credit.GAMES} episodes. The token budget is three times that of the ladder. "Mean return": over
+all rollouts; "at the end": over the last five. Learning rates: the best of three, by the mean return of one
+run with another seed and two thirds of the tokens.""",
     hacking_table: """The proxy rewards the length of answers whose last digit is correct. "the pupil" is the mean of the first
 rollout, the other rows are means of the last five rollouts.""",
     costs_table: """Peak of live tensors: weights, gradients, optimizer state, activations. One CPU thread.""",
@@ -195,6 +212,7 @@ def tables(numbers: Numbers) -> str:
         ladder_table: f"The ladder: {tokens} tokens per agent, mean ± standard deviation over {seeds} seeds",
         variance_table: f"Variance of the gradient at fixed weights, {rounds} gradients per seed, ± standard error",
         collapse_table: "PPO with and without clipping",
+        credit_table: "Credit per token, per turn and per episode, in a game of several turns",
         hacking_table: f"Reward hacking, without KL and with kl_coef={numbers['settings']['hacking_kl']}",
         costs_table: "Time and memory of an update",
     }
