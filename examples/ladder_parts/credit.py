@@ -38,11 +38,11 @@ class Echo:
         return "" if over else f"{self.numbers[self.turn]}=", reward, over, False, {}
 
 
-# Each learning rate is the best of four, about a factor of 3 apart, by the mean return over a run of one seed (100).
+# Each learning rate is the best of 3e-4, 1e-3, 2e-3 and 3e-3 by the mean return over 20,000 tokens of one run with seed 100.
 STEPS = [
-    Step("PPO, per token", PPO, {"learning_rate": 1e-4, "gae_level": "token"}),
-    Step("PPO, per turn", PPO, {"learning_rate": 1e-4, "gae_level": "turn"}),
-    Step("GRPO, per turn", GRPO, {"learning_rate": 3e-4, "group_size": GROUP, "supervision": "process"}),
+    Step("PPO, per token", PPO, {"learning_rate": 1e-3, "gae_level": "token"}),
+    Step("PPO, per turn", PPO, {"learning_rate": 2e-3, "gae_level": "turn"}),
+    Step("GRPO, per turn", GRPO, {"learning_rate": 2e-3, "group_size": GROUP, "supervision": "process"}),
     Step("GRPO, per episode", GRPO, {"learning_rate": 3e-4, "group_size": GROUP}),
 ]
 

@@ -197,7 +197,7 @@ above. Collapsed: the final accuracy is below the accuracy of the pupil.""",
     credit_table: f"""The game has {credit.TURNS} turns. In each, a number of {credit.DIGITS} digits has to be
 repeated. The reward is the share of correct digits, so that the largest return is {credit.TURNS}. Every
 rollout has {credit.GAMES} episodes. The token budget is three times that of the ladder. "Mean return": over
-all rollouts; "at the end": over the last five. Learning rates: the best of three, by the mean return of one
+all rollouts; "at the end": over the last five. Learning rates: the best of four, by the mean return of one
 run with another seed and two thirds of the tokens.""",
     hacking_table: """The proxy rewards the length of answers whose last digit is correct. "the pupil" is the mean of the first
 rollout, the other rows are means of the last five rollouts.""",
