@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.logger import Logger
+from transformers import AutoModelForCausalLM
 
 import llm_env
 from agents import GRPO, PPO, REINFORCE
@@ -145,7 +146,7 @@ def test_the_command(tmp_path):
     assert all(noise > 0 for point in points for _, _, noise in point["estimators"].values())
     assert all(second > 0 and size > 0 for part in numbers["costs"].values() for second, size in part.values())
     body = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(body) == 5 * 2 + 5 + len(points[0]["estimators"]) + 4 + 5 + 3 + len(next(iter(numbers["costs"].values())))
+    assert len(body) == 6 * 2 + 5 + len(points[0]["estimators"]) + 4 + 4 + 3 + len(next(iter(numbers["costs"].values())))
     assert len(list(tmp_path.glob("runs/ladder/*/events*"))) == 5
 
 
@@ -159,3 +160,17 @@ def test_the_game_of_the_credit_step():
     assert game.step("xy") == (f"{third}=", 0.0, False, False, {})
     assert game.step(third[0] + "x") == (f"{last}=", 0.5, False, False, {})
     assert game.step(last) == ("", 1.0, True, False, {})
+
+
+def test_the_exam_is_the_mean_probability_of_the_correct_answers():
+    exam = runs.Exam(3)
+    agent = GRPO(llm_env.PUPIL, runs.make_env(), group_size=4, n_envs=8, temperature=0.7)
+    model, expected = AutoModelForCausalLM.from_pretrained(llm_env.PUPIL), []
+    for prompt, answer in zip(exam.prompts, exam.answers, strict=True):
+        share, ids = 1.0, list(prompt)
+        for token in answer:
+            logits = model(torch.tensor([ids])).logits[0, -1].double() / 0.7
+            share *= logits.softmax(0)[token].item()
+            ids.append(token)
+        expected.append(share)
+    assert exam(agent) == pytest.approx(np.mean(expected), abs=1e-5)

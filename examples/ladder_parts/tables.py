@@ -179,7 +179,8 @@ def costs_table(numbers: Numbers) -> str:
 NOTES = {
     ladder_table: """Every rollout has 64 episodes.
 
-- Accuracy: share of 256 held-out problems solved, with answers sampled as in training; measured every 500 tokens.
+- Accuracy: expected share of 256 held-out problems solved by answers sampled as in training (the mean probability of the
+  correct answer); measured every 500 tokens.
 - KL per update: KL(old, new) per token of a whole update, k3 estimate on the rollout of that update.
 - Noise / signal: of a rollout's gradient, estimated from its two halves. It is measured every fourth rollout and averaged over
   runs, ± standard error. "?" means that the standard error is at least as large as the number.
