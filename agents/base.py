@@ -44,6 +44,7 @@ from agents.checkpoint import (
     verify_archive,
 )
 from agents.collection.collector import ResponseCollector, TokenCollector
+from agents.collection.conversation import Conversations, check_messages
 from agents.collection.evaluation import evaluate
 from agents.collection.prefetch import PrefetchedRollout, check_overlap
 from agents.compatibility import (
@@ -139,6 +140,7 @@ LIVE = (  # attributes that are not in a checkpoint
     "_reference_sync",
     "on_iteration",
     "communicator",
+    "_conversations",
 )
 
 
@@ -789,6 +791,7 @@ class LanguageAgent(BaseAlgorithm):
         if not hasattr(self, "observation_space"):
             self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         self._generator = torch.Generator(device=self.device)
+        self._conversations = Conversations()
         self.np_random = np.random.default_rng(self.seed)
         if self.seed is None:
             self._generator.seed()
@@ -984,6 +987,36 @@ class LanguageAgent(BaseAlgorithm):
         else:
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
+
+    @collective
+    def chat(self, messages: Sequence[dict[str, Any]], deterministic: bool = False) -> list[dict[str, Any]]:
+        """Answer messages, in the same context as in training: with the env's chat template, tools and limits.
+
+        With `tools=`, calls are made and their results shown until a turn makes no call, or after `max_turns`. In an env with
+        several turns, earlier answers of this agent stay in the context as they were sampled; other messages of the assistant
+        are tokenized. With prompts of one turn the whole conversation is rendered by the chat template.
+
+        Args:
+            messages: the conversation, which ends with a message that is to be answered. To go on, append what is returned and
+                the next user message.
+            deterministic: greedy decoding; otherwise sampled.
+
+        Returns:
+            The new messages. The last one is of the assistant; of a tool, if `max_turns` or the model's length was reached.
+
+        Raises:
+            TypeError: If the messages are no list of messages.
+            ValueError: If they end with the assistant, have no chat template, or are too long for the model.
+
+        Examples:
+            >>> agent.chat([{"role": "user", "content": "What is 1234 * 5678?"}])  # doctest: +SKIP
+            [{'role': 'assistant', 'content': '', 'tool_calls': [...]}, {'role': 'tool', ...}, {'role': 'assistant', ...}]
+        """
+        conversation = check_messages(messages)
+        if self.env is not None and (rules := rules_of_vec_env(self.env)).has_replies:
+            return self._conversations.answer(self.policy, rules, conversation, self.sampler(deterministic))
+        (text,) = self.generate([conversation], deterministic)
+        return [{"role": "assistant", "content": text}]
 
     @collective
     def evaluate(

@@ -17,6 +17,7 @@ from agents.losses import kl_k3
 from agents.rollout import Rollout, logged_turns
 from llm_env.rewards import METRIC
 from llm_env.rules import Rules
+from llm_env.tools.toolset import TOOL_COUNTS
 
 SAMPLES, PRINTED_SAMPLES = 8, 3  # episodes in the logs, and on the console
 LONGEST_CELL, LONGEST_PRINTED = 500, 200  # characters
@@ -64,8 +65,8 @@ def record_rollout(
         record("rollout/reward_errors", float(np.mean(["reward_error" in info for info in rollout.infos])))
     for name, seconds in rules.rewards.take_seconds().items():
         record(f"time/reward/{name}", seconds)
-    if rules.text_env is not None:
-        _record_turns(logger, rollout, rules.text_env.take_seconds())
+    if rules.has_replies:
+        _record_turns(logger, rollout, rules.take_reply_seconds())
     _record_kl(logger, rollout, rules, kl_in_loss)
     if isinstance(engine, SyncedEngine):
         record("rollout/push_gap", engine.gap)
@@ -83,15 +84,20 @@ def _record_kl(logger: Logger, rollout: Rollout, rules: Rules, kl_in_loss: float
 
 
 def _record_turns(logger: Logger, rollout: Rollout, seconds: float) -> None:
-    """Record what concerns episodes of several turns; `seconds` were spent in the text env."""
+    """Record what concerns episodes of several turns; `seconds` were spent in the text env or the tools."""
     infos = [info for info in rollout.infos if "turns" in info]  # not those that a wrapper ended
     turns = sum(info["turns"] for info in infos)
     if turns:
         logger.record("rollout/turns", turns / len(infos))
         logger.record("rollout/turn_truncated", sum(info["turns_truncated"] for info in infos) / turns)
+        overflows = [info.get("truncated_by") == "max_episode_tokens" for info in infos]
+        logger.record("rollout/overflow", float(np.mean(overflows)))
         logger.record("rollout/observation_tokens", safe_mean([info["observation_tokens"] for info in infos]))
     for key in sorted({key for info in infos for key in info if key.startswith("env/")}):
         logger.record(f"rollout/{key}", safe_mean([info[key] for info in infos if key in info]))
+    for key in TOOL_COUNTS:
+        if counts := [info[key] for info in infos if key in info]:
+            logger.record(f"rollout/{key}", safe_mean(counts))
     logger.record("time/env", seconds)
 
 
@@ -107,7 +113,7 @@ def samples_of(rollout: Rollout, rules: Rules, count: int = SAMPLES) -> list[dic
     episodes = list(zip(rollout.infos, rollout.scores.tolist(), strict=True))
     for info, score in episodes[:: -(-len(episodes) // count)]:
         row = {"prompt": info["prompt"], "completion": info["completion"]}
-        if rules.text_env is not None and "transcript" in info:
+        if rules.has_replies and "transcript" in info:
             row = {"transcript": info["transcript"]}
         columns = rules.prompts.row(info["prompt_index"]) if "prompt_index" in info else {}
         if "answer" in columns:

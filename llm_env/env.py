@@ -242,7 +242,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             return None
         if self._episodes.prompt_lengths[0] == 0:
             return ""
-        if self.rules.text_env is None:
+        if not self.rules.has_replies:
             prompt = self.rules.prompts.texts[self._episodes.prompt_indexes[0]]
             (completion,) = self.rules.decode([self._episodes.response(0).tolist()])
             lines = [f"{prompt}{completion}"]

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.dialogue.text_env import Sessions, Transition, as_messages, env_scores
+from llm_env.dialogue.text_env import Transition, as_messages, env_scores
 from llm_env.observations import observe
 from llm_env.prompts import TaskTable
 from llm_env.rewards import ENV_REWARD, NOTES, Scores
 from llm_env.rules import Rules
+from llm_env.tools.toolset import TOOL_COUNTS, ToolSessions
 
 
 @dataclass
@@ -52,13 +53,15 @@ class Turn:
 
     Attributes:
         text: the turn, without special tokens.
-        transition: the reply; None without a text env, or if the turn was not given to it.
+        transition: the reply; None without a text env and tools, or if the turn was not given to them.
         is_cut: whether the turn reached its limit.
+        given: the turn as the text env or the tools got it; see `Rules.turn_text`.
     """
 
     text: str
     transition: Transition | None
     is_cut: bool
+    given: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Episodes:
         self._paid_steps = np.zeros(num_rows)
         self._step_errors = [""] * num_rows
         self.scores = np.full(num_rows, np.nan)
-        self._sessions = None if rules.text_env is None else Sessions(rules.text_env)
+        self._sessions = rules.sessions()
 
     def start(self, rows: Sequence[int] | np.ndarray, prompt_indexes: Sequence[int]) -> None:
         """Begin new episodes in `rows` with the prompts `prompt_indexes`, which exist."""
@@ -134,7 +137,9 @@ class Episodes:
             self.prompt_indexes[row] = index
             self.turns[row] = []
             self._step_errors[row] = ""
-            if self._sessions is not None:
+            if isinstance(self._sessions, ToolSessions):
+                self._sessions.start(row, self.rules.prompts.messages[index] is not None)
+            elif self._sessions is not None:
                 assert isinstance(self.rules.prompts, TaskTable)
                 task = self.rules.prompts.task(index)
                 self._sessions.start(row, task.seed, task.observation)
@@ -246,7 +251,7 @@ class Episodes:
         for i, reply in enumerate(new.replies):
             if reply.reward:
                 new.rewards[i, lengths[i] - 1] += reply.reward
-            if self.rules.text_env is not None and (ended[i] or new.is_cut[i]):
+            if self.rules.has_replies and (ended[i] or new.is_cut[i]):
                 infos.setdefault(int(rows[i]), {}).update(self._turn_info(int(rows[i]), reply, bool(ended[i])))
         if self.rules.recorder is not None:
             now = [(int(rows[i]), bool(new.terminated[i])) for i in np.flatnonzero(ended)]
@@ -345,12 +350,13 @@ class Episodes:
         if self._sessions is None:
             turns.append(Turn("", None, is_cut))
             return _Reply(terminated=not is_cut, truncated_by="turn_limit" if is_cut else "")
-        (text,) = rules.decode([tokens])
+        (text,), given = rules.decode([tokens]), rules.turn_text(tokens)
         if is_cut and rules.turn_limit == "truncate":
             turns.append(Turn(text, None, is_cut))
-            return _Reply(truncated_by="turn_limit")
-        transition = self._sessions.step(row, [*(turn.text for turn in turns), text])
-        turns.append(Turn(text, transition, is_cut))
+            has_room = self.turn_limits(np.array([row]))[0] == rules.max_new_tokens
+            return _Reply(truncated_by="turn_limit" if has_room else "max_episode_tokens")
+        transition = self._sessions.step(row, [*(turn.given for turn in turns), given])
+        turns.append(Turn(text, transition, is_cut, given))
         if transition.terminated:
             return _Reply(transition.reward, terminated=True)
         try:
@@ -374,7 +380,7 @@ class Episodes:
         return _Reply(transition.reward, False, reason, observation if fits else (), fits)
 
     def _turn_info(self, row: int, reply: _Reply, ended: bool) -> dict[str, Any]:
-        """Return what a text env adds to the info at the end of a turn that was cut, and at the end of the episode."""
+        """Return what a text env or tools add to the info at the end of a turn that was cut, and at the end of the episode."""
         turns = self.turns[row]
         info: dict[str, Any] = {"turn_truncated": turns[-1].is_cut}
         if not ended:
@@ -383,7 +389,11 @@ class Episodes:
         info["turns_truncated"] = sum(turn.is_cut for turn in turns)
         info["observation_tokens"] = int((~actions).sum())
         info["transcript"] = transcript_text(self.transcript(row))
-        info |= {f"env/{key}": value for key, value in env_scores(self._last_info(row)).items()}
+        if self.rules.tools is None:
+            info |= {f"env/{key}": value for key, value in env_scores(self._last_info(row)).items()}
+        else:
+            steps = [turn.transition.info for turn in turns if turn.transition is not None]
+            info |= {key: sum(step[key] for step in steps) for key in TOOL_COUNTS}
         if reply.truncated_by:
             info |= {"truncated_by": reply.truncated_by, "final_observation_fits": reply.fits}
         return info
@@ -450,7 +460,7 @@ class Episodes:
             rewards[new.lengths[i] - 1] += outcome[k]
             if k in scores.given_steps:
                 ends[int(row)] = set(scores.step_ends(k, before, last, bool(outcome[k])))
-            if self.rules.text_env is not None:  # every turn is a step, also if it was paid 0
+            if self.rules.has_replies:  # every turn is a step, also if it was paid 0
                 ends[int(row)] = {*ends.get(int(row), ()), *self._turn_last_tokens(row)}
         final = [sum(score for _, score in steps) for steps in scores.steps]
         self.scores[rows] = paid[ended] + np.array(final) + outcome + [self._env_return(row) for row in rows]
@@ -500,6 +510,9 @@ class Episodes:
             return [{"role": "assistant", "content": text}] if is_chat else text
         messages: list[dict[str, Any]] = []
         for turn in self.turns[row]:
+            if turn.transition is not None and turn.transition.messages is not None:
+                messages += turn.transition.messages
+                continue
             messages.append({"role": "assistant", "content": turn.text})
             if turn.transition is not None and not turn.transition.terminated:
                 messages += as_messages(turn.transition.observation)

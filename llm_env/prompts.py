@@ -156,7 +156,10 @@ class PromptTable:
         dropped: number of prompts that were dropped for their length.
         columns: names of all columns except "prompt".
         incomplete: for each column that is missing in some row, the first such row.
+        has_tools: whether completions are messages after a prompt of text as well.
     """
+
+    has_tools = False
 
     def __init__(
         self,
@@ -243,7 +246,7 @@ class PromptTable:
         """Return prompts, completions and columns as reward functions get them, in TRL's convention.
 
         A text prompt and its completion are str. For a chat, the prompt is a list of messages, and the completion is a list
-        with one assistant message.
+        with one assistant message; so it is with tools.
 
         Args:
             indexes: B indexes of prompts.
@@ -251,7 +254,7 @@ class PromptTable:
         """
         prompts, columns = self.prompts_of(indexes)
         answers = [
-            completion if self.messages[i] is None else [{"role": "assistant", "content": completion}]
+            [{"role": "assistant", "content": completion}] if self.has_tools or self.messages[i] is not None else completion
             for i, completion in zip(indexes, completions, strict=True)
         ]
         return prompts, answers, columns

@@ -180,7 +180,7 @@ def rescore(
         for i, record in enumerate(batch):
             components = {name: float(v[i]) for name, v in scores.components.items() if np.isfinite(v[i])}
             score = float(scores.total[i])
-            if "turn_ids" in record:  # of a text env
+            if ENV_REWARD in record["components"] and "turn_ids" in record:  # of a text env
                 components[ENV_REWARD] = record["components"][ENV_REWARD]
                 score += components[ENV_REWARD]
             new = {**record, "components": components, "score": score}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from llm_env.arguments import as_int, check_int
 from llm_env.constraints import TokenConstraint
 from llm_env.dialogue.chat import Bridge, PromptFormat
-from llm_env.dialogue.text_env import Text, TextEnvTasks, as_messages
+from llm_env.dialogue.text_env import Sessions, Text, TextEnvTasks, as_messages
 from llm_env.end_tokens import resolve_end_tokens
 from llm_env.model_names import check_model_name
 from llm_env.observations import FORMS
@@ -24,6 +24,16 @@ from llm_env.recorder import Recorder
 from llm_env.rewards import ENV_REWARD, RewardFunction, RewardSum
 from llm_env.stops import StopStrings, special_tokens
 from llm_env.tokenization import decode, encode_texts, vocabulary_size
+from llm_env.tools.formats import (
+    FORMATS,
+    PlainFormat,
+    ToolCall,
+    ToolFormat,
+    ToolResult,
+    as_tool_format,
+    format_of_rendered_call,
+)
+from llm_env.tools.toolset import ToolSessions, ToolSet
 
 if TYPE_CHECKING:
     from llm_env.reference import KLController, Reference
@@ -54,16 +64,19 @@ class _CommonOptions(TypedDict, total=False):
     overlong_buffer: int
     overlong_penalty: float
     missing_eos_penalty: float
+    max_turns: int | None
+    max_observation_tokens: int
+    max_episode_tokens: int | None
+    turn_limit: str | None
+    tools: Sequence[Callable[..., Any]] | None
+    tool_format: str | ToolFormat | None
+    tool_timeout: float | None
 
 
 class RulesOptions(_CommonOptions, total=False):
     """Keyword arguments of every text env; `Rules` documents them."""
 
     split: str | None
-    max_turns: int | None
-    max_observation_tokens: int
-    max_episode_tokens: int | None
-    turn_limit: str | None
     chat: bool | None
 
 
@@ -119,14 +132,19 @@ class Rules:
         length_stop, overlong_buffer, overlong_penalty, missing_eos_penalty: how the end of an episode changes its score; see
             `llm_env.penalties.EndPenalties`.
         observation: `"dict"`, or `"flat"` for agents that need a single Box; see `llm_env.observations`.
-        max_turns: maximum number of turns in an episode; 1 with prompts, by default 8 with a text env.
-        max_observation_tokens: expected length of an observation of a text env, in tokens; it only sets the default of
-            `max_episode_tokens`.
+        max_turns: maximum number of turns in an episode; 1 with prompts, by default 8 with a text env or tools.
+        max_observation_tokens: expected length of an observation (of a text env, or the results of tools), in tokens; it only
+            sets the default of `max_episode_tokens`.
         max_episode_tokens: maximum number of tokens after the prompt, turns and observations together; by default
             `max_turns * (max_new_tokens + max_observation_tokens)`, and `max_new_tokens` with prompts.
         turn_limit: what happens to a turn that reaches its limit without an end token or stop string. `"truncate"` ends the
-            episode (default with prompts). `"continue"` gives the turn to the text env (default with a text env).
+            episode (default with prompts). `"continue"` gives the turn to the text env or the tools (default with a text env).
         chat: whether texts of a text env are user messages of the tokenizer's chat template; by default if it has one.
+        tools: functions that the model may call during an episode, in TRL's contract; see `llm_env.tools`. A turn without a
+            call ends the episode. Completions are lists of messages then.
+        tool_format: how calls are written: `"hermes"`, `"llama"`, `"mistral"`, `"plain"` or a `llm_env.tools.ToolFormat`. By
+            default that of the chat template; `"plain"` where the template knows no tools, and for prompts of plain text.
+        tool_timeout: seconds that a call may take; None for no limit.
         success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
             `is_success` appear in the last info.
 
@@ -137,6 +155,7 @@ class Rules:
         eos_ids: the tokens that end a turn.
         eos_id: one of `eos_ids`: the tokenizer's end token if it is among them.
         text_env: the tasks of a text env; None with prompts.
+        tools: the tools; None without.
     """
 
     def __init__(
@@ -170,8 +189,12 @@ class Rules:
         max_episode_tokens: int | None = None,
         turn_limit: str | None = None,
         chat: bool | None = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        tool_format: str | ToolFormat | None = None,
+        tool_timeout: float | None = None,
     ) -> None:
         self.text_env = prompts if isinstance(prompts, TextEnvTasks) else None
+        self.tools = self._as_tools(tools, tool_format, tool_timeout)
         self.max_prompt_tokens = check_int("max_prompt_tokens", max_prompt_tokens, 1)
         self.max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         min_new_tokens = check_int("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
@@ -191,9 +214,12 @@ class Rules:
         self._set_ends(resolve_end_tokens(eos_token_ids, self.tokenizer, self.vocab_size))
         self.pad_id = self.eos_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
         self.chat = self._as_chat(chat)
+        if self.tools is not None:
+            self._set_tool_formats(tool_format)
         self.prompts: PromptTable | TaskTable
         if self.text_env is None:
             self.prompts = PromptTable(prompts, format, self.max_prompt_tokens, split, long_prompts)
+            self.prompts.has_tools = self.tools is not None
         else:
             self.prompts = TaskTable(self.text_env, format, self.max_prompt_tokens, self.chat, split)
         self.rewards = self._make_rewards(reward, reward_weights)
@@ -208,20 +234,91 @@ class Rules:
             self.reference.check_vocabulary(self.vocab_size)
             self.reference.check_length(self.longest_prompt, self.max_episode_tokens, self.length_argument)
         self.recorder = None if record is None else Recorder(record, self.prompts.rows())
-        self.bridge = Bridge(format, {*self.eos_ids, *self.special}) if self.chat else None
+        self.bridge = self._make_bridge()
+        for seen in [] if self.text_env is None else self.text_env.checked_observations:
+            self.observation_ids((), seen)
         self._warned = False
         if self.ends_are_given or self.tokenizer.name_or_path:  # else an agent may know more
             self.warn_of_endless_turn()
 
+    def _as_tools(self, tools: Any, tool_format: Any, timeout: float | None) -> ToolSet | None:
+        if tools is None:
+            for name, value in (("tool_format", tool_format), ("tool_timeout", timeout)):
+                if value is not None:
+                    raise ValueError(f"{name}={value!r} needs tools; set tools=[function, ...]")
+            return None
+        if self.text_env is not None:
+            raise ValueError("tools are for prompts with reward functions; a text env answers every turn itself. Drop tools=")
+        return ToolSet(tools, timeout)
+
+    def _set_tool_formats(self, given: Any) -> None:
+        """Choose how calls are written in chats and after prompts of text, and have the prompts describe the tools."""
+        assert self.tools is not None
+        name = self._template_tool_format() if given is None else None
+        self._chat_tools = as_tool_format(name if given is None else given)
+        self._text_tools = PlainFormat() if given is None else self._chat_tools
+        self._format.chat_instructions = self._chat_tools.instructions(self.tools.schemas)
+        self._format.text_instructions = self._text_tools.instructions(self.tools.schemas)
+        if not self._format.chat_instructions:
+            self._format.tools = self.tools.schemas
+
+    def _template_tool_format(self) -> str:
+        """Return the name of the format in which the chat template writes tool calls."""
+        assert self.tools is not None
+        if not self._format.has_template:
+            return "plain"
+        name = self.tools.names[0]
+        text = self._format.rendered_call(name, self.tools.schemas)
+        if text is None:
+            return "plain"
+        if (found := format_of_rendered_call(text, name)) is None:
+            raise ValueError(
+                f"the chat template writes tool calls in a format that is not known here: {text!r}. Set tool_format= to one of "
+                f"{sorted(FORMATS)}, or to a llm_env.tools.ToolFormat that parses it"
+            )
+        return found
+
+    def _make_bridge(self) -> Bridge | None:
+        closing = {*self.eos_ids, *self.special}
+        if self.tools is None:
+            return Bridge(self._format, closing) if self.chat else None
+        if not self.prompts.has_chats:
+            return None
+        example = self._chat_tools.observation([ToolResult(ToolCall(self.tools.names[0], id="call00000"), "")], is_chat=True)
+        return Bridge(self._format, closing, as_messages(example))
+
+    def sessions(self) -> Sessions | ToolSessions | None:
+        """Return new instances of what answers turns: a text env's, or the tools; None if the first turn ends an episode."""
+        if self.tools is not None:
+            return ToolSessions(self.tools, self._chat_tools, self._text_tools, list(self.special.values()))
+        return None if self.text_env is None else Sessions(self.text_env)
+
+    @property
+    def has_replies(self) -> bool:
+        """Whether turns are answered, by a text env or by tools."""
+        return self.text_env is not None or self.tools is not None
+
+    def take_reply_seconds(self) -> float:
+        """Return the seconds spent in the text env or the tools since the last call."""
+        answering = self.text_env or self.tools
+        return 0.0 if answering is None else answering.take_seconds()
+
+    def turn_text(self, tokens: Sequence[int]) -> str:
+        """Return the text of a turn as a text env or tools get it: tools need special tokens, which may mark a call."""
+        if self.tools is None:
+            return self.decode([tokens])[0]
+        kept = [token for token in tokens if token not in self.eos_ids]
+        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def _set_turns(self, max_turns: Any, max_observation_tokens: Any, max_episode_tokens: Any, turn_limit: Any) -> None:
-        if self.text_env is None and max_turns not in (None, 1):
+        if not self.has_replies and max_turns not in (None, 1):
             raise ValueError(
                 f"max_turns={max_turns!r}, but prompts with reward functions have one turn; make the env with "
-                "TextGenerationEnv.from_text_env, or set max_turns=1"
+                "TextGenerationEnv.from_text_env, give tools=, or set max_turns=1"
             )
-        default = 1 if self.text_env is None else DEFAULT_MAX_TURNS
+        default = DEFAULT_MAX_TURNS if self.has_replies else 1
         self.max_turns = check_int("max_turns", default if max_turns is None else max_turns, 1)
-        observation = 0 if self.text_env is None else check_int("max_observation_tokens", max_observation_tokens, 0)
+        observation = check_int("max_observation_tokens", max_observation_tokens, 0) if self.has_replies else 0
         if max_episode_tokens is None:
             max_episode_tokens = self.max_turns * (self.max_new_tokens + observation)
         self.max_episode_tokens = check_int("max_episode_tokens", max_episode_tokens, 1)
@@ -230,17 +327,19 @@ class Rules:
                 f"max_episode_tokens={self.max_episode_tokens} must hold a turn of max_new_tokens={self.max_new_tokens}; "
                 "raise it, or lower max_new_tokens"
             )
-        if self.text_env is None and self.max_episode_tokens != self.max_new_tokens:
-            raise ValueError(f"max_episode_tokens={self.max_episode_tokens} is for text envs; with prompts set max_new_tokens")
+        if not self.has_replies and self.max_episode_tokens != self.max_new_tokens:
+            raise ValueError(
+                f"max_episode_tokens={self.max_episode_tokens} is for text envs and tools; with prompts set max_new_tokens"
+            )
         if turn_limit is None:
             turn_limit = "truncate" if self.text_env is None else "continue"
-        if turn_limit not in TURN_LIMITS or (turn_limit == "continue" and self.text_env is None):
+        if turn_limit not in TURN_LIMITS or (turn_limit == "continue" and not self.has_replies):
             raise ValueError(f"turn_limit={turn_limit!r} must be one of {TURN_LIMITS}; with prompts only 'truncate'")
         self.turn_limit = turn_limit
 
     def _as_chat(self, chat: bool | None) -> bool:
         """Return whether texts of the text env are messages."""
-        has_template = self._format.chat_template is not None or getattr(self.tokenizer, "chat_template", None) is not None
+        has_template = self._format.has_template
         if chat is not None and self.text_env is None:
             raise ValueError(f"chat={chat!r} is for text envs; give a prompt as a str or as a list of messages")
         if chat and not has_template:
@@ -248,8 +347,16 @@ class Rules:
         return self.text_env is not None and (has_template if chat is None else bool(chat))
 
     def _make_rewards(self, reward: Any, weights: Any) -> RewardSum:
-        if self.text_env is None:
+        if not self.has_replies:
             return RewardSum(reward, weights, self.prompts.columns, self.prompts.incomplete)
+        if self.tools is not None:
+            rewards = RewardSum(reward, weights, self.prompts.columns, self.prompts.incomplete)
+            if rewards.stepwise:
+                raise ValueError(
+                    "a reward marked with process_reward is called while a response is written, which is not supported with "
+                    "tools; take off the mark"
+                )
+            return rewards
         functions = [] if reward is None else reward
         rewards = RewardSum(functions, weights, self.prompts.columns, self.prompts.incomplete, required=False)
         if rewards.stepwise:
@@ -276,7 +383,7 @@ class Rules:
         """Add end tokens: those of a model that was not known when the env was made."""
         self._set_ends(self.eos_ids | frozenset(tokens))
         if self.bridge is not None:
-            self.bridge = Bridge(self._format, {*self.eos_ids, *self.special})
+            self.bridge = self._make_bridge()
 
     @property
     def max_tokens(self) -> int:
@@ -286,7 +393,7 @@ class Rules:
     @property
     def length_argument(self) -> str:
         """The name of the argument that limits the tokens after the prompt, for error messages."""
-        return "max_new_tokens" if self.text_env is None else "max_episode_tokens"
+        return "max_episode_tokens" if self.has_replies else "max_new_tokens"
 
     @property
     def max_actions(self) -> int:
@@ -303,12 +410,12 @@ class Rules:
 
         Args:
             turn: token ids of the turn.
-            observation: of the text env.
+            observation: of the text env or the tools.
 
         Raises:
             ValueError: If it cannot be written, for instance messages without a chat template.
         """
-        if self.bridge is not None:
+        if self.bridge is not None and (self.chat or not isinstance(observation, str)):
             return self.bridge(turn, as_messages(observation))
         if not isinstance(observation, str):
             raise ValueError(
@@ -320,7 +427,8 @@ class Rules:
     def describe(self) -> str:
         """Return prompts and limits in a few words."""
         if self.text_env is None:
-            return f"{len(self.prompts)} prompts, max_new_tokens={self.max_new_tokens}"
+            tools = "" if self.tools is None else f", tools {', '.join(self.tools.names)}, max_turns={self.max_turns}"
+            return f"{len(self.prompts)} prompts{tools}, max_new_tokens={self.max_new_tokens}"
         tasks = "endless" if self.text_env.endless else str(len(self.prompts))
         return f"{self.text_env.name}, {tasks} tasks, max_turns={self.max_turns}, max_new_tokens={self.max_new_tokens}"
 

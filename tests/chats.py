@@ -13,31 +13,31 @@ SPIDER = [{"role": "user", "content": "How many legs has a spider?"}]
 SPIDER_TEXT = "<|im_start|>user\nHow many legs has a spider?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def make_chat_tokenizer(eos="<eos>", template=CHATML, post=None):
-    """Ids 0 to 4 are `SPECIAL`, then come the 256 bytes; `post` is a post-processor such as `"<bos> $A"`."""
-    vocab = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+def make_chat_tokenizer(eos="<eos>", template=CHATML, post=None, special=SPECIAL):
+    """The first ids are `special`, then come the 256 bytes; `post` is a post-processor such as `"<bos> $A"`."""
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    inner.add_special_tokens([AddedToken(token, special=True) for token in special])
     if post:
-        inner.post_processor = processors.TemplateProcessing(single=post, special_tokens=[(s, vocab[s]) for s in SPECIAL])
+        inner.post_processor = processors.TemplateProcessing(single=post, special_tokens=[(s, vocab[s]) for s in special])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, pad_token="<pad>", bos_token="<bos>")
     tokenizer.chat_template = template
     return tokenizer
 
 
-def ids_of(text):
-    """The token ids of a text by hand: special tokens by their place in `SPECIAL`, else one id a byte."""
+def ids_of(text, special=SPECIAL):
+    """The token ids of a text by hand: special tokens by their place in `special`, else one id a byte."""
     ids, alphabet = [], sorted(pre_tokenizers.ByteLevel.alphabet())
     table = bytes_to_symbols()
     while text:
-        special = next((s for s in SPECIAL if text.startswith(s)), None)
-        if special:
-            ids.append(SPECIAL.index(special))
-            text = text.removeprefix(special)
+        token = next((s for s in special if text.startswith(s)), None)
+        if token:
+            ids.append(special.index(token))
+            text = text.removeprefix(token)
         else:
-            ids += [len(SPECIAL) + alphabet.index(table[byte]) for byte in text[0].encode()]
+            ids += [len(special) + alphabet.index(table[byte]) for byte in text[0].encode()]
             text = text[1:]
     return ids
 

@@ -50,7 +50,7 @@ def make_model(family, vocab_size, seed=0, scale=3.0, **overrides):
         kind, config_kind = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-        model = kind(config_kind(**sizes, **heads, **common, **overrides))
+        model = kind(config_kind(**{**sizes, **heads, **common, **overrides}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -52,7 +52,8 @@ class Simulated:
             self.cut.append(not by_end)
             paid, observation = 0.0, []
             if not by_end and turn_limit == "truncate":
-                self.end = "turn_limit"
+                has_room = len(self.after) - len(turn) + limits["max_new_tokens"] <= limits["max_episode_tokens"]
+                self.end = "turn_limit" if has_room else "max_episode_tokens"
             else:
                 text, paid, terminated, truncated, last = self.env.step(text_of(turn))
                 observation = [] if terminated else ids_of(text)

@@ -225,11 +225,11 @@ class TokenCollector:
                     episode.truncated = bool(infos[i].get("TimeLimit.truncated", False))
                 seen = pick(infos[i]["terminal_observation"], None) if dones[i] else pick(observation, [i])
                 tokens_seen, known = rows_of(seen)[0], [*episode.prompt, *episode.response]
-                if tokens_seen[: len(known)] != known or (rules.text_env is None and len(tokens_seen) > len(known)):
+                if tokens_seen[: len(known)] != known or (not rules.has_replies and len(tokens_seen) > len(known)):
                     raise ValueError(
                         "a wrapper of the env rewrites input_ids: the policy would be trained on tokens it did not see"
                     )
-                if rules.text_env is not None and episode.ends_turn(rules):
+                if rules.has_replies and episode.ends_turn(rules):
                     episode.add_observation(tokens_seen[len(known) :])
         return episodes
 

@@ -51,6 +51,8 @@ class PromptFormat:
         chat_template_kwargs: keyword arguments of the template for all prompts, such as `{"enable_thinking": False}`.
 
     Attributes:
+        tools: JSON schemas that the template of every chat gets, unless its row has a column `tools`.
+        chat_instructions, text_instructions: texts that are put in front of chats and texts; "" for none.
         tokenizer: the tokenizer; a copy with the template if `chat_template` is given. It is saved with the model.
 
     Raises:
@@ -61,6 +63,13 @@ class PromptFormat:
         self.chat_template = _template(tokenizer, chat_template)
         self.tokenizer = tokenizer if self.chat_template is None else _with_template(tokenizer, self.chat_template)
         self.chat_template_kwargs = _checked_kwargs(chat_template_kwargs, "chat_template_kwargs")
+        self.tools: list[dict[str, Any]] | None = None
+        self.chat_instructions = self.text_instructions = ""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether chats can be rendered."""
+        return self.chat_template is not None or getattr(self.tokenizer, "chat_template", None) is not None
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
@@ -91,7 +100,8 @@ class PromptFormat:
         if content is None:
             raise ValueError(f"{long_name} holds None as its {key!r}; give a text or messages")
         if isinstance(content, str):
-            prompt = Prompt(content, None)
+            begin = f"{self.text_instructions}\n\n" if self.text_instructions else ""
+            prompt = Prompt(begin + content, None)
         elif isinstance(content, (list, tuple)):
             prompt = self._render_chat(list(content), key, row, name)
         else:
@@ -100,7 +110,7 @@ class PromptFormat:
         return prompt
 
     def _render_chat(self, messages: Messages, key: str, row: dict[str, Any], name: str) -> Prompt:
-        if self.chat_template is None and getattr(self.tokenizer, "chat_template", None) is None:
+        if not self.has_template:
             raise ValueError(
                 f"{name} holds chat messages, but the tokenizer has no chat template; set chat_template= (or "
                 "tokenizer.chat_template), or give the prompt as text"
@@ -124,9 +134,10 @@ class PromptFormat:
             raise ValueError(
                 f"{name}: the last message, of the assistant, has no content to be continued; drop it, or give it content"
             )
-        tools = _tools(row.get("tools"), name)
+        tools = _tools(row.get("tools"), name) or self.tools
+        told = with_instructions(messages, self.chat_instructions) if self.chat_instructions else messages
         try:
-            text = self._apply(messages, tools=tools, **kwargs)
+            text = self._apply(told, tools=tools, **kwargs)
         except Exception as error:
             raise ValueError(f"{name}: the chat template raised {type(error).__name__}: {error}") from error
         return Prompt(text, messages)
@@ -160,6 +171,25 @@ class PromptFormat:
         _, found, rest = text.partition(turn)
         return rest if found else None
 
+    def rendered_call(self, name: str, tools: list[dict[str, Any]]) -> str | None:
+        """Render a call of the tool `name` by the assistant; return what the template writes after the user message.
+
+        Returns None if the template does not show the call.
+        """
+        user = {"role": "user", "content": FIRST_USER}
+        function = {"name": name, "arguments": {"argument": PLACEHOLDER}}
+        call = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "id": "call00000", "function": function}],
+        }
+        try:
+            text = self._apply([user, call], tools=tools, **self.chat_template_kwargs)
+        except Exception:  # the template refuses tool calls
+            return None
+        said = text.rpartition(FIRST_USER)[2]
+        return said if name in said and PLACEHOLDER in said else None
+
     def end_of_turn(self) -> list[int]:
         """Return the tokens that the chat template writes after an assistant message; empty if there are none."""
         turn = [{"role": "user", "content": PLACEHOLDER}, {"role": "assistant", "content": PLACEHOLDER}]
@@ -181,26 +211,37 @@ class Bridge:
     Args:
         format: the template.
         closing: token ids that may close a turn: end tokens and special tokens.
+        example: messages of an observation, to check the template with; one user message by default.
 
     Raises:
         ValueError: If the template fails on an observation, does not show it, or what it writes after a turn depends on the
-            text of the turn.
+            text of the turn. Observations with other roles than those of the example are checked when they first appear.
     """
 
-    def __init__(self, format: PromptFormat, closing: Collection[int]) -> None:
+    def __init__(self, format: PromptFormat, closing: Collection[int], example: Messages | None = None) -> None:
         self._format, self._closing = format, frozenset(closing)
-        observation = [{"role": "user", "content": OBSERVATION}]
-        text, other = (format.after_turn(observation, turn) for turn in (PLACEHOLDER, f"{PLACEHOLDER} 2"))
-        if text is None or OBSERVATION not in text:
+        self._checked: set[tuple[str, ...]] = set()
+        self._check([{"role": "user", "content": ""}] if example is None else example)
+
+    def _check(self, observation: Messages) -> None:
+        """Check the rendering of an observation, once for all with the same roles."""
+        roles = tuple(message["role"] for message in observation)
+        if roles in self._checked:
+            return
+        shown = [{**message, "content": f"{OBSERVATION}-{i}"} for i, message in enumerate(observation)]
+        text, other = (self._format.after_turn(shown, turn) for turn in (PLACEHOLDER, f"{PLACEHOLDER} 2"))
+        named = "+".join(roles)
+        if text is None or not all(message["content"] in text for message in shown):
             raise ValueError(
-                f"the chat template does not show a user message after an assistant message; it renders {text!r}. Set "
-                "chat=False to use texts without a template, or another chat_template"
+                f"the chat template does not show a {named} message after an assistant message; it renders {text!r}. Set "
+                "chat=False to use texts without a template, tool_format='plain' for tools, or another chat_template"
             )
         if text != other:
             raise ValueError(
                 f"the chat template writes {text!r} after one turn and {other!r} after another: what follows a turn must not "
                 "depend on its text. Set chat=False, or another chat_template"
             )
+        self._checked.add(roles)
 
     def __call__(self, turn: Sequence[int], observation: Messages) -> list[int]:
         """Return the ids between a turn and the next one.
@@ -209,6 +250,7 @@ class Bridge:
             turn: token ids of the turn.
             observation: messages of the env.
         """
+        self._check(observation)
         text = self._format.after_turn(observation, PLACEHOLDER)
         if text is None:
             raise ValueError(f"the chat template does not render the observation {observation!r} after an assistant message")
@@ -237,6 +279,22 @@ def check_message(message: Any, name: str) -> None:
             f"{name}: a message has the keys {sorted(map(str, message))}; it must have 'role' and 'content', such as "
             "{'role': 'user', 'content': 'Hello'}"
         )
+
+
+def with_instructions(messages: Messages, instructions: str) -> Messages:
+    """Return a chat with instructions: after its system message, or else in front of the first user message.
+
+    Not all templates have a system message, so none is added.
+    """
+    first = messages[0]
+    if first.get("role") == "system" and isinstance(first.get("content"), str):
+        return [{**first, "content": f"{first['content']}\n\n{instructions}"}, *messages[1:]]
+    texts = [i for i, each in enumerate(messages) if each.get("role") == "user" and isinstance(each.get("content"), str)]
+    if not texts:
+        return [{"role": "user", "content": instructions}, *messages]
+    at = texts[0]
+    told = {**messages[at], "content": f"{instructions}\n\n{messages[at]['content']}"}
+    return [*messages[:at], told, *messages[at + 1 :]]
 
 
 def _tools(tools: Any, name: str) -> Any:

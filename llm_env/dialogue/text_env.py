@@ -60,6 +60,8 @@ class Transition:
         terminated: whether the episode has ended.
         truncated: whether the text env cut the episode off.
         info: the info of the step.
+        messages: the turn and the observation as reward functions get them; None for a plain assistant message and the
+            observation.
     """
 
     observation: Text
@@ -67,6 +69,7 @@ class Transition:
     terminated: bool
     truncated: bool
     info: dict[str, Any]
+    messages: Messages | None = None
 
 
 class TextEnvTasks:
@@ -77,6 +80,9 @@ class TextEnvTasks:
         num_tasks: number of seeds; None for fresh seeds without end.
         first_seed: seed of task 0.
         check_seeds: play two seeds twice with the same actions, and raise if the results differ.
+
+    Attributes:
+        checked_observations: the observations after turns that the check of the seeds has met.
 
     Raises:
         TypeError: If `make` cannot be called, or what it returns has no `reset` and `step`.
@@ -92,6 +98,7 @@ class TextEnvTasks:
         self.first_seed = check_int("first_seed", first_seed, 0, LARGEST_SEED + 1 - self.num_tasks)
         self.endless = num_tasks is None
         self._seconds = 0.0
+        self.checked_observations: list[Text] = []
         if check_seeds:
             self._check_seeds()
 
@@ -186,6 +193,8 @@ class TextEnvTasks:
             except RuntimeError as error:  # a text env may refuse these actions, in the same way twice
                 return [*results, str(error)]
             results.append((step.observation, step.reward, step.terminated, step.truncated, sorted(step.info)))
+            if not step.terminated and step.observation not in self.checked_observations:
+                self.checked_observations.append(step.observation)
             if step.terminated or step.truncated:
                 break
         return results

@@ -203,7 +203,7 @@ class PooledReward:
             return attempt(self.function, part, spans)
         patience = self.timeout + (GRACE if _is_async(self.function) else 0.0)
         try:
-            return _within(patience, lambda: attempt(self.function, part, spans, self.timeout))
+            return within(patience, lambda: attempt(self.function, part, spans, self.timeout))
         except TimeoutError:
             return time_out_message(self.timeout)
 
@@ -213,7 +213,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _within(timeout: float, work: Callable[[], Any]) -> Any:
+def within(timeout: float, work: Callable[[], Any]) -> Any:
     """Run `work` in a thread and return its result.
 
     Raises:
