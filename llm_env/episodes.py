@@ -7,7 +7,7 @@ one turn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,14 @@ class Utterance:
     is_cut: bool = False
 
 
+def padded(rows: Sequence[Any], lengths: np.ndarray, dtype: Any) -> np.ndarray:
+    """Pad rows on the right with zeros; return (B, the longest)."""
+    padded_rows = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=dtype)
+    for i, row in enumerate(rows):
+        padded_rows[i, : len(row)] = row
+    return padded_rows
+
+
 def transcript_text(utterances: Sequence[Utterance]) -> str:
     """Return a transcript as text, a line per utterance, with the reward of each turn."""
     lines = []
@@ -126,6 +134,7 @@ class Episodes:
         self._step_errors = [""] * num_rows
         self.scores = np.full(num_rows, np.nan)
         self._sessions = rules.sessions()
+        self._unsettled: list[list[_Segment]] = [[] for _ in range(num_rows)]
 
     def start(self, rows: Sequence[int] | np.ndarray, prompt_indexes: Sequence[int]) -> None:
         """Begin new episodes in `rows` with the prompts `prompt_indexes`, which exist."""
@@ -136,6 +145,7 @@ class Episodes:
             self.prompt_lengths[row] = len(prompt)
             self.prompt_indexes[row] = index
             self.turns[row] = []
+            self._unsettled[row] = []
             self._step_errors[row] = ""
             if isinstance(self._sessions, ToolSessions):
                 self._sessions.start(row, self.rules.prompts.messages[index] is not None)
@@ -212,45 +222,119 @@ class Episodes:
                 changed then.
             RuntimeError: If a text env raised an exception. No row has changed then.
         """
+        before, state = self.lengths[rows], self._save(rows)
+        try:
+            segments = self._write(rows, tokens, lengths, logprobs)
+            new = _NewTokens(rows, before, lengths, [[segment] for segment in segments], np.zeros(tokens.shape))
+            infos = self._settle(new, score_reference)
+        except BaseException:
+            self._restore(rows, state)
+            raise
+        self.finished[rows[new.ended]] = True
+        return self._outcome(new, infos)
+
+    def advance_turns(
+        self, rows: np.ndarray, turns: Sequence[Sequence[int]], logprobs: Sequence[Any]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Append turns and step the text env; rewards, reference and infos are left for `settle`.
+
+        Args:
+            rows: (R,) distinct row numbers.
+            turns: R lists of action tokens, at least one each.
+            logprobs: R lists of log pi of the tokens, in nats.
+
+        Returns:
+            The tokens that the env wrote after each turn, R int64 arrays; and which episodes have ended, (R,) bool.
+
+        Raises:
+            ValueError, RuntimeError: As `advance` does. No row has changed then.
+        """
+        lengths = np.array([len(turn) for turn in turns], dtype=np.int64)
+        tokens, logp = padded(turns, lengths, np.int64), padded(logprobs, lengths, np.float64)
+        state = self._save(rows)
+        try:
+            segments = self._write(rows, tokens, lengths, logp)
+        except BaseException:
+            self._restore(rows, state)
+            raise
+        for row, segment in zip(rows.tolist(), segments, strict=True):
+            self._unsettled[row].append(segment)
+        ended = np.array([segment.reply.ends for segment in segments], dtype=bool)
+        self.finished[rows[ended]] = True
+        return [np.array(segment.reply.observation, dtype=np.int64) for segment in segments], ended
+
+    def settle(self, rows: np.ndarray) -> StepOutcome:
+        """Ask the reference, pay and record whole episodes that `advance_turns` has played, all in one call.
+
+        Args:
+            rows: (R,) row numbers whose episodes have ended.
+
+        Returns:
+            The outcome of all tokens after the prompt up to the last action, (R, n) where there is one number a token: rewards
+            are 0 and `ref_logp` is NaN at tokens of the env.
+
+        Raises:
+            ValueError: If a reward function failed, or the record could not be written. The call can be repeated then.
+        """
+        segments = [self._unsettled[row] for row in rows.tolist()]
+        lengths = np.array([each[-1].begin + each[-1].length for each in segments], dtype=np.int64)
+        rewards = np.zeros((len(rows), int(lengths.max(initial=0))))
+        new = _NewTokens(rows, np.zeros(len(rows), dtype=np.int64), lengths, segments, rewards)
+        state = [self._paid_steps[rows], self.scores[rows]]
+        try:
+            infos = self._settle(new, score_reference=True)
+        except BaseException:
+            self._paid_steps[rows], self.scores[rows] = state
+            raise
+        for row in rows.tolist():
+            self._unsettled[row] = []
+        return self._outcome(new, infos)
+
+    def _write(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray | None) -> list[_Segment]:
+        """Append tokens to open turns, and step the text env where a turn ends; return what was written in each row."""
         written = np.arange(tokens.shape[1]) < lengths[:, None]
         self._check(rows, tokens, lengths, written)
-        before, state = self.lengths[rows], self._save(rows)
+        before = self.lengths[rows]
         offsets = (before[:, None] + np.arange(tokens.shape[1]))[written]
         at = (np.repeat(rows, lengths), offsets)
         self.ids[at[0], self.prompt_lengths[at[0]] + offsets] = tokens[written]
         self.turn_ids[at] = np.repeat([len(self.turns[row]) for row in rows], lengths)
         self.lengths[rows] += lengths
         self.num_actions[rows] += lengths
-        try:
-            by_end, is_cut = self._turn_ends(rows, tokens, lengths)
-            if logprobs is not None:
-                self._logp[at] = logprobs[written]
-            replies = self._take_turns(rows, by_end, is_cut)
-            new = _NewTokens(rows, before, lengths, is_cut, replies, np.zeros(tokens.shape), logprobs is not None)
-            infos = self._settle(new, score_reference)
-        except BaseException:
-            self._restore(rows, state)
-            raise
-        self.finished[rows[new.ended]] = True
+        by_end, is_cut = self._turn_ends(rows, tokens, lengths)
+        if logprobs is not None:
+            self._logp[at] = logprobs[written]
+        replies = self._take_turns(rows, by_end, is_cut)
+        known = logprobs is not None
+        return [
+            _Segment(*each, has_logp=known)
+            for each in zip(before.tolist(), lengths.tolist(), is_cut.tolist(), replies, strict=True)
+        ]
+
+    def _outcome(self, new: _NewTokens, infos: dict[int, dict[str, Any]]) -> StepOutcome:
         ref_logp = None
         if self.rules.reference is not None:
-            ref_logp = np.full(tokens.shape, np.nan, dtype=np.float32)
-            ref_logp[written] = self._ref_logp[at]
-        observations = [np.array(reply.observation, dtype=np.int64) for reply in replies]
+            ref_logp = np.full(new.rewards.shape, np.nan, dtype=np.float32)
+            for i, row in enumerate(new.rows):
+                ref_logp[i, : new.lengths[i]] = self._ref_logp[row, new.before[i] :][: new.lengths[i]]
+        observations = [np.array(reply.observation, dtype=np.int64) for reply in new.replies]
         return StepOutcome(new.rewards, new.terminated, new.truncated, ref_logp, observations, infos)
 
     def _settle(self, new: _NewTokens, score_reference: bool) -> dict[int, dict[str, Any]]:
         """Ask the reference, pay the new tokens and record episodes that ended; return the infos by row number."""
-        rows, lengths, ended, shaped = new.rows, new.lengths, new.ended, self.rules.kl is not None
+        rows, ended, shaped = new.rows, new.ended, self.rules.kl is not None
         if self.rules.reference is not None:
-            self._score_reference(rows[lengths > 0] if shaped or score_reference else rows[ended])
+            self._score_reference(rows[new.lengths > 0] if shaped or score_reference else rows[ended])
         if shaped:
-            for i, row in enumerate(rows):
-                new.rewards[i, : lengths[i]] = self._kl_rewards(row, new.before[i], lengths[i], new.has_logp)
+            for i, segment in new.all_segments():
+                begin = segment.begin - new.before[i]
+                kl_rewards = self._kl_rewards(rows[i], segment.begin, segment.length, segment.has_logp)
+                new.rewards[i, begin : begin + segment.length] = kl_rewards
         infos = self._compute_rewards(new)
+        for i, segment in new.all_segments():
+            if segment.reply.reward:
+                new.rewards[i, segment.begin - new.before[i] + segment.length - 1] += segment.reply.reward
         for i, reply in enumerate(new.replies):
-            if reply.reward:
-                new.rewards[i, lengths[i] - 1] += reply.reward
             if self.rules.has_replies and (ended[i] or new.is_cut[i]):
                 infos.setdefault(int(rows[i]), {}).update(self._turn_info(int(rows[i]), reply, bool(ended[i])))
         if self.rules.recorder is not None:
@@ -495,10 +579,10 @@ class Episodes:
         indexes = self.prompt_indexes[rows].tolist()
         prompts, columns = self.rules.prompts.prompts_of(indexes)
         completions = [self._completion(row) for row in rows.tolist()]
-        ids = [self._completion_ids(row) for row in rows.tolist()]
+        ids = [self.completion_ids(row) for row in rows.tolist()]
         return prompts, completions, ids, columns, [self.rules.prompts.texts[i] for i in indexes]
 
-    def _completion_ids(self, row: int) -> list[int]:
+    def completion_ids(self, row: int) -> list[int]:
         """Return the tokens after the prompt, up to the last action token."""
         return self.response(row)[: int(np.flatnonzero(self.actions(row))[-1]) + 1].tolist()
 
@@ -526,7 +610,8 @@ class Episodes:
             reward = None if turn.transition is None else turn.transition.reward
             utterances.append(Utterance("policy", turn.text, reward, turn.is_cut))
             if turn.transition is not None:
-                utterances += [Utterance("env", str(m.get("content"))) for m in as_messages(turn.transition.observation)]
+                said = [str(message.get("content")) for message in as_messages(turn.transition.observation)]
+                utterances += [Utterance("env", text) for text in said if text or not turn.transition.terminated]
         open_turn = self.turn(row)
         if len(open_turn) and self.turn_ids[row, self.lengths[row] - 1] == len(self.turns[row]):
             utterances.append(Utterance("policy", self.rules.decode([open_turn.tolist()])[0]))
@@ -582,8 +667,8 @@ class Episodes:
             "completion": self._completion(row),
             **({} if isinstance(prompt, str) else {"prompt_text": info["prompt"]}),
             "prompt_ids": self.prompt(row).tolist(),
-            "completion_ids": self._completion_ids(row),
-            **({} if self._sessions is None else {"turn_ids": self.turn_ids[row, : len(self._completion_ids(row))].tolist()}),
+            "completion_ids": self.completion_ids(row),
+            **({} if self._sessions is None else {"turn_ids": self.turn_ids[row, : len(self.completion_ids(row))].tolist()}),
             "columns": self.rules.prompts.row(index),
             "components": {key.removeprefix("reward/"): value for key, value in info.items() if key.startswith("reward/")},
             "score": float(self.scores[row]),
@@ -614,28 +699,62 @@ class _Reply:
     observation: Sequence[int] = ()
     fits: bool = True
 
+    @property
+    def ends(self) -> bool:
+        """Whether the episode has ended."""
+        return self.terminated or bool(self.truncated_by)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens of one turn that were written together, and what followed.
+
+    Attributes:
+        begin: index of the first after the prompt.
+        length: number of tokens.
+        is_cut: whether the turn reached its limit.
+        reply: what followed.
+        has_logp: whether log pi of the tokens is known.
+    """
+
+    begin: int
+    length: int
+    is_cut: bool
+    reply: _Reply
+    has_logp: bool
+
 
 @dataclass(frozen=True)
 class _NewTokens:
-    """The tokens that a call of `advance` has written, and what they are paid.
+    """Tokens that are paid together: those of one call of `advance`, or whole episodes.
 
     Attributes:
         rows: (R,) row numbers.
-        before: (R,) index after the prompt of the first new token.
-        lengths: (R,) number of new tokens.
-        is_cut: (R,) bool, whether the turn reached its limit.
-        replies: R replies.
+        before: (R,) index after the prompt of the first token.
+        lengths: (R,) number of tokens, up to the last action.
+        segments: R lists of what was written.
         rewards: (R, n) float64, filled in by `Episodes`.
-        has_logp: whether log pi of the tokens is known.
     """
 
     rows: np.ndarray
     before: np.ndarray
     lengths: np.ndarray
-    is_cut: np.ndarray
-    replies: list[_Reply]
+    segments: list[list[_Segment]]
     rewards: np.ndarray
-    has_logp: bool
+
+    def all_segments(self) -> Iterator[tuple[int, _Segment]]:
+        """Iterate over all segments, each with the index of its row in `rows`."""
+        return ((i, segment) for i, each in enumerate(self.segments) for segment in each)
+
+    @property
+    def replies(self) -> list[_Reply]:
+        """What followed the last tokens of each row."""
+        return [each[-1].reply for each in self.segments]
+
+    @property
+    def is_cut(self) -> np.ndarray:
+        """(R,) bool, whether the last turn reached its limit."""
+        return np.array([each[-1].is_cut for each in self.segments], dtype=bool)
 
     @property
     def terminated(self) -> np.ndarray:

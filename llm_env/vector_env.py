@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from llm_env.arguments import check_int, finite, integers, one_per_row, reset_options
 from llm_env.dialogue.text_env import TextEnvTasks
-from llm_env.episodes import Episodes, StepOutcome
+from llm_env.episodes import Episodes, StepOutcome, padded
 from llm_env.keywords import AGENT_NAMES, check_keywords
 from llm_env.observations import Observation, pick, spaces_of
 from llm_env.prompts import PromptCursor
@@ -240,7 +240,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         rows = one_per_row(responses, "responses", self.num_envs)
         rows = [integers(row, f"response {i}", "a flat sequence of token ids") for i, row in enumerate(rows)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        tokens = _padded(rows, lengths, np.int64)
+        tokens = padded(rows, lengths, np.int64)
         logp = None
         if logprobs is not None:
             told = one_per_row(logprobs, "logprobs", self.num_envs)
@@ -251,19 +251,41 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                     f"logprobs must have one number per token: their shapes are {shapes}, the responses' lengths "
                     f"{lengths.tolist()}"
                 )
-            logp = _padded(told, lengths, np.float64)
+            logp = padded(told, lengths, np.float64)
         outcome = self.episodes.advance(np.arange(self.num_envs), tokens, lengths, logp, score_reference=True)
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
             self._pending |= outcome.terminated | outcome.truncated
-        cut = partial(_cut, lengths=lengths)
-        return ResponseStep(
-            rewards=cut(outcome.rewards),
-            terminated=outcome.terminated,
-            truncated=outcome.truncated,
-            observations=outcome.observations,
-            ref_logprobs=None if outcome.ref_logp is None else cut(outcome.ref_logp),
-            infos=[outcome.infos.get(row, {}) for row in range(self.num_envs)],
-        )
+        return _response_step(outcome, lengths, range(self.num_envs))
+
+    def advance_turns(
+        self, rows: Sequence[int], turns: Sequence[Sequence[int]], logprobs: Sequence[Any]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Take whole turns in some rows, and leave rewards and infos for `settle`; see `Episodes.advance_turns`.
+
+        Args:
+            rows: R distinct row numbers.
+            turns: R lists of token ids, each up to the end of the turn.
+            logprobs: R lists of log pi of the tokens, in nats.
+
+        Returns:
+            The tokens that the env wrote after each turn, R int64 arrays; and which episodes have ended, (R,) bool.
+        """
+        at = np.asarray(rows, dtype=np.int64)
+        observations, ended = self.episodes.advance_turns(at, turns, logprobs)
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            self._pending[at[ended]] = True
+        return observations, ended
+
+    def settle(self, rows: Sequence[int]) -> ResponseStep:
+        """Pay and record the episodes that `advance_turns` has played to their ends in R rows; one entry a row.
+
+        One call for all rows is fastest: reward functions and the reference then get large batches. `rewards` and
+        `ref_logprobs` have an entry per token after the prompt, up to the last action; 0 and NaN at tokens of the env.
+        """
+        at = np.asarray(rows, dtype=np.int64)
+        outcome = self.episodes.settle(at)
+        lengths = np.array([len(self.episodes.completion_ids(row)) for row in at.tolist()])
+        return _response_step(outcome, lengths, at.tolist())
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the text env's instances, if there are any."""
@@ -402,12 +424,18 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return np.flatnonzero(mask)
 
 
+def _response_step(outcome: StepOutcome, lengths: np.ndarray, rows: Sequence[int]) -> ResponseStep:
+    """Return an outcome without padding; `rows` names the rows of its entries."""
+    cut = partial(_cut, lengths=lengths)
+    return ResponseStep(
+        rewards=cut(outcome.rewards),
+        terminated=outcome.terminated,
+        truncated=outcome.truncated,
+        observations=outcome.observations,
+        ref_logprobs=None if outcome.ref_logp is None else cut(outcome.ref_logp),
+        infos=[outcome.infos.get(row, {}) for row in rows],
+    )
+
+
 def _cut(table: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(table, lengths, strict=True)]
-
-
-def _padded(rows: Sequence[Any], lengths: np.ndarray, dtype: Any) -> np.ndarray:
-    table = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=dtype)
-    for i, row in enumerate(rows):
-        table[i, : lengths[i]] = row
-    return table

@@ -728,6 +728,7 @@ class Planned:
         from agents.engines import base
 
         monkeypatch.setattr(base, "sample_responses", self.sample)
+        monkeypatch.setattr(base, "keeps_cache", lambda *args: False)  # a turn at a time
 
     def sample(self, lm, contexts, sampler, **kwargs):
         (context,) = contexts

@@ -562,3 +562,88 @@ def test_tasks_can_be_made_by_name_and_listed():
     env = TextGenerationEnv(tasks, None, make_tokenizer("0123456789guess-=+ "), max_new_tokens=1)
     assert [env.rules.prompts.seed(i) for i in env.rules.prompts.indexes()] == [2, 3, 4, 5, 6]
     assert env.rules.prompts.columns == ["number"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_episodes_that_are_settled_together_are_paid_as_turn_by_turn(data):
+    """`advance_turns` for some rows at a time and `settle` at the end, against `step_responses`; with a KL in the reward."""
+    calls = []
+
+    def many(completions, **kwargs):
+        calls.append(len(completions))
+        return last_turn_length(completions)
+
+    reference = make_model("llama", len(TOKENIZER), seed=1)
+    kwargs = dict(make=Scripted, tokenizer=TOKENIZER, num_tasks=20, max_prompt_tokens=3, check_seeds=False, max_new_tokens=3)
+    kwargs |= dict(max_turns=data.draw(st.integers(1, 4)), turn_limit=data.draw(st.sampled_from(["truncate", "continue"])))
+    kwargs |= dict(max_episode_tokens=data.draw(st.integers(3, 16)), reference=reference, kl_coef=0.3, reward=many)
+    one, other = (TextGenerationVectorEnv.from_text_env(3, **kwargs) for _ in range(2))
+    seed = data.draw(st.integers(0, 100))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    for venv in (one, other):
+        venv.reset(seed=seed)
+    rewards, references, infos, truncated = ([[] for _ in range(3)] for _ in range(4))
+    under_way = [0, 1, 2]
+    while under_way:
+        chosen = [row for row in under_way if rng.random() < 0.6] or under_way[:1]
+        limits = one.episodes.turn_limits(np.array(chosen))
+        turns = [a_turn(rng, int(limit)) for limit in limits]
+        logp = [rng.normal(-1, 0.3, len(turn)) for turn in turns]
+        observations, ended = other.advance_turns(chosen, turns, logp)
+        given_turns, given_logp = [[]] * 3, [[]] * 3
+        for row, turn, values in zip(chosen, turns, logp, strict=True):
+            given_turns[row], given_logp[row] = turn, values
+        step = one.step_responses(given_turns, given_logp)
+        for i, row in enumerate(chosen):
+            assert observations[i].tolist() == step.observations[row].tolist()
+            assert ended[i] == (step.terminated[row] or step.truncated[row])
+            written = [np.nan] * len(observations[i])
+            rewards[row] += [*step.rewards[row], *(0.0 for _ in written)]
+            references[row] += [*step.ref_logprobs[row], *written]
+            if ended[i]:
+                infos[row], truncated[row] = step.infos[row], bool(step.truncated[row])
+        under_way = [row for row in under_way if not one.episodes.finished[row]]
+    calls.clear()
+    settled = other.settle([0, 1, 2])
+    assert calls == [3], "one call for all episodes"
+    for row in range(3):
+        n = len(settled.rewards[row])
+        assert settled.rewards[row] == pytest.approx(rewards[row][:n], abs=1e-6) and not any(rewards[row][n:])
+        np.testing.assert_allclose(settled.ref_logprobs[row], references[row][:n], atol=1e-4)
+        assert settled.infos[row].keys() == infos[row].keys()
+        for key, value in infos[row].items():
+            assert settled.infos[row][key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
+        assert settled.truncated[row] == truncated[row]
+
+
+def a_turn(rng, limit):
+    """A random turn: up to an end token, or up to the limit."""
+    turn = []
+    while len(turn) < limit and EOS not in turn:
+        turn.append(int(rng.choice([EOS, *range(FIRST, len(TOKENIZER))])))
+    return turn
+
+
+def test_settling_can_be_repeated_after_an_error():
+    failures = [True]
+
+    def fails_once(completions, **kwargs):
+        if failures:
+            failures.pop()
+            raise RuntimeError("the judge is down")
+        return [1.0] * len(completions)
+
+    venv = TextGenerationVectorEnv.from_text_env(
+        2, Letters, make_tokenizer("abcdefgh"), reward=fails_once, max_prompt_tokens=3, max_new_tokens=3
+    )
+    venv.reset(seed=0)
+    h = venv.rules.tokenizer.convert_tokens_to_ids("h")
+    _, ended = venv.advance_turns([1, 0], [[h, EOS], [h, EOS]], [[-1.0, -1.0], [-1.0, -1.0]])
+    assert ended.all()
+    with pytest.raises(ValueError, match="the judge is down"):
+        venv.settle([0, 1])
+    step = venv.settle([0, 1])
+    assert [row.tolist() for row in step.rewards] == [[0.0, 1.0], [0.0, 1.0]]
+    with pytest.raises(ValueError, match="row 0 has ended"):
+        venv.advance_turns([0], [[h]], [[-1.0]])

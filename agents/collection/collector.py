@@ -105,24 +105,25 @@ class ResponseCollector:
         episodes = [_Episode(prompts[row]) for row in rows]
 
         def on_turns(numbers: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
-            chosen = [rows[i] for i in numbers]
-            step = venv.step_responses(
-                scatter_rows(chosen, turns, venv.num_envs), scatter_rows(chosen, logprobs, venv.num_envs)
-            )
+            observations, ended = venv.advance_turns([rows[i] for i in numbers], turns, logprobs)
             replies: list[list[int] | None] = []
-            for i, row, turn, logp in zip(numbers, chosen, turns, logprobs, strict=True):
-                episode, observation = episodes[i], step.observations[row].tolist()
-                ref_logp = None if step.ref_logprobs is None else step.ref_logprobs[row]
-                episode.add_turn(turn, step.rewards[row], logp, ref_logp)
-                episode.add_observation(observation)
-                ended = bool(step.terminated[row] or step.truncated[row])
-                if ended:
-                    episode.truncated, episode.info = bool(step.truncated[row]), step.infos[row]
-                replies.append(None if ended else observation)
+            for i, turn, logp, written, is_over in zip(numbers, turns, logprobs, observations, ended, strict=True):
+                observation = written.tolist()
+                episodes[i].add_turn(turn, [0.0] * len(turn), logp)
+                episodes[i].add_observation(observation)
+                replies.append(None if is_over else observation)
             return replies
 
         heads = [prompts[row] for row in rows[:: self.group_size]]
         self.engine.generate(heads, self.group_size, request.decoding, on_turns)
+        step = venv.settle(list(rows))
+        for i, episode in enumerate(episodes):
+            episode.truncated, episode.info = bool(step.truncated[i]), step.infos[i]
+            after = [0.0] * (len(episode.response) - len(step.rewards[i]))  # an observation after the last action
+            episode.rewards = [*step.rewards[i].tolist(), *after]
+            if step.ref_logprobs is not None:
+                is_action = np.array(episode.turn_ids[: len(step.rewards[i])]) >= 0
+                episode.ref_logprobs = [*np.where(is_action, step.ref_logprobs[i], 0.0).tolist(), *after]
         return rollout_of(episodes, self.group_size, self.policy.device, venv.rules.reference is not None)
 
 
@@ -296,14 +297,6 @@ def _with_text(episode: _Episode, rules: Rules) -> dict[str, Any]:
         return info
     prompt, completion = rules.decode([episode.prompt, episode.response])
     return {**info, "prompt": prompt, "completion": completion}
-
-
-def scatter_rows(rows: Sequence[int], values: Sequence[Any], count: int) -> list[Any]:
-    """Return a list of `count` entries: `values` at `rows`, and empty lists at other rows."""
-    scattered: list[Any] = [[]] * count
-    for row, value in zip(rows, values, strict=True):
-        scattered[row] = value
-    return scattered
 
 
 def reference_model(rules: Rules) -> nn.Module | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
 from agents.policy.lora import copy_sharing_frozen
-from agents.sampling.generate import OnTokens, ignore_tokens, sample_responses
+from agents.sampling.generate import OnTokens, OnTurns, end_episodes, ignore_tokens, keeps_cache, sample_responses
 from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
-
-OnTurns = Callable[[Sequence[int], list[list[int]], list[np.ndarray]], "list[list[int] | None]"]
 
 
 class Completions(NamedTuple):
@@ -118,11 +116,6 @@ class Lockstep:
         return Completions(self._token_ids, self._logprobs)
 
 
-def end_episodes(rows: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
-    """Let every episode end with its first turn: the `on_turns` of a generation without an env."""
-    return [None] * len(rows)
-
-
 @runtime_checkable
 class Engine(Protocol):
     """Generates responses.
@@ -147,7 +140,8 @@ class Engine(Protocol):
             group_size: G.
             decoding: how.
             on_turns: called with the rows whose turn has ended, their new tokens and log-probs; returns what the env writes
-                after each turn, None where the episode has ended. It is called once per turn, at first with all rows.
+                after each turn, None where the episode has ended. An engine may call it when all rows have taken a turn, or
+                for some rows at a time.
 
         Raises:
             StaleWeightsError: If the weights are no longer those of the last `update_weights`.
@@ -190,26 +184,54 @@ class PolicyEngine:
         Raises:
             ValueError: If a prompt and its longest response have more tokens than the model has positions.
         """
-        policy, rules, turns = self.policy, decoding.rules, Lockstep(prompts, group_size, decoding, on_turns)
+        policy, settings = self.policy, self._settings(decoding)
+        if self._keeps_cache(prompts, group_size, decoding):
+            with policy.sampling(prompts, decoding.max_new_tokens):
+                sampled = sample_responses(
+                    policy.lm,
+                    prompts,
+                    max_new_tokens=decoding.max_new_tokens,
+                    group_size=group_size,
+                    uniforms=decoding.uniforms,
+                    on_turns=on_turns,
+                    max_episode_tokens=decoding.max_episode_tokens,
+                    **settings,
+                )
+            return Completions(*sampled)
+        turns = Lockstep(prompts, group_size, decoding, on_turns)
         while turns.rows:
             with policy.sampling(turns.contexts, turns.limits):
                 sampled = sample_responses(
                     policy.lm,
                     turns.contexts,
-                    decoding.sampler,
-                    vocab_size=rules.vocab_size,
-                    eos_id=rules.eos_ids,
                     max_new_tokens=turns.limits,
                     group_size=turns.group_size,
-                    completes_stop=rules.completes_stop if rules.stop else None,
-                    constraint=rules.constraint,
-                    max_num_seqs=policy.max_num_seqs,
-                    prefix_sharing=policy.prefix_sharing,
                     uniforms=turns.uniforms,
-                    on_tokens=decoding.on_tokens,
+                    **settings,
                 )
             turns.reply(*sampled)
         return turns.completions()
+
+    def _keeps_cache(self, prompts: Sequence[Sequence[int]], group_size: int, decoding: DecodingSpec) -> bool:
+        """Whether to keep the cache between turns. Otherwise, contexts are computed again in every turn."""
+        if not decoding.rules.has_replies or decoding.max_episode_tokens is None or not len(prompts):
+            return False
+        longest = max(map(len, prompts)) + decoding.max_episode_tokens
+        return keeps_cache(self.policy.lm, group_size, longest, self.policy.prefix_sharing)
+
+    def _settings(self, decoding: DecodingSpec) -> dict[str, Any]:
+        """Return the arguments of `sample_responses` that are the same for every turn."""
+        rules = decoding.rules
+        return {
+            "sampler": decoding.sampler,
+            "vocab_size": rules.vocab_size,
+            "eos_id": rules.eos_ids,
+            "completes_stop": rules.completes_stop if rules.stop else None,
+            "constraint": rules.constraint,
+            "max_num_seqs": self.policy.max_num_seqs,
+            "prefix_sharing": self.policy.prefix_sharing,
+            "on_tokens": decoding.on_tokens,
+        }
 
     def update_weights(self, policy: LanguagePolicy) -> None:
         """Generate with another policy from here on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from llm_env.lm.scoring import restrict
 from llm_env.lm.sharing import PrefixSharing, supports_sharing
 
 StopRule = Callable[[Sequence[int]], bool]
+OnTurns = Callable[[Sequence[int], list[list[int]], list[np.ndarray]], "list[list[int] | None]"]
 OnTokens = Callable[[int], None]
 
 
@@ -48,10 +49,14 @@ def sample_responses(
     prefix_sharing: PrefixSharing = "auto",
     uniforms: Tensor | None = None,
     on_tokens: OnTokens = ignore_tokens,
+    on_turns: OnTurns | None = None,
+    max_episode_tokens: int | None = None,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Sample `group_size` responses to each prompt.
+    """Sample `group_size` responses to each prompt, or conversations of several turns.
 
-    A prompt is computed once for its group, and rows that have ended leave the batch.
+    A prompt is computed once for its group, and rows that have ended leave the batch. With `on_turns`, keys and values stay in
+    the cache between turns: what the env writes is computed in one pass for all turns that end in a decoding step, and no row
+    waits for another one's turn.
 
     Args:
         model: any causal language model of transformers.
@@ -69,29 +74,33 @@ def sample_responses(
         uniforms: (N * G, the longest response, 1 or 2), random numbers to sample by; see `Sampler.uniforms`. Drawn here by
             default.
         on_tokens: called with the number of new tokens in every decoding step; an error in it ends the sampling.
+        on_turns: called with the numbers of the rows whose turn has ended in a decoding step, in ascending order, their new
+            tokens and log-probs; returns what the env writes after each turn, None where the episode has ended. By default,
+            every episode ends with its first turn. `keeps_cache` must be True then.
+        max_episode_tokens: limit of the tokens after the prompt with `on_turns`, turns and observations together.
 
     Returns:
-        N * G responses, lists of token ids, those to prompt i at i*G..i*G+G-1; and the log-probs of their tokens, one float32
-        array a response, in nats.
+        N * G responses (the tokens of all turns, without observations), lists of token ids, those to prompt i at
+        i*G..i*G+G-1; and the log-probs of their tokens, one float32 array a response, in nats.
 
     Raises:
         ValueError: If `max_num_seqs`, `max_new_tokens` or `prefix_sharing` is unusable, or the logits are not finite.
     """
     limits = response_limits(max_new_tokens, len(prompts)).repeat(check_int("group_size", group_size, 1))
+    most = int(limits.max(initial=0)) if max_episode_tokens is None else max_episode_tokens
+    episodes = [_Episode(list(prompts[i // group_size]), limit, most) for i, limit in enumerate(limits.tolist())]
     places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
     if len(prompts) and places < 1:
         raise ValueError(
             f"max_num_seqs={max_num_seqs} must hold a group of {group_size} responses; set max_num_seqs={group_size} at least"
         )
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    responses: list[list[int]] = [[] for _ in limits]
-    logps: list[list[float]] = [[] for _ in limits]
     rows: list[int] = []  # that have not ended
     logits = torch.empty(0, device=model.device)
-    longest = max(map(len, prompts), default=0) + int(limits.max(initial=0))
+    longest = max(map(len, prompts), default=0) + most
     decoding = _decoding(model, group_size, longest, prefix_sharing)
     if uniforms is None:
-        uniforms = sampler.uniforms(len(limits), int(limits.max(initial=0)), vocab_size, model.device)
+        uniforms = sampler.uniforms(len(limits), most, vocab_size, model.device)
     num_started = 0  # prompts
     with torch.no_grad():  # not a decorator: one frame less between `learn` and a sampled token
         while num_started < len(prompts) or rows:
@@ -105,27 +114,108 @@ def sample_responses(
                     num_started += free
             allowed = None
             if constraint is not None:
-                allowed = constraint.masks([(prompts[row // group_size], responses[row]) for row in rows])
-            at = uniforms[rows, [len(responses[row]) for row in rows]]
+                allowed = constraint.masks([(episodes[row].context, episodes[row].turn) for row in rows])
+            at = uniforms[rows, [len(episodes[row].tokens) for row in rows]]
             tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
             if not logp.isfinite().all():
                 raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
             on_tokens(len(rows))
             for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
-                responses[row].append(token)
-                logps[row].append(value)
-            goes_on = [
-                responses[row][-1] not in ends
-                and len(responses[row]) < limits[row]
-                and not (completes_stop is not None and completes_stop(responses[row]))
-                for row in rows
-            ]
+                episodes[row].tokens.append(token)
+                episodes[row].logps.append(value)
+            ended = [row for row in rows if episodes[row].ends_turn(ends, completes_stop)]
+            written = _take_turns(episodes, ended, on_turns or end_episodes)
+            goes_on = [row not in ended or row in written for row in rows]
             if not all(goes_on):
                 rows = [row for row, more in zip(rows, goes_on, strict=True) if more]
                 tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
                 decoding.retain(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
-            logits = decoding(tokens) if rows else logits[:0]
-    return responses, [np.array(row, dtype=np.float32) for row in logps]
+            logits = _fed(decoding, rows, tokens, written) if rows else logits[:0]
+    return [each.tokens for each in episodes], [np.array(each.logps, dtype=np.float32) for each in episodes]
+
+
+def end_episodes(rows: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
+    """Let every episode end with its first turn: the `on_turns` of a generation without an env."""
+    return [None] * len(rows)
+
+
+@dataclass
+class _Episode:
+    """What was sampled in a row, and where its open turn stands.
+
+    Attributes:
+        context: token ids before the open turn.
+        limit: maximum length of a turn.
+        room: tokens that the episode has left for the open turn and what follows.
+        tokens: the sampled tokens of all turns.
+        logps: their log-probs, in nats.
+        begin: index of the open turn's first token in `tokens`.
+    """
+
+    context: list[int]
+    limit: int
+    room: int
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    begin: int = 0
+
+    @property
+    def turn(self) -> list[int]:
+        """The tokens of the open turn."""
+        return self.tokens[self.begin :]
+
+    def ends_turn(self, end_tokens: set[int], completes_stop: StopRule | None) -> bool:
+        """Return whether the last token ends the turn."""
+        by_limit = len(self.tokens) - self.begin >= min(self.limit, self.room)
+        return self.tokens[-1] in end_tokens or by_limit or (completes_stop is not None and completes_stop(self.turn))
+
+    def begin_turn(self, observation: list[int]) -> None:
+        """Begin the next turn, after an observation."""
+        self.context = [*self.context, *self.turn, *observation]
+        self.room -= len(self.turn) + len(observation)
+        self.begin = len(self.tokens)
+
+
+def _take_turns(episodes: list[_Episode], ended: list[int], on_turns: OnTurns) -> dict[int, list[int]]:
+    """Give the turns that have ended to the env; return what it wrote in the rows that go on."""
+    if not ended:
+        return {}
+    turns = [episodes[row].turn for row in ended]
+    logps = [np.array(episodes[row].logps[episodes[row].begin :], dtype=np.float32) for row in ended]
+    written = {}
+    for row, observation in zip(ended, on_turns(ended, turns, logps), strict=True):
+        if observation is not None:
+            episodes[row].begin_turn(observation)
+            written[row] = observation
+    return written
+
+
+def _fed(decoding: SharedDecoding | PlainDecoding, rows: list[int], tokens: Tensor, written: dict[int, list[int]]) -> Tensor:
+    """Append the sampled tokens (R,), and what the env wrote after some; return the logits (R, V) of the next tokens."""
+    added = {i: observation for i, row in enumerate(rows) if (observation := written.get(row))}
+    if not added:
+        return decoding(tokens)
+    numbers = torch.tensor(rows, dtype=torch.int64, device=tokens.device)
+    if len(added) == len(rows):  # one pass is enough
+        return decoding.extend(numbers, [[token, *added[i]] for i, token in enumerate(tokens.tolist())])
+    logits = decoding(tokens)
+    at = torch.tensor(list(added), device=tokens.device)
+    logits[at] = decoding.extend(numbers[at], list(added.values()))
+    return logits
+
+
+def keeps_cache(model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing) -> bool:
+    """Return whether a model's cache can be kept between turns: that of `SharedDecoding`, or one that may hold hidden slots.
+
+    Args:
+        model: a causal language model.
+        group_size: G.
+        longest: tokens of the longest prompt and episode together.
+        prefix_sharing: see `sample_responses`.
+    """
+    if isinstance(_decoding(model, group_size, longest, prefix_sharing), SharedDecoding):
+        return True
+    return skips_hidden_slots(model) and all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
 
 
 def _decoding(
@@ -206,6 +296,12 @@ class PlainDecoding:
         split = given.split([len(slot_ids) for slot_ids in self.slot_ids])
         return self._in_order([part(new) for part, new in zip(self.parts, split, strict=True)])
 
+    def extend(self, slot_ids: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append several tokens to each of some responses; see `SharedDecoding.extend`. All rows must be in one cache."""
+        (part,), (ids,) = self.parts, self.slot_ids
+        assert isinstance(part, CachedRows)
+        return part.extend(torch.isin(ids, slot_ids).nonzero()[:, 0], tokens)
+
     def _in_order(self, logits: list[Tensor]) -> Tensor:
         return logits[0] if len(logits) == 1 else torch.cat(logits)[torch.cat(self.slot_ids).argsort()]
 
@@ -240,6 +336,31 @@ class CachedRows:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         return _forward(self.model, tokens[:, None], self.mask, self.cache)
 
+    def extend(self, rows: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append several tokens to each of some rows, (R,) int64; return the logits (R, V) after them.
+
+        The rows are computed in a cache of their own. Then all rows are moved so that each is without gaps.
+        """
+        ids, added = pad(tokens, "left", self.model.device)
+        mask = torch.cat([self.mask, self.mask.new_zeros(len(self.mask), ids.shape[1])], 1)
+        mask[rows] = torch.cat([self.mask[rows], added], 1)
+        part = DynamicCache()
+        for layer, (keys, values) in enumerate(_layers_of(self.cache)):
+            part.update(keys[rows], values[rows], layer)
+        logits = _forward(self.model, ids, mask[rows], part)
+        width = int(mask.sum(1).max())
+        order = mask.argsort(dim=1, stable=True)[:, -width:]
+        cache = new_cache(self.model)
+        for layer, (old, new) in enumerate(zip(_layers_of(self.cache), _layers_of(part), strict=True)):
+            moved = []
+            for stored, computed in zip(old, new, strict=True):
+                wide = torch.nn.functional.pad(stored, (0, 0, 0, ids.shape[1]))
+                wide[rows] = computed
+                moved.append(wide.gather(2, order[:, None, :, None].expand(-1, wide.shape[1], -1, wide.shape[3])))
+            cache.update(moved[0], moved[1], layer)
+        self.cache, self.mask = cache, mask.gather(1, order)
+        return logits
+
     def retain(self, rows: Tensor) -> None:
         """Drop all rows except these, (R,) int64."""
         self.mask = self.mask[rows]
@@ -266,6 +387,11 @@ class RecomputedRows:
     def retain(self, rows: Tensor) -> None:
         """Drop all rows except these, (R,) int64."""
         self.rows = [self.rows[i] for i in rows.tolist()]
+
+
+def _layers_of(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values of each layer, (R, K, S, D) each."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -126,14 +127,58 @@ class SharedDecoding:
         self.max_generated += 1
         return logits.flatten(0, 1) if len(tokens) == ids.numel() else logits[filled]
 
-    def _allocate(self) -> None:
-        """Allocate the cache of the responses for at least one more token."""
+    def extend(self, slot_ids: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append several tokens to each of some responses, in one pass.
+
+        Args:
+            slot_ids: (R,) int64, their numbers in ascending order.
+            tokens: R lists of token ids, at least one each.
+
+        Returns:
+            The logits (R, V) of their next tokens.
+        """
+        counts = torch.tensor([len(row) for row in tokens], device=slot_ids.device)
+        chosen, filled = torch.isin(self.slot_ids, slot_ids), self.slot_ids >= 0
+        most = int(counts.max())
+        if self.same_length and not (torch.equal(chosen, filled) and int(counts.min()) == most):
+            self._mask_lengths()
+        self._allocate(most)
+        prompts, width = chosen.any(1).nonzero()[:, 0], int(chosen.sum(1).max())
+        order = chosen[prompts].to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
+        kept = chosen[prompts].gather(1, order)
+        ids, _ = pad(tokens, "left", slot_ids.device)
+        grid = ids.new_zeros(*order.shape, most)
+        grid[kept] = ids
+        extension = _Extension(self, prompts, order, torch.zeros_like(order).masked_scatter(kept, counts), most)
+        at = torch.arange(most - 1, width * most, most, device=ids.device)  # the last token of each slot
+        with attention_by(self.model, extension):
+            logits = self.model(
+                input_ids=grid.flatten(1),
+                position_ids=extension.position_ids().flatten(1),
+                use_cache=False,
+                **only_last(self.model, at),
+            ).logits
+        if logits.shape[1] != width:
+            logits = logits[:, at]
+        self.num_generated += torch.zeros_like(self.slot_ids).masked_scatter(chosen, counts)
+        self.max_generated = self.max_generated + most if self.same_length else int(self.num_generated.max())
+        return logits[kept]
+
+    def _mask_lengths(self) -> None:
+        """Let responses have different numbers of tokens from here on."""
+        self.same_length, self._graph = False, None
+        for kv in self.response_kv.values():
+            kv[..., self.max_generated :, :] = 0  # masked values are multiplied with 0: they must not be NaN
+
+    def _allocate(self, count: int = 1) -> None:
+        """Allocate the cache of the responses for at least `count` more tokens."""
         width = next(iter(self.response_kv.values())).shape[4] if self.response_kv else 0
-        if width > self.max_generated:
+        if width >= self.max_generated + count:
             return
+        size = max(BLOCK, width, self.max_generated + count - width)
         for layer, (_, values) in self.prompts.items():
             n, num_kv_heads, _, d = values.shape
-            more = values.new_empty(2, n, num_kv_heads, self.slot_ids.shape[1], max(BLOCK, width), d)
+            more = values.new_empty(2, n, num_kv_heads, self.slot_ids.shape[1], size, d)
             if not self.same_length:  # masked values are multiplied with 0: they must not be NaN
                 more.zero_()
             self.response_kv[layer] = torch.cat([self.response_kv[layer], more], 4) if width else more
@@ -215,6 +260,75 @@ class SharedDecoding:
         self.response_kv = {layer: kv[at] for layer, kv in self.response_kv.items()}
 
 
+@dataclass
+class _Extension:
+    """Attention of several new tokens in each of some slots, over the prompt, the response so far and each other.
+
+    Attributes:
+        decoding: holds the caches.
+        prompts: (n,) the prompts of these slots.
+        order: (n, g) the slots of each prompt; some may be others, whose tokens are ignored.
+        counts: (n, g) number of new tokens, the last ones of T; 0 in slots that are ignored.
+        size: T.
+    """
+
+    decoding: SharedDecoding
+    prompts: Tensor
+    order: Tensor
+    counts: Tensor
+    size: int
+
+    def __post_init__(self) -> None:
+        before = self.decoding.num_generated[self.prompts].gather(1, self.order)[..., None]
+        step, padding = torch.arange(self.size, device=before.device), self.size - self.counts[..., None]
+        is_new = step >= padding
+        self._last = before + torch.where(is_new, step - padding, 0)  # (n, g, T), the last token that is seen
+        # Padding is stored behind the new tokens, where the next ones overwrite it before they are seen.
+        self._store_at = before + torch.where(is_new, step - padding, self.counts[..., None] + step)
+        self._width = self.decoding.max_generated + self.size
+        unseen = torch.arange(self._width, device=before.device) > self._last[..., None]
+        self._bias = torch.zeros(unseen.shape, device=before.device).masked_fill(unseen, -torch.inf)  # (n, g, T, W)
+        n, g = self.decoding.slot_ids.shape
+        self._is_whole = self.order.shape == (n, g) and bool((self.order == torch.arange(g, device=before.device)).all())
+
+    @property
+    def max_distance(self) -> int:
+        """The largest distance between a token and one that it attends to."""
+        return self.decoding.max_distance + self.size
+
+    def position_ids(self) -> Tensor:
+        """Return (n, g, T) int64."""
+        return self.decoding.lengths[self.prompts][:, None, None] + self._last
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
+        """Store keys and values (n, K, g * T, D) each, and attend; see `SharedDecoding.attend`."""
+        (n, heads, _, d), num_kv_heads, (_, g), t = query.shape, key.shape[1], self.order.shape, self.size
+        num_kv_groups, kv = heads // num_kv_heads, self.decoding.response_kv[layer]
+        at = self.prompts[:, None, None], slice(None), self.order[..., None], self._store_at
+        for stored, new in zip(kv, (key, value), strict=True):
+            stored[at] = new.view(n, num_kv_heads, g, t, d).permute(0, 2, 3, 1, 4)
+        kv = kv[..., : self._width, :]
+        prompt_keys, prompt_values = self.decoding.prompts[layer]
+        bias = self.decoding._prompt_bias
+        if not self._is_whole:
+            kv_heads = torch.arange(num_kv_heads, device=kv.device)[None, :, None]
+            kv = kv[:, self.prompts[:, None, None], kv_heads, self.order[:, None]]
+        if len(self.prompts) < len(prompt_keys):
+            prompt_keys, prompt_values = prompt_keys[self.prompts], prompt_values[self.prompts]
+            bias = None if bias is None else bias[self.prompts]
+        p = prompt_keys.shape[3]
+        query = query.view(n, num_kv_heads, num_kv_groups, g, t, d).transpose(2, 3)  # (n, K, g, groups, T, D)
+        to_prompt = scores_of(query.reshape(n, num_kv_heads, -1, d), prompt_keys.transpose(-1, -2), softcap)
+        if bias is not None:
+            to_prompt = to_prompt + bias[:, None, None].to(to_prompt.dtype)
+        to_response = scores_of(query.flatten(3, 4), kv[0], softcap).view(n, num_kv_heads, g, num_kv_groups, t, -1)
+        to_response = to_response + self._bias[:, None, :, None].to(to_response.dtype)
+        weights = weights_of(to_prompt.view(n, num_kv_heads, g, num_kv_groups, t, p), to_response)
+        mixed = (weights[..., :p].reshape(n, num_kv_heads, -1, p) @ prompt_values).view(query.shape)
+        mixed = mixed + (weights[..., p:].flatten(3, 4) @ kv[1]).view(query.shape)
+        return mixed.transpose(2, 3).reshape(n, heads, g * t, d)
+
+
 _decodes: Verdicts = WeakKeyDictionary()
 
 
@@ -247,6 +361,12 @@ def _passes_trial(model: PreTrainedModel) -> bool:
     logits.append(decoding.prefill([third]))
     rows += [third, third]
     expected += [plain_outputs(model, [row])[0, -1:] for row in rows[-2:]]
+    step()
+    added = [[token(model, 3 * i + 7 * row) for i in range(1 + row)] for row in (0, 2)]
+    rows[0], rows[2] = [*rows[0], *added[0]], [*rows[2], *added[1]]
+    numbers = decoding.slot_ids[decoding.slot_ids >= 0]
+    logits.append(decoding.extend(numbers[[0, 2]], added))
+    expected += [plain_outputs(model, [rows[i]])[0, -1:] for i in (0, 2)]
     step()
     return agree(list(torch.cat(logits)[:, None]), expected)
 

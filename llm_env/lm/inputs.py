@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,13 @@ def model_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return inputs
 
 
-def only_last(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """Return keyword arguments that limit logits to the last `count` positions; empty if the model has no such option."""
+def only_last(model: PreTrainedModel, count: int | Tensor) -> dict[str, Any]:
+    """Return keyword arguments that limit logits to some positions; empty if the model has no such option.
+
+    Args:
+        model: a causal language model.
+        count: how many of the last positions, or the indexes (n,) of the positions.
+    """
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
