@@ -66,7 +66,7 @@ def record_rollout(
     for name, seconds in rules.rewards.take_seconds().items():
         record(f"time/reward/{name}", seconds)
     if rules.has_replies:
-        _record_turns(logger, rollout, rules.take_reply_seconds())
+        _record_turns(logger, rollout, rules)
     _record_kl(logger, rollout, rules, kl_in_loss)
     if isinstance(engine, SyncedEngine):
         record("rollout/push_gap", engine.gap)
@@ -83,8 +83,8 @@ def _record_kl(logger: Logger, rollout: Rollout, rules: Rules, kl_in_loss: float
         logger.record("rollout/kl_coef", kl_in_loss if rules.kl is None else rules.kl.value)
 
 
-def _record_turns(logger: Logger, rollout: Rollout, seconds: float) -> None:
-    """Record what concerns episodes of several turns; `seconds` were spent in the text env or the tools."""
+def _record_turns(logger: Logger, rollout: Rollout, rules: Rules) -> None:
+    """Record what concerns episodes of several turns."""
     infos = [info for info in rollout.infos if "turns" in info]  # not those that a wrapper ended
     turns = sum(info["turns"] for info in infos)
     if turns:
@@ -92,13 +92,18 @@ def _record_turns(logger: Logger, rollout: Rollout, seconds: float) -> None:
         logger.record("rollout/turn_truncated", sum(info["turns_truncated"] for info in infos) / turns)
         overflows = [info.get("truncated_by") == "max_episode_tokens" for info in infos]
         logger.record("rollout/overflow", float(np.mean(overflows)))
+        if rules.rollout_timeout is not None:
+            late = [info.get("truncated_by") == "rollout_timeout" for info in infos]
+            logger.record("rollout/timed_out", float(np.mean(late)))
+        if rules.text_env is not None and rules.text_env.on_error != "raise":
+            logger.record("rollout/env_errors", float(np.mean(["env_error" in info for info in infos])))
         logger.record("rollout/observation_tokens", safe_mean([info["observation_tokens"] for info in infos]))
     for key in sorted({key for info in infos for key in info if key.startswith("env/")}):
         logger.record(f"rollout/{key}", safe_mean([info[key] for info in infos if key in info]))
     for key in TOOL_COUNTS:
         if counts := [info[key] for info in infos if key in info]:
             logger.record(f"rollout/{key}", safe_mean(counts))
-    logger.record("time/env", seconds)
+    logger.record("time/env", rules.take_reply_seconds())
 
 
 def samples_of(rollout: Rollout, rules: Rules, count: int = SAMPLES) -> list[dict[str, str]]:

@@ -144,15 +144,16 @@ def bootstraps(rollout: Rollout, bootstrap_truncated: bool | None, gamma: float)
 
     Args:
         rollout: the episodes, with their last infos.
-        bootstrap_truncated: True for all truncated episodes, False for none. None for those that a text env truncated, and
-            with `gamma` below 1 for those that `max_turns` truncated, if no reward function was paid at their end.
+        bootstrap_truncated: True for all truncated episodes, False for none. None for those that a text env or
+            `rollout_timeout` truncated, and with `gamma` below 1 for those that `max_turns` truncated, if no reward function
+            was paid at their end.
         gamma: discount factor.
     """
     wanted = []
     for info in rollout.infos:
         cause = info.get("truncated_by")
         is_paid_at_end = any(key.startswith("reward/") and key != f"reward/{ENV_REWARD}" for key in info)
-        by_default = cause == "env" or (cause == "max_turns" and gamma < 1 and not is_paid_at_end)
+        by_default = cause in ("env", "rollout_timeout") or (cause == "max_turns" and gamma < 1 and not is_paid_at_end)
         is_wanted = by_default if bootstrap_truncated is None else bootstrap_truncated
         wanted.append(is_wanted and info.get("final_observation_fits", True))
     return torch.tensor(wanted, device=rollout.truncated.device) & rollout.truncated

@@ -57,10 +57,11 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
     The last info has `prompt` and `completion` as text, `prompt_index`, `turns`, `reward/<name>` for every component,
     `is_success` where it is defined, `reward_error` where a reward function failed and was replaced by a number,
     `metric/<name>` and `extra/<column>` where reward functions log them. With a reference it has `ref_logprob`, the sum of log
-    pi_ref, and `kl` if log pi was set, in nats. With a text env it also has `env/<name>` for numbers in the info of its last
-    step, `transcript`, `observation_tokens` and `turns_truncated` (turns that reached their limit). If the episode was
-    truncated, `truncated_by` is "turn_limit", "env", "max_turns" or "max_episode_tokens", and `final_observation_fits` says
-    whether the last observation was written. The info of a turn that reached its limit and was continued has `turn_truncated`.
+    pi_ref, and `kl` if log pi was set, in nats. With a text env or tools it also has `transcript`, `observation_tokens` and
+    `turns_truncated` (turns that reached their limit); with a text env `env/<name>` for numbers in the info of its last step,
+    and `env_error` if it failed; with tools `tool_calls` and `tool_errors`. If the episode was truncated, `truncated_by` is
+    "turn_limit", "env", "max_turns", "max_episode_tokens" or "rollout_timeout", and `final_observation_fits` says whether the
+    last observation was written. The info of a turn that reached its limit and was continued has `turn_truncated`.
 
     ## Arguments
     `prompts`, `reward`, `tokenizer` and the keywords of `llm_env.rules.Rules`. `render_mode="ansi"` renders the text so far.
@@ -121,6 +122,9 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
         num_tasks: int | None = 1000,
         first_seed: int = 0,
         check_seeds: bool = True,
+        workers: int = 1,
+        timeout: float | None = None,
+        on_error: float | str = "raise",
         render_mode: str | None = None,
         **rules: Unpack[RulesOptions],
     ) -> TextGenerationEnv:
@@ -134,6 +138,10 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             num_tasks: number of seeds, 1000 by default; None for fresh seeds without end.
             first_seed: prompt i is the first observation of `reset(seed=first_seed + i)`.
             check_seeds: play two seeds twice, and raise if the episodes differ.
+            workers: maximum number of instances that are stepped at a time, each in a thread.
+            timeout: seconds that a `reset` or `step` may take; None for no limit. An instance that takes longer is discarded.
+            on_error: `"raise"`, or the reward of a turn whose `step` raises an exception or takes too long. The episode ends
+                with this turn; the info has the message as `env_error`, and `rollout/env_errors` counts such episodes.
             render_mode: None or `"ansi"`.
             rules: keywords of `llm_env.rules.Rules`, such as `max_turns` and `max_new_tokens`.
 
@@ -152,7 +160,7 @@ class TextGenerationEnv(gym.Env[Observation, SupportsIndex]):
             (2, 'continue')
         """
         check_keywords(f"{cls.__name__}.from_text_env", rules, NAMES - {"prompts"}, AGENT_NAMES)
-        tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds)
+        tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds, workers, timeout, on_error)
         return cls(tasks, reward, tokenizer, render_mode=render_mode, **rules)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:

@@ -7,6 +7,7 @@ one turn.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,7 @@ class Episodes:
         prompt_indexes: (B,) int64, the index of each row's prompt.
         turns: B lists of the turns that have ended.
         scores: (B,) float64, what rewards and ends paid for the last episode that ended in a row, without a KL.
+        deadline: time of `time.monotonic()` after which no new turn begins; None for no limit.
     """
 
     def __init__(self, rules: Rules, num_rows: int) -> None:
@@ -135,6 +137,7 @@ class Episodes:
         self.scores = np.full(num_rows, np.nan)
         self._sessions = rules.sessions()
         self._unsettled: list[list[_Segment]] = [[] for _ in range(num_rows)]
+        self.deadline: float | None = None
 
     def start(self, rows: Sequence[int] | np.ndarray, prompt_indexes: Sequence[int]) -> None:
         """Begin new episodes in `rows` with the prompts `prompt_indexes`, which exist."""
@@ -424,23 +427,30 @@ class Episodes:
 
     def _take_turns(self, rows: np.ndarray, by_end: np.ndarray, is_cut: np.ndarray) -> list[_Reply]:
         """End turns: step the text env and write its observations; return what follows in each row."""
-        replies = [_Reply()] * len(rows)
-        for i in np.flatnonzero(by_end | is_cut).tolist():
+        replies, ended = [_Reply()] * len(rows), np.flatnonzero(by_end | is_cut).tolist()
+        if self._sessions is not None:
+            given = [i for i in ended if by_end[i] or self.rules.turn_limit == "continue"]
+            self._sessions.prepare([(int(rows[i]), self._given_turns(int(rows[i]))) for i in given])
+        for i in ended:
             replies[i] = self._take_turn(int(rows[i]), bool(is_cut[i]))
         return replies
+
+    def _given_turns(self, row: int) -> list[str]:
+        """Return all turns as the text env or the tools get them, the open one included."""
+        return [*(turn.given for turn in self.turns[row]), self.rules.turn_text(self.turn(row).tolist())]
 
     def _take_turn(self, row: int, is_cut: bool) -> _Reply:
         tokens, turns, rules = self.turn(row).tolist(), self.turns[row], self.rules
         if self._sessions is None:
             turns.append(Turn("", None, is_cut))
             return _Reply(terminated=not is_cut, truncated_by="turn_limit" if is_cut else "")
-        (text,), given = rules.decode([tokens]), rules.turn_text(tokens)
+        (text,), given = rules.decode([tokens]), self._given_turns(row)
         if is_cut and rules.turn_limit == "truncate":
             turns.append(Turn(text, None, is_cut))
             has_room = self.turn_limits(np.array([row]))[0] == rules.max_new_tokens
             return _Reply(truncated_by="turn_limit" if has_room else "max_episode_tokens")
-        transition = self._sessions.step(row, [*(turn.given for turn in turns), given])
-        turns.append(Turn(text, transition, is_cut, given))
+        transition = self._sessions.step(row, given)
+        turns.append(Turn(text, transition, is_cut, given[-1]))
         if transition.terminated:
             return _Reply(transition.reward, terminated=True)
         try:
@@ -455,6 +465,8 @@ class Episodes:
             reason = "max_turns"
         elif len(observation) >= room:
             reason = "max_episode_tokens"
+        elif self.deadline is not None and time.monotonic() > self.deadline:
+            reason = "rollout_timeout"
         fits = len(observation) <= room
         if fits:
             begin = int(self.prompt_lengths[row] + self.lengths[row])
@@ -475,6 +487,7 @@ class Episodes:
         info["transcript"] = transcript_text(self.transcript(row))
         if self.rules.tools is None:
             info |= {f"env/{key}": value for key, value in env_scores(self._last_info(row)).items()}
+            info |= {key: self._last_info(row)[key] for key in ("env_error",) if key in self._last_info(row)}
         else:
             steps = [turn.transition.info for turn in turns if turn.transition is not None]
             info |= {key: sum(step[key] for step in steps) for key in TOOL_COUNTS}
@@ -688,7 +701,8 @@ class _Reply:
     Attributes:
         reward: of the text env.
         terminated: whether the episode has ended.
-        truncated_by: why the episode was truncated: `"turn_limit"`, `"env"`, `"max_turns"`, `"max_episode_tokens"`; "" if not.
+        truncated_by: why the episode was truncated: `"turn_limit"`, `"env"`, `"max_turns"`, `"max_episode_tokens"`,
+            `"rollout_timeout"`; "" if not.
         observation: token ids that the env wrote.
         fits: whether the observation was written.
     """

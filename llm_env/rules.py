@@ -71,6 +71,8 @@ class _CommonOptions(TypedDict, total=False):
     tools: Sequence[Callable[..., Any]] | None
     tool_format: str | ToolFormat | None
     tool_timeout: float | None
+    tool_workers: int
+    rollout_timeout: float | None
 
 
 class RulesOptions(_CommonOptions, total=False):
@@ -145,6 +147,10 @@ class Rules:
         tool_format: how calls are written: `"hermes"`, `"llama"`, `"mistral"`, `"plain"` or a `llm_env.tools.ToolFormat`. By
             default that of the chat template; `"plain"` where the template knows no tools, and for prompts of plain text.
         tool_timeout: seconds that a call may take; None for no limit.
+        tool_workers: maximum number of turns whose calls are made at a time, each in a thread.
+        rollout_timeout: seconds of a rollout after which no new turn begins: episodes under way end after their turn,
+            truncated by `"rollout_timeout"`. None for no limit. Which episodes these are depends on the clock. The token clock
+            has no such limit.
         success: name of the reward component that is at least 1 exactly where the episode is a success; it makes
             `is_success` appear in the last info.
 
@@ -192,9 +198,11 @@ class Rules:
         tools: Sequence[Callable[..., Any]] | None = None,
         tool_format: str | ToolFormat | None = None,
         tool_timeout: float | None = None,
+        tool_workers: int = 1,
+        rollout_timeout: float | None = None,
     ) -> None:
         self.text_env = prompts if isinstance(prompts, TextEnvTasks) else None
-        self.tools = self._as_tools(tools, tool_format, tool_timeout)
+        self.tools = self._as_tools(tools, tool_format, tool_timeout, tool_workers)
         self.max_prompt_tokens = check_int("max_prompt_tokens", max_prompt_tokens, 1)
         self.max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         min_new_tokens = check_int("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
@@ -234,6 +242,7 @@ class Rules:
             self.reference.check_vocabulary(self.vocab_size)
             self.reference.check_length(self.longest_prompt, self.max_episode_tokens, self.length_argument)
         self.recorder = None if record is None else Recorder(record, self.prompts.rows())
+        self.rollout_timeout = self._as_rollout_timeout(rollout_timeout)
         self.bridge = self._make_bridge()
         for seen in [] if self.text_env is None else self.text_env.checked_observations:
             self.observation_ids((), seen)
@@ -241,7 +250,7 @@ class Rules:
         if self.ends_are_given or self.tokenizer.name_or_path:  # else an agent may know more
             self.warn_of_endless_turn()
 
-    def _as_tools(self, tools: Any, tool_format: Any, timeout: float | None) -> ToolSet | None:
+    def _as_tools(self, tools: Any, tool_format: Any, timeout: float | None, workers: int) -> ToolSet | None:
         if tools is None:
             for name, value in (("tool_format", tool_format), ("tool_timeout", timeout)):
                 if value is not None:
@@ -249,7 +258,7 @@ class Rules:
             return None
         if self.text_env is not None:
             raise ValueError("tools are for prompts with reward functions; a text env answers every turn itself. Drop tools=")
-        return ToolSet(tools, timeout)
+        return ToolSet(tools, timeout, workers)
 
     def _set_tool_formats(self, given: Any) -> None:
         """Choose how calls are written in chats and after prompts of text, and have the prompts describe the tools."""
@@ -336,6 +345,17 @@ class Rules:
         if turn_limit not in TURN_LIMITS or (turn_limit == "continue" and not self.has_replies):
             raise ValueError(f"turn_limit={turn_limit!r} must be one of {TURN_LIMITS}; with prompts only 'truncate'")
         self.turn_limit = turn_limit
+
+    def _as_rollout_timeout(self, seconds: Any) -> float | None:
+        if seconds is None:
+            return None
+        if not self.has_replies:
+            raise ValueError(
+                f"rollout_timeout={seconds!r} is for text envs and tools; responses of one turn have max_new_tokens"
+            )
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise ValueError(f"rollout_timeout={seconds!r} must be a positive number of seconds, or None")
+        return float(seconds)
 
     def _as_chat(self, chat: bool | None) -> bool:
         """Return whether texts of the text env are messages."""

@@ -95,6 +95,9 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         num_tasks: int | None = 1000,
         first_seed: int = 0,
         check_seeds: bool = True,
+        workers: int = 1,
+        timeout: float | None = None,
+        on_error: float | str = "raise",
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         **rules: Unpack[RulesOptions],
     ) -> TextGenerationVectorEnv:
@@ -103,7 +106,7 @@ class TextGenerationVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Every row has its own instance of the text env.
         """
         check_keywords(f"{cls.__name__}.from_text_env", rules, NAMES - {"prompts"}, AGENT_NAMES)
-        tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds)
+        tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds, workers, timeout, on_error)
         return cls(num_envs, tasks, reward, tokenizer, autoreset_mode=autoreset_mode, **rules)
 
     @classmethod

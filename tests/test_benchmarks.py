@@ -165,3 +165,15 @@ def test_speed_is_told_in_medians_and_their_ratios(parts):
     assert "| 1024 | here | 4: 2.00 (1.00), 16: 4.00 (3.00) | 4 to 16 | 0.50 (0.75) | 0.33 (0.67) |" in text
     assert "| 1024 | TRL |" not in text[text.index("## Growth") :]
     assert "The step of TRL at prompt 1024, group 16 was killed by signal 9 after 0 timed repetitions" in text
+
+
+def test_turns_are_measured(tmp_path):
+    pytest.importorskip("trl")
+    pytest.importorskip("matplotlib")
+    shape = ["--turns", "--prompts", 6, "--groups", 2, "--problems", 2, "--repeats", 1, "--warm-ups", 0]
+    run([BENCHMARKS / "speed.py", *shape, *(x for name, value in TINY.items() for x in (f"--{name}", value))], tmp_path)
+    report = (tmp_path / "outputs/benchmarks/turns.md").read_text()
+    passes = {name: int(count) for name, count in re.findall(r"^\| ([^|]+) \| [\d.]+ \| (\d+) \|", report, re.MULTILINE)}
+    assert passes["8 turns of 16 tokens, observations of 16"] == 1 + 8 * 15 + 7
+    assert passes["6 turns, one of 64 tokens and the others of 1"] <= 80 and passes["the same in lockstep"] == 6 * 64
+    assert (tmp_path / "outputs/benchmarks/turns.png").stat().st_size > 10_000

@@ -79,7 +79,7 @@ def test_the_pupil_can_be_made_again(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "timesteps"), [("grpo", 60_000), ("ppo", 30_000)])
+@pytest.mark.parametrize(("algorithm", "timesteps"), [("grpo", 100_000), ("ppo", 30_000)])
 def test_stories_get_dogs(algorithm, timesteps, stories, tmp_path):
     script = ROOT / "examples/train_stories.py"
     out = run([script, stories, "--algorithm", algorithm, "--timesteps", timesteps], tmp_path)

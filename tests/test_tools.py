@@ -197,7 +197,6 @@ def test_tools_run_and_their_errors_are_shown_as_in_trl():
     assert results[4].content == str({"error": "Tool power not found; the tools are multiply, wait_and_double, divide."})
     assert results[5].content == str({"error": "what?"}) and results[6].content == "21"
     assert [result.failed for result in results] == [False, False, True, True, True, True, False]
-    assert tools.take_seconds() > 0 and tools.take_seconds() == 0
 
 
 def test_a_tool_cannot_change_the_call_that_rewards_see():
@@ -851,3 +850,41 @@ def test_results_have_messages_and_formats_have_a_default():
     assert ToolFormat().observation([result], True) == [result.message()] and ToolFormat().instructions([]) == ""
     with pytest.raises(NotImplementedError):
         ToolFormat().parse("")
+
+
+# --- the README's client of a server ----------------------------------------------------------------------------------------
+
+
+def test_the_readme_asks_a_server_in_the_context_of_training(monkeypatch):
+    """Its function sends the token ids that the env would have as context."""
+    import io
+    import re
+    import urllib.request
+    from pathlib import Path
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def converse" in each]
+    names = {}
+    exec(block, names)
+    from tests.test_turns import Talk
+
+    tokenizer = make_chat_tokenizer()
+    limits = dict(max_prompt_tokens=60, max_new_tokens=8, max_turns=3, max_observation_tokens=60, eos_token_ids=[0, END])
+    env = TextGenerationEnv.from_text_env(Talk, tokenizer, **limits)
+    turns, asked = [[*ids_of("ab"), END], ids_of("abcdefgh")], []
+
+    def answer(request):
+        body = json.loads(request.data)
+        assert request.full_url == "http://server/v1/completions" and body["stop_token_ids"] == [0, END]
+        asked.append(body["prompt"])
+        return io.BytesIO(json.dumps({"choices": [{"token_ids": turns[len(asked) - 1]}]}).encode())
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    said = names["converse"]("http://server", "m", env, [{"role": "user", "content": "hi"}], lambda text: f"you said {text}")
+    env.reset()
+    for turn, text in zip(turns, said, strict=False):
+        assert text == tokenizer.decode(turn, skip_special_tokens=True)
+        assert asked[-1] == env._episodes.context(0).tolist()
+        for token in turn:
+            env.step(token)
+    assert len(asked) == 2

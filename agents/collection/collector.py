@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -114,6 +115,8 @@ class ResponseCollector:
                 replies.append(None if is_over else observation)
             return replies
 
+        seconds = venv.rules.rollout_timeout
+        venv.episodes.deadline = None if seconds is None else time.monotonic() + seconds
         heads = [prompts[row] for row in rows[:: self.group_size]]
         self.engine.generate(heads, self.group_size, request.decoding, on_turns)
         step = venv.settle(list(rows))

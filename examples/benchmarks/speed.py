@@ -20,6 +20,9 @@ The script writes a table, a figure and the numbers to `outputs/benchmarks` afte
 three runs: prompts of 16 and of 256 tokens with groups of 8, and prompts of 1024 tokens with groups of 4 and 16
 (`--sides here`). `--numbers speed.json` writes table and figure from one or more files of stored numbers, without measuring.
 
+`--turns` measures episodes of several turns instead, here only, for the first prompt length and group size: what the cache
+between turns saves, and what turns cost. It writes `turns.md` and `turns.png`.
+
 TRL uses one forward pass per update. This package uses the default of the device: several small passes on a CPU, which are
 faster and need less memory. `--passes 4` splits the update into at least four passes on both sides.
 """
@@ -40,6 +43,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"this example needs TRL and matplotlib ({error}): pip install trl datasets matplotlib") from error
 from speed_parts.tables import Results, report
+from speed_parts.turns import draw_turns, measure_turns, report_turns
 from speed_parts.work import BETA, Work, build
 from speed_parts.worker import SIDES, Series, measure
 
@@ -78,6 +82,7 @@ def parse() -> argparse.Namespace:
         choices=["float32", "bfloat16"],
         help="dtype of computations; bfloat16 uses autocast (default float32)",
     )
+    parser.add_argument("--turns", action="store_true", help="measure episodes of several turns instead")
     parser.add_argument(
         "--numbers",
         type=Path,
@@ -143,6 +148,27 @@ def run(arguments: argparse.Namespace, folder: str) -> str:
     return text
 
 
+def run_turns(arguments: argparse.Namespace, folder: str) -> str:
+    """Time episodes of several turns; write table and figure; return the table."""
+    sizes = (arguments.hidden, arguments.layers, arguments.heads, arguments.intermediate)
+    parameters = build(folder, arguments.vocabulary, *sizes, 2048)
+    shape = (arguments.prompts[0], arguments.groups[0], arguments.new_tokens, arguments.problems, arguments.passes)
+    work = Work(folder, arguments.vocabulary, *shape, "cpu", "float32", arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    cases = measure_turns(work, arguments.repeats, arguments.warm_ups)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    place = f"{arguments.threads} CPU thread{'s' * (arguments.threads > 1)} ({platform.machine()})"
+    about = (
+        f"{versions}; {place}, float32. A Llama of {parameters / 1e6:.1f} million parameters, {work.problems} prompts of "
+        f"{work.prompt} tokens, groups of {work.group}. Medians of {arguments.repeats} repetitions, in turns."
+    )
+    text = report_turns(about, cases)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "turns.md").write_text(text)
+    draw_turns(cases, arguments.out / "turns.png")
+    return text
+
+
 def joined(files: list[Path]) -> Numbers:
     """Join the numbers of several runs.
 
@@ -176,6 +202,10 @@ def joined(files: list[Path]) -> Numbers:
 def main() -> None:
     """Parse the command line, measure and report."""
     arguments = parse()
+    if arguments.turns:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\n{run_turns(arguments, folder)}\nsaved turns.md and turns.png in {arguments.out}")
+        return
     if arguments.numbers is not None:
         text = write(joined(arguments.numbers), arguments.out)
     else:

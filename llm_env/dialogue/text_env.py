@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +16,7 @@ from gymnasium.envs.registration import load_env_creator
 
 from llm_env.arguments import as_int, check_int, check_text
 from llm_env.dialogue.chat import Messages, check_message
+from llm_env.threads import within
 
 Text = str | list[dict[str, Any]]
 LARGEST_SEED = 2**32 - 1  # accepted by numpy's and Python's global generators
@@ -80,6 +83,11 @@ class TextEnvTasks:
         num_tasks: number of seeds; None for fresh seeds without end.
         first_seed: seed of task 0.
         check_seeds: play two seeds twice with the same actions, and raise if the results differ.
+        workers: maximum number of instances that are stepped at a time, each in a thread.
+        timeout: seconds that a `reset` or `step` may take; None for no limit. A thread cannot be stopped: an instance that
+            takes longer is left to itself, and a new one takes its place.
+        on_error: `"raise"`, or the reward of a turn whose `step` raises an exception or takes too long. The episode ends with
+            this turn, and its last info has the message as `env_error`.
 
     Attributes:
         checked_observations: the observations after turns that the check of the seeds has met.
@@ -89,7 +97,16 @@ class TextEnvTasks:
         ValueError: If the arguments are out of range, the text env returns unusable values, or it ignores its seed.
     """
 
-    def __init__(self, make: Any, num_tasks: int | None = 1000, first_seed: int = 0, check_seeds: bool = True) -> None:
+    def __init__(
+        self,
+        make: Any,
+        num_tasks: int | None = 1000,
+        first_seed: int = 0,
+        check_seeds: bool = True,
+        workers: int = 1,
+        timeout: float | None = None,
+        on_error: float | str = "raise",
+    ) -> None:
         self.make: Callable[[], Any] = load_env_creator(make) if isinstance(make, str) else make
         if not callable(self.make):
             raise TypeError(f"make={make!r} must be a class or a function that returns a text env, or its name 'module:Class'")
@@ -97,6 +114,12 @@ class TextEnvTasks:
         self.num_tasks = ENDLESS if num_tasks is None else check_int("num_tasks", num_tasks, 1, ENDLESS)
         self.first_seed = check_int("first_seed", first_seed, 0, LARGEST_SEED + 1 - self.num_tasks)
         self.endless = num_tasks is None
+        self.workers = check_int("workers", workers, 1)
+        if timeout is not None and not (_is_number(timeout) and timeout > 0):
+            raise ValueError(f"timeout={timeout!r} must be a positive number of seconds, or None")
+        if on_error != "raise" and not (_is_number(on_error) and math.isfinite(float(on_error))):
+            raise ValueError(f"on_error={on_error!r} must be 'raise', or the reward of a turn that fails")
+        self.timeout, self.on_error = timeout, on_error
         self._seconds = 0.0
         self.checked_observations: list[Text] = []
         if check_seeds:
@@ -116,13 +139,14 @@ class TextEnvTasks:
         """Reset an instance and check what it returns.
 
         Raises:
-            ValueError, TypeError: If `reset` raises or returns anything but a text and a dict.
+            ResetFailed: If `reset` raises, or takes too long.
+            ValueError, TypeError: If it returns anything but a text and a dict.
         """
         where = f"{self.name}.reset(seed={seed})"
         try:
             result = self._timed(env.reset, seed=seed)
         except Exception as error:
-            raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
+            raise ResetFailed(f"{where} {_said(error)}") from error
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise ValueError(f"{where} must return (text, info); got {_short(result)}")
         text, info = result
@@ -135,14 +159,14 @@ class TextEnvTasks:
         """Step an instance and check what it returns.
 
         Raises:
-            RuntimeError: If `step` raises.
+            StepFailed: If `step` raises, or takes too long.
             ValueError, TypeError: If it returns anything but a text, a finite reward, two bools and a dict.
         """
         where = f"{self.name}.step({_short(action)})"
         try:
             result = self._timed(env.step, action)
         except Exception as error:
-            raise RuntimeError(f"{where} raised {type(error).__name__}: {error}") from error
+            raise StepFailed(f"{where} {_said(error)}") from error
         if not isinstance(result, (tuple, list)) or len(result) != 5:
             raise ValueError(f"{where} must return (text, reward, terminated, truncated, info); got {_short(result)}")
         text, reward, terminated, truncated, info = result
@@ -161,12 +185,22 @@ class TextEnvTasks:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
+    def add_seconds(self, seconds: float) -> None:
+        """Count seconds that threads have spent together."""
+        self._seconds += seconds
+
     def _timed(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         try:
-            return method(*args, **kwargs)
+            if self.timeout is None:
+                return method(*args, **kwargs)
+            try:
+                return within(self.timeout, lambda: method(*args, **kwargs))
+            except TimeoutError as error:
+                raise TimedOut(f"takes longer than timeout={self.timeout} seconds") from error
         finally:
-            self._seconds += time.perf_counter() - begin
+            if threading.current_thread() is threading.main_thread():
+                self._seconds += time.perf_counter() - begin
 
     def _check_seeds(self) -> None:
         env = self.new()
@@ -190,7 +224,9 @@ class TextEnvTasks:
         for action in CHECKED_TURNS:
             try:
                 step = self.step(env, action)
-            except RuntimeError as error:  # a text env may refuse these actions, in the same way twice
+            except StepFailed as error:  # a text env may refuse these actions, in the same way twice
+                if isinstance(error.__cause__, TimedOut):
+                    raise
                 return [*results, str(error)]
             results.append((step.observation, step.reward, step.terminated, step.truncated, sorted(step.info)))
             if not step.terminated and step.observation not in self.checked_observations:
@@ -198,6 +234,26 @@ class TextEnvTasks:
             if step.terminated or step.truncated:
                 break
         return results
+
+
+class EnvFailed(Exception):
+    """A text env raised an exception, or took too long."""
+
+
+class ResetFailed(EnvFailed, ValueError):
+    """`reset` raised an exception, or took too long."""
+
+
+class StepFailed(EnvFailed, RuntimeError):
+    """`step` raised an exception, or took too long."""
+
+
+class TimedOut(Exception):
+    """A call took too long; it is still running."""
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, TimedOut) else f"raised {type(error).__name__}: {error}"
 
 
 @dataclass
@@ -210,6 +266,7 @@ class _Session:
         env: the instance; None until the first step.
         played: the turns that the instance has taken since its reset; None if it has to be reset.
         steps: turns with their transitions; a repeated call finds them here.
+        failed: turns whose last one failed in a thread, and the error; None if there are none.
     """
 
     seed: int
@@ -217,6 +274,7 @@ class _Session:
     env: Any = None
     played: list[str] | None = None
     steps: list[tuple[str, Transition]] = field(default_factory=list)
+    failed: tuple[list[str], Exception] | None = None
 
 
 class Sessions:
@@ -242,6 +300,26 @@ class Sessions:
         before = self._sessions.get(row)
         self._sessions[row] = _Session(seed, observation, None if before is None else before.env)
 
+    def prepare(self, calls: Sequence[tuple[int, list[str]]]) -> None:
+        """Take turns of several rows at a time, in threads; `step` then finds their transitions, or raises their errors.
+
+        Args:
+            calls: rows and their turns, as `step` gets them.
+        """
+        if self.tasks.workers == 1 or len(calls) < 2:
+            return
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(min(self.tasks.workers, len(calls))) as pool:
+            list(pool.map(self.try_step, *zip(*calls, strict=True)))
+        self.tasks.add_seconds(time.perf_counter() - begin)
+
+    def try_step(self, row: int, turns: list[str]) -> None:
+        """Take a turn, and keep its error for `step`."""
+        try:
+            self.step(row, turns)
+        except Exception as error:
+            self._sessions[row].failed = (turns, error)
+
     def step(self, row: int, turns: Sequence[str]) -> Transition:
         """Take the last of a row's turns.
 
@@ -259,9 +337,17 @@ class Sessions:
         if known[: len(turns)] == list(turns):
             return session.steps[len(before)][1]
         del session.steps[len(before) :]
+        failed, session.failed = session.failed, None
+        if failed is not None and failed[0] == list(turns):
+            raise failed[1]
         try:
             self._replay(session, before)
             transition = self._take(session, before, action, row)
+        except EnvFailed as error:
+            self._drop(session, abandon=isinstance(error.__cause__, TimedOut))
+            if self.tasks.on_error == "raise":
+                raise type(error)(f"{error} (row {row}, seed {session.seed}, turns before: {before})") from error.__cause__
+            transition = Transition("", float(self.tasks.on_error), True, False, _failed_info(error, session))
         except BaseException:  # also KeyboardInterrupt: the instance may have stepped
             self._drop(session)
             raise
@@ -275,8 +361,9 @@ class Sessions:
         self._drop(session)
 
     @staticmethod
-    def _drop(session: _Session) -> None:
-        close(session.env)
+    def _drop(session: _Session, abandon: bool = False) -> None:
+        if not abandon:  # a call that is still running would be disturbed
+            close(session.env)
         session.env = session.played = None
 
     def _replay(self, session: _Session, before: list[str]) -> None:
@@ -300,7 +387,7 @@ class Sessions:
     def _take(self, session: _Session, before: list[str], action: str, row: int) -> Transition:
         try:
             transition = self.tasks.step(session.env, action)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (row {row}, seed {session.seed}, turns before: {before})") from error
         session.played = [*before, action]
         return transition
@@ -309,6 +396,12 @@ class Sessions:
         """Close all instances."""
         for session in self._sessions.values():
             self._drop(session)
+
+
+def _failed_info(error: EnvFailed, session: _Session) -> dict[str, Any]:
+    """Return the info of a turn that failed; not a success where the text env defines success."""
+    told = any("is_success" in step.info for _, step in session.steps)
+    return {"env_error": str(error), **({"is_success": False} if told else {})}
 
 
 def close(env: Any) -> None:

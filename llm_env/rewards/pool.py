@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import pickle
-import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from llm_env.rewards.calls import BadValue, Called, Value, attempt, time_out_message
 from llm_env.rewards.processes import NoWorker, WorkerProcesses
+from llm_env.threads import within
 
 logger = logging.getLogger("llm_env")
 
@@ -211,30 +211,6 @@ class PooledReward:
 def _is_async(function: Callable[..., Any]) -> bool:
     function = inspect.unwrap(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def within(timeout: float, work: Callable[[], Any]) -> Any:
-    """Run `work` in a thread and return its result.
-
-    Raises:
-        TimeoutError: If it takes longer than `timeout` seconds. The thread keeps running.
-    """
-    results: queue.Queue[tuple[bool, Any]] = queue.Queue()
-
-    def run() -> None:
-        try:
-            results.put((True, work()))
-        except BaseException as error:
-            results.put((False, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        worked, result = results.get(timeout=timeout)
-    except queue.Empty:
-        raise TimeoutError from None
-    if not worked:
-        raise result
-    return result
 
 
 def _check_importable(function: Callable[..., Any], name: str) -> None:

@@ -18,6 +18,9 @@ def text_env(
     num_tasks: int | None = 1000,
     first_seed: int = 0,
     check_seeds: bool = True,
+    workers: int = 1,
+    timeout: float | None = None,
+    on_error: float | str = "raise",
     **rules: Unpack[RulesOptions],
 ) -> dict[str, Any]:
     """Return arguments of `TextGenerationEnv` for `llm_env/TextEnv-v0`; see `TextGenerationEnv.from_text_env`.
@@ -30,8 +33,11 @@ def text_env(
         num_tasks: number of seeds; None for fresh seeds without end.
         first_seed: seed of prompt 0.
         check_seeds: play two seeds twice, and raise if the episodes differ.
+        workers: maximum number of instances that are stepped at a time, each in a thread.
+        timeout: seconds that a `reset` or `step` may take; None for no limit.
+        on_error: `"raise"`, or the reward of a turn whose `step` fails.
         rules: keywords of `llm_env.rules.Rules`.
     """
     check_keywords("llm_env/TextEnv-v0", rules, NAMES - {"prompts"}, AGENT_NAMES)
-    tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds)
+    tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds, workers, timeout, on_error)
     return {"prompts": tasks, "reward": reward, "tokenizer": tokenizer, **rules}

@@ -8,14 +8,16 @@ import json
 import time
 import typing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from transformers.utils import get_json_schema
 
+from llm_env.arguments import check_int
 from llm_env.dialogue.text_env import Transition
 from llm_env.rewards.calls import time_out_message, wait_for
-from llm_env.rewards.pool import within
+from llm_env.threads import within
 from llm_env.tools.formats import ToolCall, ToolFormat, ToolResult
 
 Messages = list[dict[str, Any]]
@@ -35,6 +37,7 @@ class ToolSet:
         tools: functions with type hints and a docstring that describes every argument.
         timeout: seconds that a call may take; None for no limit. A plain function that takes longer keeps running in its
             thread.
+        workers: maximum number of turns whose calls are made at a time, each in a thread.
 
     Attributes:
         names: names of the tools.
@@ -45,7 +48,7 @@ class ToolSet:
             hint, or two have one name.
     """
 
-    def __init__(self, tools: Sequence[Callable[..., Any]], timeout: float | None = None) -> None:
+    def __init__(self, tools: Sequence[Callable[..., Any]], timeout: float | None = None, workers: int = 1) -> None:
         if callable(tools) or isinstance(tools, (str, dict)) or not isinstance(tools, Sequence) or not tools:
             raise TypeError(f"tools={tools!r} must be a list of functions, such as tools=[llm_env.tools.calculator]")
         if timeout is not None and not timeout > 0:
@@ -59,7 +62,7 @@ class ToolSet:
                 raise ValueError(f"two tools have the name {name!r}; rename one of them")
             self._functions[name] = tool
             self.schemas.append(schema)
-        self.timeout = timeout
+        self.timeout, self.workers = timeout, check_int("tool_workers", workers, 1)
         self._seconds = 0.0
 
     @property
@@ -69,11 +72,11 @@ class ToolSet:
 
     def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Make calls, one after the other; return their results."""
-        begin = time.perf_counter()
-        try:
-            return [self._run(call) for call in calls]
-        finally:
-            self._seconds += time.perf_counter() - begin
+        return [self._run(call) for call in calls]
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count seconds spent in tools."""
+        self._seconds += seconds
 
     def take_seconds(self) -> float:
         """Return the seconds spent in tools since the last call."""
@@ -141,6 +144,17 @@ class ToolSessions:
     def start(self, row: int, is_chat: bool) -> None:
         """Begin an episode in a row; `is_chat` says whether its prompt is a list of messages."""
         self._rows[row] = (is_chat, [])
+
+    def prepare(self, calls: Sequence[tuple[int, list[str]]]) -> None:
+        """Take turns of several rows, in threads; `step` then finds their transitions."""
+        begin = time.perf_counter()
+        if self.tools.workers == 1 or len(calls) < 2:
+            for row, turns in calls:
+                self.step(row, turns)
+        else:
+            with ThreadPoolExecutor(min(self.tools.workers, len(calls))) as pool:
+                list(pool.map(self.step, *zip(*calls, strict=True)))
+        self.tools.add_seconds(time.perf_counter() - begin)
 
     def step(self, row: int, turns: Sequence[str]) -> Transition:
         """Make the tool calls in the last of a row's turns. A turn without a call ends the episode.
