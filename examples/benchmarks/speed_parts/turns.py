@@ -18,7 +18,7 @@ import llm_env
 from agents import GRPO
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, from_episodes
-from agents.sampling.generate import OnTurns, sample_responses
+from agents.sampling.generate import OnTurns, keeps_cache, sample_responses
 from agents.sampling.sampler import Sampler
 from speed_parts.work import Work
 
@@ -65,6 +65,10 @@ class Conversations:
         self.prompts: list[list[int]] = self.tokenizer(work.texts())["input_ids"]
         drawn = np.random.default_rng(0).integers(work.vocabulary - 1, size=(work.batch, OBSERVATION))
         self.observations: list[list[int]] = drawn.tolist()
+        if not keeps_cache(
+            self.model, work.group, work.prompt + TURNS * (TURN + OBSERVATION), "auto"
+        ):  # trials are passes, too
+            raise SystemExit("this model's cache cannot be kept between turns")
 
     def sample(self, contexts: Sequence[Sequence[int]], group: int, limit: int, **settings: Any) -> list[list[int]]:
         """Sample turns; by default all have `limit` tokens."""
