@@ -842,6 +842,9 @@ def test_an_agent_that_has_chatted_can_be_saved(tmp_path):
     agent.save(tmp_path / "agent")
     again = GRPO.load(tmp_path / "agent", env=make(max_new_tokens=6))
     assert again.chat(ASK[0]["prompt"], True) == agent.chat(ASK[0]["prompt"], True)
+    agent.policy.save_pretrained(tmp_path / "model")
+    exported = GRPO(str(tmp_path / "model"), make(max_new_tokens=6), n_envs=8, group_size=4)
+    assert exported.chat(ASK[0]["prompt"], True) == agent.chat(ASK[0]["prompt"], True)
 
 
 def test_results_have_messages_and_formats_have_a_default():
