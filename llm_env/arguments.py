@@ -22,6 +22,18 @@ def as_int(value: Any) -> int | None:
         return None
 
 
+def check_seconds(name: str, value: Any) -> float | None:
+    """Return a time limit; None for no limit.
+
+    Raises:
+        ValueError: If it is neither None nor a positive number.
+    """
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if value is not None and not (is_number and value > 0):
+        raise ValueError(f"{name}={value!r} must be a positive number of seconds, or None")
+    return value
+
+
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
     """Convert `value` to an int and check its range.
 

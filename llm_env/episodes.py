@@ -428,24 +428,27 @@ class Episodes:
     def _take_turns(self, rows: np.ndarray, by_end: np.ndarray, is_cut: np.ndarray) -> list[_Reply]:
         """End turns: step the text env and write its observations; return what follows in each row."""
         replies, ended = [_Reply()] * len(rows), np.flatnonzero(by_end | is_cut).tolist()
+        given: dict[int, list[str]] = {}
         if self._sessions is not None:
-            given = [i for i in ended if by_end[i] or self.rules.turn_limit == "continue"]
-            self._sessions.prepare([(int(rows[i]), self._given_turns(int(rows[i]))) for i in given])
+            taken = [int(rows[i]) for i in ended if by_end[i] or self.rules.turn_limit == "continue"]
+            given = {row: self._given_turns(row) for row in taken}
+            self._sessions.prepare(list(given.items()))
         for i in ended:
-            replies[i] = self._take_turn(int(rows[i]), bool(is_cut[i]))
+            replies[i] = self._take_turn(int(rows[i]), bool(is_cut[i]), given.get(int(rows[i])))
         return replies
 
     def _given_turns(self, row: int) -> list[str]:
         """Return all turns as the text env or the tools get them, the open one included."""
         return [*(turn.given for turn in self.turns[row]), self.rules.turn_text(self.turn(row).tolist())]
 
-    def _take_turn(self, row: int, is_cut: bool) -> _Reply:
+    def _take_turn(self, row: int, is_cut: bool, given: list[str] | None) -> _Reply:
+        """End a turn; `given` is all turns as the text env or the tools get them, None if they do not get this one."""
         tokens, turns, rules = self.turn(row).tolist(), self.turns[row], self.rules
         if self._sessions is None:
             turns.append(Turn("", None, is_cut))
             return _Reply(terminated=not is_cut, truncated_by="turn_limit" if is_cut else "")
-        (text,), given = rules.decode([tokens]), self._given_turns(row)
-        if is_cut and rules.turn_limit == "truncate":
+        (text,) = rules.decode([tokens])
+        if given is None:
             turns.append(Turn(text, None, is_cut))
             has_room = self.turn_limits(np.array([row]))[0] == rules.max_new_tokens
             return _Reply(truncated_by="turn_limit" if has_room else "max_episode_tokens")
@@ -487,7 +490,8 @@ class Episodes:
         info["transcript"] = transcript_text(self.transcript(row))
         if self.rules.tools is None:
             info |= {f"env/{key}": value for key, value in env_scores(self._last_info(row)).items()}
-            info |= {key: self._last_info(row)[key] for key in ("env_error",) if key in self._last_info(row)}
+            if "env_error" in (last := self._last_info(row)):
+                info["env_error"] = last["env_error"]
         else:
             steps = [turn.transition.info for turn in turns if turn.transition is not None]
             info |= {key: sum(step[key] for step in steps) for key in TOOL_COUNTS}

@@ -156,10 +156,7 @@ class PromptTable:
         dropped: number of prompts that were dropped for their length.
         columns: names of all columns except "prompt".
         incomplete: for each column that is missing in some row, the first such row.
-        has_tools: whether completions are messages after a prompt of text as well.
     """
-
-    has_tools = False
 
     def __init__(
         self,
@@ -254,7 +251,9 @@ class PromptTable:
         """
         prompts, columns = self.prompts_of(indexes)
         answers = [
-            [{"role": "assistant", "content": completion}] if self.has_tools or self.messages[i] is not None else completion
+            [{"role": "assistant", "content": completion}]
+            if self.format.has_tools or self.messages[i] is not None
+            else completion
             for i, completion in zip(indexes, completions, strict=True)
         ]
         return prompts, answers, columns

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from transformers import AutoTokenizer
 
-from llm_env.arguments import as_int, check_int
+from llm_env.arguments import as_int, check_int, check_seconds
 from llm_env.constraints import TokenConstraint
 from llm_env.dialogue.chat import Bridge, PromptFormat
 from llm_env.dialogue.text_env import Sessions, Text, TextEnvTasks, as_messages
@@ -227,7 +227,6 @@ class Rules:
         self.prompts: PromptTable | TaskTable
         if self.text_env is None:
             self.prompts = PromptTable(prompts, format, self.max_prompt_tokens, split, long_prompts)
-            self.prompts.has_tools = self.tools is not None
         else:
             self.prompts = TaskTable(self.text_env, format, self.max_prompt_tokens, self.chat, split)
         self.rewards = self._make_rewards(reward, reward_weights)
@@ -347,15 +346,9 @@ class Rules:
         self.turn_limit = turn_limit
 
     def _as_rollout_timeout(self, seconds: Any) -> float | None:
-        if seconds is None:
-            return None
-        if not self.has_replies:
-            raise ValueError(
-                f"rollout_timeout={seconds!r} is for text envs and tools; responses of one turn have max_new_tokens"
-            )
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-            raise ValueError(f"rollout_timeout={seconds!r} must be a positive number of seconds, or None")
-        return float(seconds)
+        if seconds is not None and not self.has_replies:
+            raise ValueError(f"rollout_timeout={seconds!r} is for text envs and tools; one turn is limited by max_new_tokens")
+        return check_seconds("rollout_timeout", seconds)
 
     def _as_chat(self, chat: bool | None) -> bool:
         """Return whether texts of the text env are messages."""
@@ -517,6 +510,10 @@ class Rules:
             return self.reference.log_probs(contexts, tails, allowed)
         actions = [turns[n:] >= 0 for turns, n in zip(turn_ids, begins, strict=True)]
         return self.reference.log_probs(contexts, tails, allowed, actions=actions)
+
+    def closes(self, turn: Sequence[int]) -> bool:
+        """Return whether a turn has ended by itself: its last token is an end token, or completes a stop string."""
+        return turn[-1] in self.eos_ids or self.completes_stop(turn)
 
     def completes_stop(self, response: Sequence[int]) -> bool:
         """Return whether the last token of `response` completes a stop string; always False without any."""

@@ -1,11 +1,18 @@
-"""Calls with a time limit."""
+"""Calls in threads: several at a time, or with a time limit."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+
+def call_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: int) -> None:
+    """Call a function with each entry of `calls` as its arguments, up to `workers` calls at a time; raise the first error."""
+    with ThreadPoolExecutor(min(workers, len(calls))) as pool:
+        list(pool.map(function, *zip(*calls, strict=True)))
 
 
 def within(timeout: float, work: Callable[[], Any]) -> Any:

@@ -43,7 +43,7 @@ pytestmark = [
 def path(tmp_path_factory):
     """A model on the disk, in bfloat16 as models are."""
     folder = str(tmp_path_factory.mktemp("base"))
-    # On some CPUs, bitsandbytes packs 4-bit weights anew, in whole blocks of 64 inputs.
+    # With AVX512-BF16, bitsandbytes needs 4-bit layers of at least 64 inputs.
     make_model("llama", len(TOKENIZER), scale=2.0, hidden_size=64).bfloat16().save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return folder

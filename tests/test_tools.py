@@ -49,9 +49,9 @@ def zero(completions, **kwargs):
 
 def make(prompts=ASK, reward=zero, tools=(calculator,), kind=TextGenerationEnv, template=QWEN25, **kwargs):
     limits = dict(max_prompt_tokens=2000, max_new_tokens=200, max_observation_tokens=200, max_turns=4, eos_token_ids=[0, END])
-    args = [kind is TextGenerationVectorEnv and 1][: kind is TextGenerationVectorEnv]
+    num_envs = [1] if kind is TextGenerationVectorEnv else []
     return kind(
-        *args, prompts, reward, make_chat_tokenizer(template=template), tools=tools and list(tools), **{**limits, **kwargs}
+        *num_envs, prompts, reward, make_chat_tokenizer(template=template), tools=tools and list(tools), **{**limits, **kwargs}
     )
 
 

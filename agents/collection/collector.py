@@ -253,20 +253,19 @@ class _Episode:
     num_turns: int = 0  # that have ended
     turn_start: int = 0  # index after the prompt at which the open turn begins
 
-    def add_turn(self, tokens: Sequence[int], rewards: Any, logprobs: Any, ref_logprobs: Any = None) -> None:
+    def add_turn(self, tokens: Sequence[int], rewards: Any, logprobs: Any) -> None:
         """Append action tokens of the open turn."""
         self.response += tokens
         self.turn_ids += [self.num_turns] * len(tokens)
         self.rewards += list(rewards)
         self.logprobs += list(logprobs)
-        self.ref_logprobs += [] if ref_logprobs is None else list(ref_logprobs)
 
     def add_observation(self, tokens: list[int]) -> None:
         """End the turn, and append what the env wrote after it."""
         self.num_turns += 1
         self.response += tokens
         self.turn_ids += [-1] * len(tokens)
-        for column in (self.rewards, self.logprobs, self.ref_logprobs):
+        for column in (self.rewards, self.logprobs):
             column += [0.0] * len(tokens)
         self.turn_start = len(self.response)
 
@@ -274,7 +273,7 @@ class _Episode:
         """Return whether the last token ended a turn, by the rules of the env."""
         turn = self.response[self.turn_start :]
         limit = min(rules.max_new_tokens, rules.max_episode_tokens - self.turn_start)
-        return turn[-1] in rules.eos_ids or len(turn) == limit or rules.completes_stop(turn)
+        return len(turn) == limit or rules.closes(turn)
 
 
 def rollout_of(episodes: Sequence[_Episode], group_size: int, device: torch.device, has_reference: bool) -> Rollout:

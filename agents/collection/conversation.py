@@ -72,7 +72,7 @@ class Conversations:
             turns.append(turn)
             context = [*context, *turn]
             transition: Transition | None = None
-            if isinstance(sessions, ToolSessions) and not self._is_cut(rules, turn):
+            if isinstance(sessions, ToolSessions) and (rules.closes(turn) or rules.turn_limit == "continue"):
                 if not given:
                     sessions.start(0, is_chat=True)
                 given.append(rules.turn_text(turn))
@@ -91,11 +91,6 @@ class Conversations:
         spec = DecodingSpec(rules, sampler, min(rules.max_new_tokens, room), max_episode_tokens=room)
         PolicyEngine(policy).generate([context], 1, spec, reply)
         return said
-
-    def _is_cut(self, rules: Rules, turn: list[int]) -> bool:
-        """Whether a turn ended by its limit, and such turns are not given to tools."""
-        by_end = turn[-1] in rules.eos_ids or bool(rules.stop and rules.completes_stop(turn))
-        return not by_end and rules.turn_limit == "truncate"
 
     def _context(self, rules: Rules, messages: Messages) -> list[int]:
         """Return the token ids of a conversation: the prompt, and turns and what follows them as the env writes it."""

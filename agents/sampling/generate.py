@@ -34,6 +34,11 @@ def ignore_tokens(count: int) -> None:
     """Do nothing with the number of new tokens."""
 
 
+def end_episodes(rows: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
+    """Let every episode end with its first turn: the `on_turns` of a generation without an env."""
+    return [None] * len(rows)
+
+
 def sample_responses(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -49,7 +54,7 @@ def sample_responses(
     prefix_sharing: PrefixSharing = "auto",
     uniforms: Tensor | None = None,
     on_tokens: OnTokens = ignore_tokens,
-    on_turns: OnTurns | None = None,
+    on_turns: OnTurns = end_episodes,
     max_episode_tokens: int | None = None,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Sample `group_size` responses to each prompt, or conversations of several turns.
@@ -124,7 +129,7 @@ def sample_responses(
                 episodes[row].tokens.append(token)
                 episodes[row].logps.append(value)
             ended = [row for row in rows if episodes[row].ends_turn(ends, completes_stop)]
-            written = _take_turns(episodes, ended, on_turns or end_episodes)
+            written = _take_turns(episodes, ended, on_turns)
             goes_on = [row not in ended or row in written for row in rows]
             if not all(goes_on):
                 rows = [row for row, more in zip(rows, goes_on, strict=True) if more]
@@ -132,11 +137,6 @@ def sample_responses(
                 decoding.retain(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
             logits = _fed(decoding, rows, tokens, written) if rows else logits[:0]
     return [each.tokens for each in episodes], [np.array(each.logps, dtype=np.float32) for each in episodes]
-
-
-def end_episodes(rows: Sequence[int], turns: list[list[int]], logprobs: list[np.ndarray]) -> list[list[int] | None]:
-    """Let every episode end with its first turn: the `on_turns` of a generation without an env."""
-    return [None] * len(rows)
 
 
 @dataclass

@@ -87,8 +87,8 @@ class SharedDecoding:
     def _append(self, slot_ids: Tensor, lengths: Tensor, prompts: LayerCaches) -> None:
         """Append n prompts, and slots for their responses."""
         self.max_generated = int(self.num_generated.max()) if self.response_kv else 0
+        self._mask_lengths()
         self.same_length = self.max_generated == 0 and not self.static
-        self._graph = None
         self.slot_ids = torch.cat([widened(self.slot_ids, 1, self.group_size, value=-1), slot_ids])
         self.num_generated = torch.cat([widened(self.num_generated, 1, self.group_size), torch.zeros_like(slot_ids)])
         self.lengths = torch.cat([self.lengths, lengths])
@@ -101,7 +101,6 @@ class SharedDecoding:
                 values = torch.cat([widened(old_values, 2, -width), values])
             self.prompts[layer] = keys.contiguous(), values.contiguous()
         for layer, kv in self.response_kv.items():
-            kv[..., self.max_generated :, :] = 0
             self.response_kv[layer] = widened(widened(kv, 3, self.group_size), 1, len(self.slot_ids))
         padding = torch.arange(width, device=slot_ids.device) < width - self.lengths[:, None]
         self._prompt_bias = (

@@ -67,6 +67,11 @@ class PromptFormat:
         self.chat_instructions = self.text_instructions = ""
 
     @property
+    def has_tools(self) -> bool:
+        """Whether prompts describe tools: completions are messages then, also after a prompt of text."""
+        return self.tools is not None or bool(self.chat_instructions)
+
+    @property
     def has_template(self) -> bool:
         """Whether chats can be rendered."""
         return self.chat_template is not None or getattr(self.tokenizer, "chat_template", None) is not None

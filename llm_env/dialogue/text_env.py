@@ -7,16 +7,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
-from llm_env.arguments import as_int, check_int, check_text
+from llm_env.arguments import as_int, check_int, check_seconds, check_text
 from llm_env.dialogue.chat import Messages, check_message
-from llm_env.threads import within
+from llm_env.threads import call_all, within
 
 Text = str | list[dict[str, Any]]
 LARGEST_SEED = 2**32 - 1  # accepted by numpy's and Python's global generators
@@ -115,11 +114,9 @@ class TextEnvTasks:
         self.first_seed = check_int("first_seed", first_seed, 0, LARGEST_SEED + 1 - self.num_tasks)
         self.endless = num_tasks is None
         self.workers = check_int("workers", workers, 1)
-        if timeout is not None and not (_is_number(timeout) and timeout > 0):
-            raise ValueError(f"timeout={timeout!r} must be a positive number of seconds, or None")
         if on_error != "raise" and not (_is_number(on_error) and math.isfinite(float(on_error))):
             raise ValueError(f"on_error={on_error!r} must be 'raise', or the reward of a turn that fails")
-        self.timeout, self.on_error = timeout, on_error
+        self.timeout, self.on_error = check_seconds("timeout", timeout), on_error
         self._seconds = 0.0
         self.checked_observations: list[Text] = []
         if check_seeds:
@@ -309,8 +306,7 @@ class Sessions:
         if self.tasks.workers == 1 or len(calls) < 2:
             return
         begin = time.perf_counter()
-        with ThreadPoolExecutor(min(self.tasks.workers, len(calls))) as pool:
-            list(pool.map(self.try_step, *zip(*calls, strict=True)))
+        call_all(self.try_step, calls, self.tasks.workers)
         self.tasks.add_seconds(time.perf_counter() - begin)
 
     def try_step(self, row: int, turns: list[str]) -> None:

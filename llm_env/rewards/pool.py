@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_env.arguments import check_seconds
 from llm_env.rewards.calls import BadValue, Called, Value, attempt, time_out_message
 from llm_env.rewards.processes import NoWorker, WorkerProcesses
 from llm_env.threads import within
@@ -77,8 +78,7 @@ class PooledReward:
         for name, value, least in (("workers", workers, 1), ("batch_size", batch_size, 1), ("cache_size", cache_size, 0)):
             if (name, value) != ("batch_size", None) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout={timeout!r} must be a positive number of seconds, or None")
+        check_seconds("timeout", timeout)
         if on_error != "raise" and (isinstance(on_error, str) or not np.isfinite(on_error)):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or a finite number")
         self.function, self.workers, self.processes, self.timeout = function, workers, processes, timeout

@@ -99,21 +99,23 @@ class HermesFormat(ToolFormat):
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
         """Parse a turn; calls within thoughts are ignored. A call that is not closed extends to the end."""
         said = strip_thoughts(text)
-        calls = [_json_call(found) for found in _HERMES.findall(said)]
+        calls = [self.read_call(found) for found in _HERMES.findall(said)]
         return (text, []) if not calls else (_HERMES.sub("", _thoughts(text, said) + said).strip(), calls)
 
+    def read_call(self, text: str) -> ToolCall:
+        """Return the call that is written between the tags."""
+        return _json_call(text)
 
-class XMLFormat(ToolFormat):
+
+class XMLFormat(HermesFormat):
     """`<tool_call><function=name><parameter=argument>value</parameter></function></tool_call>`, as in Qwen3-Coder.
 
     A turn may hold several. Values are texts; those of arguments that are not strings by the tool's schema are read as JSON.
     """
 
-    def parse(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Parse a turn; calls within thoughts are ignored. A call that is not closed extends to the end."""
-        said = strip_thoughts(text)
-        calls = [_xml_call(found) for found in _HERMES.findall(said)]
-        return (text, []) if not calls else (_HERMES.sub("", _thoughts(text, said) + said).strip(), calls)
+    def read_call(self, text: str) -> ToolCall:
+        """Return the call that is written between the tags."""
+        return _xml_call(text)
 
 
 class LlamaFormat(ToolFormat):

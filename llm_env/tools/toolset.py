@@ -8,16 +8,15 @@ import json
 import time
 import typing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from transformers.utils import get_json_schema
 
-from llm_env.arguments import check_int
+from llm_env.arguments import check_int, check_seconds
 from llm_env.dialogue.text_env import Transition
 from llm_env.rewards.calls import time_out_message, wait_for
-from llm_env.threads import within
+from llm_env.threads import call_all, within
 from llm_env.tools.formats import ToolCall, ToolFormat, ToolResult
 
 Messages = list[dict[str, Any]]
@@ -51,8 +50,6 @@ class ToolSet:
     def __init__(self, tools: Sequence[Callable[..., Any]], timeout: float | None = None, workers: int = 1) -> None:
         if callable(tools) or isinstance(tools, (str, dict)) or not isinstance(tools, Sequence) or not tools:
             raise TypeError(f"tools={tools!r} must be a list of functions, such as tools=[llm_env.tools.calculator]")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"tool_timeout={timeout!r} must be a positive number of seconds, or None")
         self._functions: dict[str, Callable[..., Any]] = {}
         self.schemas: list[dict[str, Any]] = []
         for tool in tools:
@@ -62,7 +59,7 @@ class ToolSet:
                 raise ValueError(f"two tools have the name {name!r}; rename one of them")
             self._functions[name] = tool
             self.schemas.append(schema)
-        self.timeout, self.workers = timeout, check_int("tool_workers", workers, 1)
+        self.timeout, self.workers = check_seconds("tool_timeout", timeout), check_int("tool_workers", workers, 1)
         self._seconds = 0.0
 
     @property
@@ -152,8 +149,7 @@ class ToolSessions:
             for row, turns in calls:
                 self.step(row, turns)
         else:
-            with ThreadPoolExecutor(min(self.tools.workers, len(calls))) as pool:
-                list(pool.map(self.step, *zip(*calls, strict=True)))
+            call_all(self.step, calls, self.tools.workers)
         self.tools.add_seconds(time.perf_counter() - begin)
 
     def step(self, row: int, turns: Sequence[str]) -> Transition:
@@ -186,10 +182,8 @@ class ToolSessions:
             content = content.replace(token, "")
         calls = [_with_id(call, calls_before + i) for i, call in enumerate(calls)]
         results = self.tools.run(calls)
-        spoken = [
-            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in calls
-        ]
-        messages = [{"role": "assistant", "content": content, "tool_calls": spoken}, *(result.message() for result in results)]
+        spoken = {"role": "assistant", "content": content, "tool_calls": [call.as_message_entry() for call in calls]}
+        messages = [spoken, *(result.message() for result in results)]
         info = dict(zip(TOOL_COUNTS, (len(calls), sum(result.failed for result in results)), strict=True))
         return Transition(tool_format.observation(results, is_chat), 0.0, False, False, info, messages)
 
