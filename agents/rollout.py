@@ -83,7 +83,8 @@ class Rollout:
     @property
     def turn_lists(self) -> list[np.ndarray] | None:
         """`turn_rows`; None if every token is an action of turn 0."""
-        return None if int(self.lengths.sum()) == int((self.turn_ids == 0).sum()) else self.turn_rows
+        rows = self.turn_rows
+        return rows if any(row.any() for row in rows) else None
 
     @property
     def scores(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -93,14 +93,14 @@ def sample_responses(
     """
     limits = response_limits(max_new_tokens, len(prompts)).repeat(check_int("group_size", group_size, 1))
     most = int(limits.max(initial=0)) if max_episode_tokens is None else max_episode_tokens
-    episodes = [_Episode(list(prompts[i // group_size]), limit, most) for i, limit in enumerate(limits.tolist())]
     places = len(prompts) if max_num_seqs is None else max_num_seqs // group_size
     if len(prompts) and places < 1:
         raise ValueError(
             f"max_num_seqs={max_num_seqs} must hold a group of {group_size} responses; set max_num_seqs={group_size} at least"
         )
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    rows: list[int] = []  # that have not ended
+    episodes = _Episodes([list(prompts[i // group_size]) for i in range(len(limits))], limits, most, ends, vocab_size)
+    rows = np.empty(0, dtype=np.int64)  # that have not ended
     logits = torch.empty(0, device=model.device)
     longest = max(map(len, prompts), default=0) + most
     decoding = _decoding(model, group_size, longest, prefix_sharing)
@@ -108,84 +108,107 @@ def sample_responses(
         uniforms = sampler.uniforms(len(limits), most, vocab_size, model.device)
     num_started = 0  # prompts
     with torch.no_grad():  # not a decorator: one frame less between `learn` and a sampled token
-        while num_started < len(prompts) or rows:
+        while num_started < len(prompts) or len(rows):
             if waiting := len(prompts) - num_started:
-                free = min(places - len({row // group_size for row in rows}), waiting)
+                free = min(places - len(np.unique(rows // group_size)), waiting)
                 # Several at a time: each prefill copies the caches.
-                if not rows or (decoding.refills and free >= max(1, min(places // 4, waiting))):
+                if not len(rows) or (decoding.refills and free >= max(1, min(places // 4, waiting))):
                     first = decoding.prefill(prompts[num_started : num_started + free])
                     logits = torch.cat([logits.reshape(-1, first.shape[-1]), first])
-                    rows = [*rows, *range(num_started * group_size, (num_started + free) * group_size)]
-                    num_started += free
+                    started = np.arange(num_started * group_size, (num_started + free) * group_size)
+                    rows, num_started = np.concatenate([rows, started]), num_started + free
             allowed = None
             if constraint is not None:
-                allowed = constraint.masks([(episodes[row].context, episodes[row].turn) for row in rows])
-            at = uniforms[rows, [len(episodes[row].tokens) for row in rows]]
-            tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), at)
-            if not logp.isfinite().all():
+                allowed = constraint.masks([(episodes.contexts[row], episodes.turn(row)) for row in rows])
+            at = torch.from_numpy(np.stack([rows, episodes.counts[rows]])).to(uniforms.device)
+            tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), uniforms[at[0], at[1]])
+            # One transfer for both: the only time in a step that the host waits for the device.
+            sampled, logps = torch.stack([tokens.double(), logp.double()]).cpu().numpy()
+            if not np.isfinite(logps).all():
                 raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
             on_tokens(len(rows))
-            for row, token, value in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
-                episodes[row].tokens.append(token)
-                episodes[row].logps.append(value)
-            ended = [row for row in rows if episodes[row].ends_turn(ends, completes_stop)]
-            written = _take_turns(episodes, ended, on_turns)
-            goes_on = [row not in ended or row in written for row in rows]
-            if not all(goes_on):
-                rows = [row for row, more in zip(rows, goes_on, strict=True) if more]
-                tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
-                decoding.retain(torch.tensor(rows, dtype=torch.int64, device=tokens.device))
-            logits = _fed(decoding, rows, tokens, written) if rows else logits[:0]
-    return [each.tokens for each in episodes], [np.array(each.logps, dtype=np.float32) for each in episodes]
+            ended = episodes.append(rows, sampled, logps, completes_stop)
+            written = _take_turns(episodes, rows[ended].tolist(), on_turns)
+            if ended.any():
+                ended[np.isin(rows, list(written))] = False
+            if ended.any():
+                kept = np.flatnonzero(~ended)
+                rows, tokens = rows[kept], tokens[torch.from_numpy(kept).to(tokens.device)]
+                decoding.retain(torch.from_numpy(rows))
+            logits = _fed(decoding, rows.tolist(), tokens, written) if len(rows) else logits[:0]
+    return episodes.tokens(), episodes.logprobs()
 
 
-@dataclass
-class _Episode:
-    """What was sampled in a row, and where its open turn stands.
+class _Episodes:
+    """What was sampled in B rows, and where their open turns stand.
+
+    Args:
+        contexts: B lists of token ids before the open turn.
+        limits: (B,) maximum length of a turn.
+        most: tokens of the longest episode after the prompt.
+        ends: the end tokens.
+        vocab_size: V.
 
     Attributes:
-        context: token ids before the open turn.
-        limit: maximum length of a turn.
-        room: tokens that the episode has left for the open turn and what follows.
-        tokens: the sampled tokens of all turns.
-        logps: their log-probs, in nats.
-        begin: index of the open turn's first token in `tokens`.
+        counts: (B,) number of sampled tokens.
+        begins: (B,) index of the open turn's first token among them.
+        room: (B,) tokens that the episode has left for the open turn and what follows.
     """
 
-    context: list[int]
-    limit: int
-    room: int
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    begin: int = 0
+    def __init__(self, contexts: list[list[int]], limits: np.ndarray, most: int, ends: set[int], vocab_size: int) -> None:
+        self.contexts, self._limits = contexts, limits
+        self.counts, self.begins = np.zeros((2, len(contexts)), dtype=np.int64)
+        self.room = np.full(len(contexts), most, dtype=np.int64)
+        self._tokens = np.zeros((len(contexts), most), dtype=np.int64)
+        self._logps = np.zeros((len(contexts), most), dtype=np.float32)
+        self._is_end = np.isin(np.arange(vocab_size), list(ends))
 
-    @property
-    def turn(self) -> list[int]:
-        """The tokens of the open turn."""
-        return self.tokens[self.begin :]
+    def turn(self, row: int) -> list[int]:
+        """Return the tokens of the open turn."""
+        return self._tokens[row, self.begins[row] : self.counts[row]].tolist()
 
-    def ends_turn(self, end_tokens: set[int], completes_stop: StopRule | None) -> bool:
-        """Return whether the last token ends the turn."""
-        by_limit = len(self.tokens) - self.begin >= min(self.limit, self.room)
-        return self.tokens[-1] in end_tokens or by_limit or (completes_stop is not None and completes_stop(self.turn))
+    def turn_logprobs(self, row: int) -> np.ndarray:
+        """Return the log-probs of the open turn, float32."""
+        return self._logps[row, self.begins[row] : self.counts[row]].copy()
 
-    def begin_turn(self, observation: list[int]) -> None:
+    def append(self, rows: np.ndarray, tokens: np.ndarray, logps: np.ndarray, completes_stop: StopRule | None) -> np.ndarray:
+        """Append a token to each of some rows; return (R,) bool, whether it ends the turn."""
+        at, tokens = self.counts[rows], tokens.astype(np.int64)
+        self._tokens[rows, at], self._logps[rows, at] = tokens, logps
+        self.counts[rows] = at + 1
+        lengths = at + 1 - self.begins[rows]
+        ended = self._is_end[tokens] | (lengths >= np.minimum(self._limits[rows], self.room[rows]))
+        if completes_stop is not None:
+            for i in np.flatnonzero(~ended):
+                ended[i] = completes_stop(self.turn(rows[i]))
+        return ended
+
+    def begin_turn(self, row: int, observation: list[int]) -> None:
         """Begin the next turn, after an observation."""
-        self.context = [*self.context, *self.turn, *observation]
-        self.room -= len(self.turn) + len(observation)
-        self.begin = len(self.tokens)
+        turn = self.turn(row)
+        self.contexts[row] = [*self.contexts[row], *turn, *observation]
+        self.room[row] -= len(turn) + len(observation)
+        self.begins[row] = self.counts[row]
+
+    def tokens(self) -> list[list[int]]:
+        """Return the sampled tokens of all turns."""
+        return [row[:n].tolist() for row, n in zip(self._tokens, self.counts, strict=True)]
+
+    def logprobs(self) -> list[np.ndarray]:
+        """Return their log-probs in nats, float32."""
+        return [row[:n].copy() for row, n in zip(self._logps, self.counts, strict=True)]
 
 
-def _take_turns(episodes: list[_Episode], ended: list[int], on_turns: OnTurns) -> dict[int, list[int]]:
+def _take_turns(episodes: _Episodes, ended: list[int], on_turns: OnTurns) -> dict[int, list[int]]:
     """Give the turns that have ended to the env; return what it wrote in the rows that go on."""
     if not ended:
         return {}
-    turns = [episodes[row].turn for row in ended]
-    logps = [np.array(episodes[row].logps[episodes[row].begin :], dtype=np.float32) for row in ended]
+    turns = [episodes.turn(row) for row in ended]
+    logps = [episodes.turn_logprobs(row) for row in ended]
     written = {}
     for row, observation in zip(ended, on_turns(ended, turns, logps), strict=True):
         if observation is not None:
-            episodes[row].begin_turn(observation)
+            episodes.begin_turn(row, observation)
             written[row] = observation
     return written
 
@@ -195,12 +218,12 @@ def _fed(decoding: SharedDecoding | PlainDecoding, rows: list[int], tokens: Tens
     added = {i: observation for i, row in enumerate(rows) if (observation := written.get(row))}
     if not added:
         return decoding(tokens)
-    numbers = torch.tensor(rows, dtype=torch.int64, device=tokens.device)
+    numbers = torch.tensor(rows, dtype=torch.int64)
     if len(added) == len(rows):  # one pass is enough
         return decoding.extend(numbers, [[token, *added[i]] for i, token in enumerate(tokens.tolist())])
     logits = decoding(tokens)
-    at = torch.tensor(list(added), device=tokens.device)
-    logits[at] = decoding.extend(numbers[at], list(added.values()))
+    at = torch.tensor(list(added))
+    logits[at.to(logits.device)] = decoding.extend(numbers[at], list(added.values()))
     return logits
 
 
@@ -252,7 +275,7 @@ class PlainDecoding:
 
     Attributes:
         num_started: responses so far; the next ones are numbered from here.
-        slot_ids: numbers of the responses, one int64 tensor a part.
+        slot_ids: numbers of the responses, one int64 tensor on the CPU a part.
         parts: rows with one cache each.
     """
 
@@ -274,7 +297,7 @@ class PlainDecoding:
         for key in keys.unique():
             chosen = (keys == key).nonzero()[:, 0]
             self.parts.append(kind(self.model))
-            self.slot_ids.append((self.num_started + chosen[:, None] * self.group_size + group).flatten().to(self.model.device))
+            self.slot_ids.append((self.num_started + chosen[:, None] * self.group_size + group).flatten())
             logits.append(self.parts[-1].prefill([prompts[i] for i in chosen], self.group_size))
         self.num_started += len(prompts) * self.group_size
         return self._in_order(logits)
@@ -290,9 +313,8 @@ class PlainDecoding:
         """
         if len(self.parts) == 1:
             return self.parts[0](tokens)
-        order = torch.cat(self.slot_ids).argsort()
         given = torch.empty_like(tokens)
-        given[order] = tokens
+        given[self._order()] = tokens
         split = given.split([len(slot_ids) for slot_ids in self.slot_ids])
         return self._in_order([part(new) for part, new in zip(self.parts, split, strict=True)])
 
@@ -300,18 +322,21 @@ class PlainDecoding:
         """Append several tokens to each of some responses; see `SharedDecoding.extend`. All rows must be in one cache."""
         (part,), (ids,) = self.parts, self.slot_ids
         assert isinstance(part, CachedRows)
-        return part.extend(torch.isin(ids, slot_ids).nonzero()[:, 0], tokens)
+        return part.extend(torch.isin(ids, slot_ids).nonzero()[:, 0].to(part.mask.device), tokens)
 
     def _in_order(self, logits: list[Tensor]) -> Tensor:
-        return logits[0] if len(logits) == 1 else torch.cat(logits)[torch.cat(self.slot_ids).argsort()]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)[self._order()]
+
+    def _order(self) -> Tensor:
+        return torch.cat(self.slot_ids).argsort().to(self.model.device)
 
     def retain(self, slot_ids: Tensor) -> None:
-        """Drop all responses except these, (R,) int64 in ascending order."""
+        """Drop all responses except these, (R,) int64 on the CPU in ascending order."""
         kept = [torch.isin(ids, slot_ids) for ids in self.slot_ids]
         self.slot_ids = [ids[rows] for ids, rows in zip(self.slot_ids, kept, strict=True) if rows.any()]
         for part, rows in zip(self.parts, kept, strict=True):
             if rows.any():
-                part.retain(rows.nonzero()[:, 0])
+                part.retain(rows.nonzero()[:, 0].to(self.model.device))
         self.parts = [part for part, rows in zip(self.parts, kept, strict=True) if rows.any()]
 
 

@@ -89,14 +89,14 @@ class Sampler:
         Returns:
             The tokens (B,), and their log-probs (B,) under the tempered distribution, in nats.
         """
-        scaled = logits.float() / self.temperature if self.temperature != 1 else logits.float()
-        probabilities = scaled.softmax(-1)
+        scaled = logits.float() / self.temperature if self.temperature != 1 else logits
+        probabilities = scaled.softmax(-1, dtype=torch.float32)  # converts within its kernel
         if self.deterministic:
             tokens = scaled.argmax(-1, keepdim=True)
         else:
             if uniforms is None:
                 uniforms = self.uniforms(len(scaled), 1, scaled.shape[-1], scaled.device)[:, 0]
-            weights = self._restrict(scaled).softmax(-1) if self.restricted else probabilities
+            weights = self._restrict(scaled.float()).softmax(-1) if self.restricted else probabilities
             uniform = uniforms[:, :1]
             if weights.shape[-1] <= LARGE:
                 tokens = _look_up(weights, uniform * weights.sum(-1, keepdim=True))

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from agents.sampling.decode_kernel import attend_slots, runs_on
 from llm_env.lm.capabilities import Verdicts, agree, passes_once, plain_outputs, token, trial_rows
 from llm_env.lm.inputs import model_inputs, only_last, pad
 from llm_env.lm.shared_prompt import PackedRows, attention_by, scores_of, weights_of, window_of
 
 BLOCK = 64  # tokens for which the responses' cache is first allocated; it doubles when full
+BLOCK_GRAPH = 256  # the same, if a CUDA graph has to be captured again whenever it grows
 COMPACT = 0.8  # slots are compacted if at most this share of them remains
 COMPACT_GRAPH = 0.5  # the same, if a CUDA graph has to be captured again
 
@@ -24,7 +26,8 @@ LayerCaches = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 class SharedDecoding:
     """Decodes up to G responses to each of N prompts, in slots (N, G).
 
-    On CUDA the shapes are static between growth and compaction, and a step is a CUDA graph (not measured).
+    On CUDA the shapes are static between growth and compaction, a step is a CUDA graph, and attention is one Triton kernel (see
+    `agents.sampling.decode_kernel`). Which slots are in use is known on the host, so that a step waits for no result.
 
     Args:
         model: a causal language model whose body `supports_sharing`.
@@ -33,9 +36,10 @@ class SharedDecoding:
 
     Attributes:
         num_started: responses so far; the next ones are numbered from here.
-        slot_ids: (N, G) int64, the number of the response in each slot, -1 for an empty slot.
-        num_generated: (N, G) int64, tokens of each response whose keys and values are stored.
-        lengths: (N,) int64, tokens of the prompts.
+        slot_ids: (N, G) int64 on the CPU, the number of the response in each slot, -1 for an empty slot.
+        counts: (N, G) int64 on the CPU, tokens of each response whose keys and values are stored.
+        num_generated: `counts` on the model's device.
+        lengths: (N,) int64 on the model's device, tokens of the prompts.
         prompts: (N, K, D, P) keys and (N, K, P, D) values by layer, padded on the left; keys are stored transposed, as they are
             multiplied.
         response_kv: (2, N, K, G, W, D) by layer, keys and values of the responses, allocated for W tokens.
@@ -49,15 +53,20 @@ class SharedDecoding:
         self.model, self.group_size, self.num_started = model, group_size, 0
         self.captures = model.device.type == "cuda"
         self.static = self.captures if static is None else static
+        self.fused = runs_on(model)
         self._clear()
 
     def _clear(self) -> None:
-        self.slot_ids = torch.empty(0, self.group_size, dtype=torch.int64, device=self.model.device)
-        self.num_generated, self.lengths = self.slot_ids.clone(), self.slot_ids[:, 0].clone()
+        self.slot_ids = torch.empty(0, self.group_size, dtype=torch.int64)
+        self.counts = self.slot_ids.clone()
+        self.num_generated = self.counts.to(self.model.device)
+        self.lengths = self.num_generated[:, 0].clone()
         self.prompts: LayerCaches = {}
         self.response_kv: dict[int, Tensor] = {}
         self.max_generated = 0
         self.same_length = True
+        self._longest_prompt = 0
+        self._filled: Tensor | None = None  # (R,) int64, the filled slots of N * G; None if all are
         self._prompt_bias: Tensor | None = None  # (N, P), -inf at padding
         self._future_bias: Tensor | None = None  # (N, 1, G, 1, W), -inf at tokens that are not generated yet
         self._graph: CapturedStep | None = None
@@ -70,7 +79,7 @@ class SharedDecoding:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Start the responses to n more prompts; return the logits (n * G, V) of their first tokens."""
         ids, mask = pad(prompts, "left", self.model.device)
-        packed = PackedRows(mask.bool(), kept={})
+        packed = PackedRows(mask.bool(), kept={}, padded=len({len(prompt) for prompt in prompts}) > 1)
         inputs = model_inputs(self.model, ids, mask)
         with attention_by(self.model, packed):
             logits = (
@@ -79,20 +88,26 @@ class SharedDecoding:
                 .repeat_interleave(self.group_size, 0)
             )
         assert packed.kept is not None
-        slot_ids = self.num_started + torch.arange(len(logits), device=ids.device).view(-1, self.group_size)
+        slot_ids = self.num_started + torch.arange(len(logits)).view(-1, self.group_size)
         self.num_started += len(logits)
-        self._append(slot_ids, mask.sum(1), packed.kept)
+        self._append(slot_ids, torch.tensor([len(prompt) for prompt in prompts]), packed.kept)
         return logits
 
     def _append(self, slot_ids: Tensor, lengths: Tensor, prompts: LayerCaches) -> None:
-        """Append n prompts, and slots for their responses."""
-        self.max_generated = int(self.num_generated.max()) if self.response_kv else 0
+        """Append n prompts of `lengths` (n,) tokens, and slots for their responses."""
+        device = self.model.device
+        self.max_generated = int(self.counts.max()) if self.response_kv else 0
         self._mask_lengths()
         self.same_length = self.max_generated == 0 and not self.static
         self.slot_ids = torch.cat([widened(self.slot_ids, 1, self.group_size, value=-1), slot_ids])
-        self.num_generated = torch.cat([widened(self.num_generated, 1, self.group_size), torch.zeros_like(slot_ids)])
-        self.lengths = torch.cat([self.lengths, lengths])
-        width = max(int(self.lengths.max()), next(iter(self.prompts.values()))[1].shape[2] if self.prompts else 0)
+        self.counts = torch.cat([widened(self.counts, 1, self.group_size), torch.zeros_like(slot_ids)])
+        self.num_generated, self._filled = self.counts.to(device), _filled_slots(self.slot_ids, device)
+        known = self._prompt_bias is not None
+        old = self._longest_prompt
+        self._longest_prompt = max(int(lengths.max()), old)
+        is_padded = known or (old not in (0, self._longest_prompt)) or int(lengths.min()) < self._longest_prompt
+        self.lengths = torch.cat([self.lengths, lengths.to(device)])
+        width = max(self._longest_prompt, next(iter(self.prompts.values()))[1].shape[2] if self.prompts else 0)
         for layer, (keys, values) in prompts.items():
             keys, values = widened(keys.transpose(-1, -2), 3, -width), widened(values, 2, -width)
             if layer in self.prompts:
@@ -102,10 +117,8 @@ class SharedDecoding:
             self.prompts[layer] = keys.contiguous(), values.contiguous()
         for layer, kv in self.response_kv.items():
             self.response_kv[layer] = widened(widened(kv, 3, self.group_size), 1, len(self.slot_ids))
-        padding = torch.arange(width, device=slot_ids.device) < width - self.lengths[:, None]
-        self._prompt_bias = (
-            torch.zeros(padding.shape, device=slot_ids.device).masked_fill(padding, -torch.inf) if padding.any() else None
-        )
+        padding = torch.arange(width, device=device) < width - self.lengths[:, None]
+        self._prompt_bias = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf) if is_padded else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Append a token to each remaining response.
@@ -116,27 +129,38 @@ class SharedDecoding:
         Returns:
             The logits (R, V) of the next tokens, in the same order.
         """
-        filled = self.slot_ids >= 0
-        ids = torch.zeros_like(self.slot_ids).masked_scatter(filled, tokens)
+        ids = tokens.view(self.slot_ids.shape) if self._filled is None else self._of_slots(tokens)
         self._allocate()
         if self.captures and self._graph is None:
             self._graph = CapturedStep(self._forward, ids)
-        logits = self._forward(ids) if self._graph is None else self._graph(ids)
-        self.num_generated += filled
-        self.max_generated += 1
-        return logits.flatten(0, 1) if len(tokens) == ids.numel() else logits[filled]
+        logits = (self._forward(ids) if self._graph is None else self._graph(ids)).flatten(0, 1)
+        self._count(self.slot_ids >= 0)
+        return logits if self._filled is None else logits[self._filled]
+
+    def _of_slots(self, values: Tensor) -> Tensor:
+        """Put one value (R,) a response into its slot; return (N, G), 0 in empty slots."""
+        table = values.new_zeros(self.slot_ids.numel())
+        table[self._filled] = values
+        return table.view(self.slot_ids.shape)
+
+    def _count(self, added: Tensor) -> None:
+        """Add the numbers of new tokens (N, G), on the CPU, to `counts` and `num_generated`."""
+        self.counts += added
+        self.max_generated = int(self.counts.max())
+        self.num_generated.copy_(self.counts, non_blocking=True)  # in place: a captured graph reads it
 
     def extend(self, slot_ids: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Append several tokens to each of some responses, in one pass.
 
         Args:
-            slot_ids: (R,) int64, their numbers in ascending order.
+            slot_ids: (R,) int64 on the CPU, their numbers in ascending order.
             tokens: R lists of token ids, at least one each.
 
         Returns:
             The logits (R, V) of their next tokens.
         """
-        counts = torch.tensor([len(row) for row in tokens], device=slot_ids.device)
+        device = self.model.device
+        counts = torch.tensor([len(row) for row in tokens])
         chosen, filled = torch.isin(self.slot_ids, slot_ids), self.slot_ids >= 0
         most = int(counts.max())
         if self.same_length and not (torch.equal(chosen, filled) and int(counts.min()) == most):
@@ -145,23 +169,23 @@ class SharedDecoding:
         prompts, width = chosen.any(1).nonzero()[:, 0], int(chosen.sum(1).max())
         order = chosen[prompts].to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
         kept = chosen[prompts].gather(1, order)
-        ids, _ = pad(tokens, "left", slot_ids.device)
-        grid = ids.new_zeros(*order.shape, most)
-        grid[kept] = ids
-        extension = _Extension(self, prompts, order, torch.zeros_like(order).masked_scatter(kept, counts), most)
-        at = torch.arange(most - 1, width * most, most, device=ids.device)  # the last token of each slot
+        grid = torch.zeros(*order.shape, most, dtype=torch.int64)
+        grid[kept] = pad(tokens, "left", grid.device)[0]
+        counted = torch.zeros_like(order).masked_scatter(kept, counts)
+        is_whole = order.shape == chosen.shape and bool((order == torch.arange(width)).all())
+        extension = _Extension(self, prompts.to(device), order.to(device), counted.to(device), most, is_whole)
+        at = torch.arange(most - 1, width * most, most, device=device)  # the last token of each slot
         with attention_by(self.model, extension):
             logits = self.model(
-                input_ids=grid.flatten(1),
+                input_ids=grid.flatten(1).to(device),
                 position_ids=extension.position_ids().flatten(1),
                 use_cache=False,
                 **only_last(self.model, at),
             ).logits
         if logits.shape[1] != width:
             logits = logits[:, at]
-        self.num_generated += torch.zeros_like(self.slot_ids).masked_scatter(chosen, counts)
-        self.max_generated = self.max_generated + most if self.same_length else int(self.num_generated.max())
-        return logits[kept]
+        self._count(torch.zeros_like(self.counts).masked_scatter(chosen, counts))
+        return logits.flatten(0, 1)[kept.flatten().nonzero()[:, 0].to(device)]
 
     def _mask_lengths(self) -> None:
         """Let responses have different numbers of tokens from here on."""
@@ -174,7 +198,7 @@ class SharedDecoding:
         width = next(iter(self.response_kv.values())).shape[4] if self.response_kv else 0
         if width >= self.max_generated + count:
             return
-        size = max(BLOCK, width, self.max_generated + count - width)
+        size = max(BLOCK_GRAPH if self.captures else BLOCK, width, self.max_generated + count - width)
         for layer, (_, values) in self.prompts.items():
             n, num_kv_heads, _, d = values.shape
             more = values.new_empty(2, n, num_kv_heads, self.slot_ids.shape[1], size, d)
@@ -190,7 +214,7 @@ class SharedDecoding:
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Compute the logits (N, G, V) after the tokens `ids` (N, G)."""
-        if not self.same_length:
+        if not (self.same_length or self.fused):
             future = torch.arange(self._width, device=ids.device) > self.num_generated[..., None]  # (N, G, W)
             bias = torch.zeros(future.shape, device=ids.device).masked_fill(future, -torch.inf)
             self._future_bias = bias[:, None, :, None]
@@ -212,6 +236,9 @@ class SharedDecoding:
         """
         (n, heads, g, d), num_kv_heads = query.shape, key.shape[1]
         prompt_keys, prompt_values = self.prompts[layer]
+        if self.fused and not self.same_length:
+            caches = prompt_keys, prompt_values, self.response_kv[layer]
+            return attend_slots(query, key, value, caches, self.lengths, self.num_generated, softcap)
         p, num_kv_groups = prompt_keys.shape[3], heads // num_kv_heads
         response_keys, response_values = self._store(layer, key, value)
         query = query.view(n, num_kv_heads, num_kv_groups, g, d).transpose(2, 3)
@@ -238,25 +265,34 @@ class SharedDecoding:
         return kv[..., : self._width, :]
 
     def retain(self, slot_ids: Tensor) -> None:
-        """Drop all responses except these, (R,) int64 in ascending order; slots are compacted where that saves enough."""
-        kept = torch.isin(self.slot_ids, slot_ids)
+        """Drop all responses except these, (R,) int64 on the CPU; slots are compacted where that saves enough."""
+        device, kept = self.model.device, torch.isin(self.slot_ids, slot_ids)
         self.slot_ids = self.slot_ids.masked_fill(~kept, -1)
-        counts = kept.sum(1)
-        prompts, width = (counts > 0).nonzero()[:, 0], int(counts.max())
+        per_prompt = kept.sum(1)
+        prompts, width = (per_prompt > 0).nonzero()[:, 0], int(per_prompt.max())
         if width == 0:
             return self._clear()
         if len(prompts) * width > (COMPACT_GRAPH if self.captures else COMPACT) * self.slot_ids.numel():
+            self._filled = _filled_slots(self.slot_ids, device)
             return
         self._graph = None
         order = kept[prompts].to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
         self.slot_ids = self.slot_ids[prompts].gather(1, order)
-        self.num_generated = self.num_generated[prompts].gather(1, order)
+        self.counts = self.counts[prompts].gather(1, order)
+        self.num_generated, self._filled = self.counts.to(device), _filled_slots(self.slot_ids, device)
+        prompts, order = prompts.to(device), order.to(device)
         self.lengths = self.lengths[prompts]
         self._prompt_bias = None if self._prompt_bias is None else self._prompt_bias[prompts]
         self.prompts = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prompts.items()}
-        kv_heads = torch.arange(next(iter(self.prompts.values()))[1].shape[1], device=prompts.device)
+        kv_heads = torch.arange(next(iter(self.prompts.values()))[1].shape[1], device=device)
         at = (slice(None), prompts[:, None, None], kv_heads[None, :, None], order[:, None])
         self.response_kv = {layer: kv[at] for layer, kv in self.response_kv.items()}
+
+
+def _filled_slots(slot_ids: Tensor, device: torch.device) -> Tensor | None:
+    """Return the indices (R,) of the slots in use, on a device; None if all are."""
+    filled = slot_ids.flatten() >= 0
+    return None if filled.all() else filled.nonzero()[:, 0].to(device)
 
 
 @dataclass
@@ -269,6 +305,7 @@ class _Extension:
         order: (n, g) the slots of each prompt; some may be others, whose tokens are ignored.
         counts: (n, g) number of new tokens, the last ones of T; 0 in slots that are ignored.
         size: T.
+        is_whole: whether these are all slots, in their order.
     """
 
     decoding: SharedDecoding
@@ -276,6 +313,7 @@ class _Extension:
     order: Tensor
     counts: Tensor
     size: int
+    is_whole: bool
 
     def __post_init__(self) -> None:
         before = self.decoding.num_generated[self.prompts].gather(1, self.order)[..., None]
@@ -287,8 +325,6 @@ class _Extension:
         self._width = self.decoding.max_generated + self.size
         unseen = torch.arange(self._width, device=before.device) > self._last[..., None]
         self._bias = torch.zeros(unseen.shape, device=before.device).masked_fill(unseen, -torch.inf)  # (n, g, T, W)
-        n, g = self.decoding.slot_ids.shape
-        self._is_whole = self.order.shape == (n, g) and bool((self.order == torch.arange(g, device=before.device)).all())
 
     @property
     def max_distance(self) -> int:
@@ -309,7 +345,7 @@ class _Extension:
         kv = kv[..., : self._width, :]
         prompt_keys, prompt_values = self.decoding.prompts[layer]
         bias = self.decoding._prompt_bias
-        if not self._is_whole:
+        if not self.is_whole:
             kv_heads = torch.arange(num_kv_heads, device=kv.device)[None, :, None]
             kv = kv[:, self.prompts[:, None, None], kv_heads, self.order[:, None]]
         if len(self.prompts) < len(prompt_keys):
@@ -343,7 +379,7 @@ def _passes_trial(model: PreTrainedModel) -> bool:
     window = window_of(model.base_model)
     first, second, third = trial_rows(model, short=window is not None and window < 32)
     decoding = SharedDecoding(model, 2)
-    decoding.captures = False
+    decoding.captures = False  # a graph would be captured for every step of the trial
     logits, rows = [decoding.prefill([first, second])], [first, first, second, second]
     expected = [plain_outputs(model, [row])[0, -1:] for row in rows]
 
@@ -355,7 +391,7 @@ def _passes_trial(model: PreTrainedModel) -> bool:
 
     step()
     rows[:] = [rows[0], *rows[2:]]
-    decoding.retain(torch.tensor([0, 2, 3], device=model.device))
+    decoding.retain(torch.tensor([0, 2, 3]))
     step()
     logits.append(decoding.prefill([third]))
     rows += [third, third]

@@ -145,8 +145,9 @@ class Trainer:
                 if old_logp is not None and batch.old_logp is not None:
                     old_logp[part, : batch.old_logp.shape[1]] = batch.old_logp * batch.mask
                 share = batch.mask.sum() / tokens
-                for key, value in {**terms, **{key: value * share for key, value in statistics.items()}}.items():
-                    sums[key] = sums.get(key, 0.0) + value.item()
+                values = {**terms, **{key: value * share for key, value in statistics.items()}}
+                for key, value in zip(values, torch.stack([*values.values()]).tolist(), strict=True):  # one transfer
+                    sums[key] = sums.get(key, 0.0) + value
             for _ in range(idle):
                 self._idle_pass(rollout)
         except Exception as raised:
@@ -277,8 +278,8 @@ def apply_importance_weights(batch: Rollout, cap: float) -> dict[str, Tensor]:
 
 def _turn_sizes(rollout: Rollout, rows: np.ndarray) -> list[int]:
     """Return the number of action tokens of the first turns in the episodes `rows`; empty if no episode has several turns."""
-    turns = logged_turns(rollout)
-    return [int((rollout.turn_ids[torch.as_tensor(rows)] == turn).sum()) for turn in turns]
+    turn_ids = rollout.turn_ids[torch.as_tensor(rows, device=rollout.turn_ids.device)]
+    return [int((turn_ids == turn).sum()) for turn in logged_turns(rollout)]
 
 
 def _means(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -141,9 +141,14 @@ def score(
         actions: B bool arrays, True at action tokens; the head is computed for these only. All tokens by default.
     """
     targets, mask = pad(responses, "right", model.device)
+    chosen_rows = [np.arange(len(row)) for row in responses]
     if actions is not None:
         mask = pad([row.astype(int).tolist() for row in actions], "right", model.device)[0]
-    at, head = mask.bool(), head_of(model)
+        chosen_rows = [np.flatnonzero(row) for row in actions]
+    # Indices from the host: a boolean index would wait for the device to count them.
+    numbers = np.repeat(np.arange(len(responses)), [len(row) for row in chosen_rows])
+    at = tuple(torch.from_numpy(np.stack([numbers, np.concatenate(chosen_rows)])).to(model.device))
+    head = head_of(model)
     if head is None:
         if prefix_sharing is True:
             raise ValueError(
@@ -162,10 +167,10 @@ def score(
         return log_probs_and_entropies(logits, tokens, temperature, entropy)
 
     logp, spread = _in_chunks(scores, chosen, targets[at], masks, max(1, CHUNK_BYTES // (4 * vocab_size)))
-    table = torch.zeros(mask.shape, device=mask.device)
+    table, is_action = torch.zeros(mask.shape, device=mask.device), mask.bool()
     return Scored(
-        table.masked_scatter(at, logp),
-        table.masked_scatter(at, spread) if entropy else None,
+        table.masked_scatter(is_action, logp),
+        table.masked_scatter(is_action, spread) if entropy else None,
         mask,
         hidden if states else None,
     )

@@ -158,6 +158,7 @@ class PackedRows:
         width: padded length of a response, T.
         kept: None, or a dict in which the prompts' keys and values are stored by layer, (N, K, P, D) each.
         calls: number of layers computed.
+        padded: whether any prompt has padding; by default, `visible` is read to find out, which waits for the device.
     """
 
     visible: Tensor
@@ -165,6 +166,7 @@ class PackedRows:
     width: int = 0
     kept: dict[int, tuple[Tensor, Tensor]] | None = None
     calls: int = 0
+    padded: bool | None = None
 
     @property
     def max_distance(self) -> int:
@@ -208,7 +210,7 @@ class PackedRows:
     @cached_property
     def padding(self) -> Tensor | None:
         """Attention bias (N, 1, 1, P) that masks prompt padding; None without padding."""
-        if self.visible.all():
+        if self.padded is False or (self.padded is None and self.visible.all()):
             return None
         added = torch.zeros(self.visible.shape, device=self.visible.device)
         return added.masked_fill(~self.visible, torch.finfo(torch.bfloat16).min)[:, None, None]
@@ -295,14 +297,18 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], m
         mask = _dense_masks(base, visible, positions, size, t)
         out = base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     else:
-        packed = (FlexRows if mode == "flex" else PackedRows)(visible, size, t)
+        is_padded = len({len(prompt) for prompt in prompts}) > 1
+        packed = (FlexRows if mode == "flex" else PackedRows)(visible, size, t, padded=is_padded)
         with attention_by(base, packed):
             out = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         if not packed.calls:
             raise PrefixSharingUnsupported
     before = out[:, p - 1 : p].expand(-1, size, -1)[:, :, None]
     states = torch.cat([before, out[:, p:].view(n, size, t, out.shape[-1])], 2)
-    return states[torch.tensor([[j < len(rows) for j in range(size)] for rows in groups], device=device)]
+    if all(len(rows) == size for rows in groups):
+        return states.flatten(0, 1)
+    filled = [i * size + j for i, rows in enumerate(groups) for j in range(len(rows))]
+    return states.flatten(0, 1)[torch.tensor(filled, device=device)]
 
 
 def _dense_masks(base: PreTrainedModel, visible: Tensor, positions: Tensor, size: int, t: int) -> Tensor | dict[str, Tensor]:
