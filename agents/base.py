@@ -99,6 +99,7 @@ from agents.validation import (
 from agents.vec_env import DEFAULT_N_ENVS, as_vec_env, rules_of_vec_env, unique_rules, vector_env_of
 from llm_env.arguments import check_int
 from llm_env.keywords import check_keywords
+from llm_env.lm.compiling import num_compiled_graphs
 from llm_env.lm.sharing import PrefixSharing
 from llm_env.model_names import check_model_name
 from llm_env.observations import Observation
@@ -160,6 +161,7 @@ class CommonArguments(TypedDict, total=False):
     max_num_seqs: int | None
     prefix_sharing: PrefixSharing
     bf16: bool
+    compile: bool
     overlap: bool
     importance_cap: float | None
     gradient_checkpointing: bool
@@ -205,11 +207,14 @@ class LanguageAgent(BaseAlgorithm):
         max_num_seqs: responses that are sampled at a time, at least a group: bounds the memory. All by default.
         prefix_sharing: compute a prompt once for all responses to it: "auto" where the model can and it is less work, True or
             False; see `llm_env.lm.sharing`.
-        bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32.
+        bf16: matrix products in bfloat16, under autocast; weights, log-probs and losses stay float32. On a GPU, responses are
+            sampled with a copy of the weights in bfloat16, which takes two bytes a weight.
+        compile: compile the model's layers with `torch.compile`, for sampling and training: faster on a GPU after a minute of
+            compiling, which needs a C++ compiler; see `llm_env.lm.compiling`.
         overlap: generate the next rollout during the update; see `agents.collection.prefetch`.
         importance_cap: weigh a token's advantage by min(pi/pi_sampled, importance_cap), pi by the training path before the
             update: corrects for the difference between training and sampling path; see `agents.losses.truncated_importance`. By
-            default 2 where another engine or older weights generate, else off.
+            default 2 where another engine, older weights or a copy of them in bfloat16 (`bf16` on a GPU) generate, else off.
         gradient_checkpointing: keep only the inputs of the model's layers for the backward pass, which computes the layers
             again: less memory, more time, the same gradient. Sampling is as fast as without.
         optimizer: `"adamw_torch"`, or one of bitsandbytes: `"adamw_8bit"` stores each of the two moments in one byte a weight,
@@ -283,6 +288,7 @@ class LanguageAgent(BaseAlgorithm):
         max_num_seqs: int | None = None,
         prefix_sharing: PrefixSharing = "auto",
         bf16: bool = False,
+        compile: bool = False,
         overlap: bool = False,
         importance_cap: float | None = None,
         gradient_checkpointing: bool = False,
@@ -321,7 +327,8 @@ class LanguageAgent(BaseAlgorithm):
             warn(f"device={str(device)!r}, but torch finds no GPU; computing on cpu")
         check_counts(n_envs=n_envs, n_epochs=n_epochs, batch_size=batch_size, stats_window_size=stats_window_size)
         check_counts(micro_batch_size=micro_batch_size, max_tokens_per_batch=max_tokens_per_batch, max_num_seqs=max_num_seqs)
-        check_switches(preflight=preflight, overlap=overlap, bf16=bf16, gradient_checkpointing=gradient_checkpointing)
+        check_switches(preflight=preflight, overlap=overlap, bf16=bf16, compile=compile)
+        check_switches(gradient_checkpointing=gradient_checkpointing)
         check_choice("prefix_sharing", prefix_sharing, ("auto", True, False))
         check_max_num_seqs(max_num_seqs, self.group_size)
         class_of(optimizer)  # raises for an unknown one
@@ -349,6 +356,7 @@ class LanguageAgent(BaseAlgorithm):
         self.max_num_seqs = max_num_seqs
         self.prefix_sharing = prefix_sharing
         self.bf16 = bf16 or self.communicator.bf16
+        self.compile = compile
         self.overlap = overlap
         self.importance_cap = importance_cap
         self.gradient_checkpointing = gradient_checkpointing
@@ -696,6 +704,8 @@ class LanguageAgent(BaseAlgorithm):
         """Write what has been recorded to the logger's outputs."""
         new_timesteps = self.num_timesteps - self._num_timesteps_at_start
         record_time(self.logger, iteration, self.num_timesteps, new_timesteps, self.start_time)
+        if self.compile:
+            self.logger.record("time/compiled_graphs", num_compiled_graphs())
         try:
             self.logger.dump(self.num_timesteps)
         except OSError as error:  # TensorBoard's writer does not name its file
@@ -715,7 +725,7 @@ class LanguageAgent(BaseAlgorithm):
     @property
     def importance(self) -> float | None:
         """The cap of the importance weights; None where there are none."""
-        is_off_policy = self.overlap or self._engine_setting is not None
+        is_off_policy = self.overlap or self._engine_setting is not None or self.policy.samples_in_bf16
         return DEFAULT_IMPORTANCE_CAP if self.importance_cap is None and is_off_policy else self.importance_cap
 
     # --- the engine --------------------------------------------------------------------------------------------------
@@ -886,6 +896,7 @@ class LanguageAgent(BaseAlgorithm):
             gradient_checkpointing=self.gradient_checkpointing,
             prefix_sharing=self.prefix_sharing,
             max_num_seqs=self.max_num_seqs,
+            compile_layers=self.compile,
         )
         if self.env is None:
             return

@@ -179,3 +179,38 @@ def test_turns_are_measured(tmp_path):
         passes["6 turns, one of 64 tokens and the others of 1"] <= 80 and passes["the same in lockstep"] == 4 * 64 + 2
     )  # of 4 rows
     assert (tmp_path / "outputs/benchmarks/turns.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu(tmp_path):
+    """Every stage on small shapes: its checks raise where log-probs, gradients or a resumed run differ."""
+    pytest.importorskip("matplotlib")
+    out = run([BENCHMARKS / "gpu.py", "--small", "--skip", "compile"], tmp_path)
+    results = json.loads((tmp_path / "outputs/benchmarks/gpu.json").read_text())
+    assert not any("error" in result for result in results.values() if isinstance(result, dict)), out
+    assert {name.split(",")[0] for name in results} == {
+        *("card", "versions", "ceilings", "log-probs", "gradients", "resume", "learning", "precisions"),
+        *("decoding", "update", "GRPO step"),
+    }
+    assert "not a GPU" in results["card"] and results["resume"]["resumed"] == 0
+    (decoding,) = (result for name, result in results.items() if name.startswith("decoding"))
+    assert decoding.keys() == {"limit", "default", "generate"}
+    report = (tmp_path / "outputs/benchmarks/gpu.md").read_text()
+    assert "| sampling, default |" in report and "times `generate`" in report and "| split, bf16 |" in report
+    assert (tmp_path / "outputs/benchmarks/gpu.png").stat().st_size > 5_000
+
+
+def test_the_limits_of_a_gpu(parts):
+    """Of a model small enough to count by hand: one layer, width 4, 2 heads, 1 key-value head, 10 tokens."""
+    pytest.importorskip("matplotlib")
+    from gpu import Shape
+
+    shape = Shape("", 4, 1, 2, 1, 8, vocabulary=10, prompt=3, new_tokens=2, group=2, problems=1)
+    assert shape.body == 2 * 16 + 2 * 8 + 3 * 32 and shape.head == 40
+    pairs = 3 * 3 / 2 + 2 * (2 * 3 + 2 * 2 / 2)
+    assert shape.pairs() == pairs
+    assert shape.update_operations() == 6 * 144 * (3 + 4) + 6 * 40 * 4 + 12 * 4 * pairs
+    weights, kv, logits = 2 * 184, 2 * 2 * 2 * (3 + 2 * 1), 2 * 2 * 2 * 10
+    assert shape.decoding_limit(1.0, 1e9) == pytest.approx(weights + kv + logits)
+    operations = 2 * 2 * 184 + 4 * 4 * 2 * (3 + 1)
+    assert shape.decoding_limit(1e9, 1.0) == pytest.approx(operations, abs=1e-3)

@@ -177,12 +177,12 @@ def test_flex_attention_sees_what_plain_rows_see(name, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
 def test_on_a_gpu(name):
-    """Compiled flex attention with its gradients, and decoding by CUDA graphs, against plain forwards on the CPU."""
+    """The training path with its gradients, and decoding by CUDA graphs, against plain forwards on the CPU."""
     model, (prompts, responses) = build(name), batch()
     expected = score(model, prompts, responses, V, prefix_sharing=False).logp
     gradients = torch.autograd.grad(expected.sum(), list(model.parameters()))
     model = model.cuda()
-    assert sharing_mode(model.base_model, BatchShape.of(*groups_of(prompts, responses)), True) == "flex"
+    assert sharing_mode(model.base_model, BatchShape.of(*groups_of(prompts, responses)), True) == "split"
     got = score(model, prompts, responses, V, prefix_sharing=True).logp
     torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
     for a, b in zip(torch.autograd.grad(got.sum(), list(model.parameters())), gradients, strict=True):

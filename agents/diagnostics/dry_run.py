@@ -16,7 +16,6 @@ from agents.collection.collector import ResponseCollector, TokenCollector
 from agents.diagnostics.compare import active_dropout
 from agents.distributed.communicator import SINGLE_PROCESS
 from agents.engines.base import PolicyEngine
-from agents.patching import patched
 from agents.policy import Evaluation, LanguagePolicy
 from agents.rollout import Rollout
 from agents.sampling.sampler import Sampler
@@ -25,6 +24,7 @@ from agents.training.preserve import NoOpOptimizer
 from agents.training.trainer import Trainer
 from agents.vec_env import rules_of_vec_env, unique_rules, vector_env_of
 from llm_env import TextGenerationVectorEnv
+from llm_env.patching import patched
 from llm_env.prompts import PromptCursor
 from llm_env.rules import Rules
 

@@ -186,9 +186,9 @@ class PolicyEngine:
         """
         policy, settings = self.policy, self._settings(decoding)
         if self._keeps_cache(prompts, group_size, decoding):
-            with policy.sampling(prompts, decoding.max_new_tokens):
+            with policy.sampling(prompts, decoding.max_new_tokens) as lm:
                 sampled = sample_responses(
-                    policy.lm,
+                    lm,
                     prompts,
                     max_new_tokens=decoding.max_new_tokens,
                     group_size=group_size,
@@ -200,9 +200,9 @@ class PolicyEngine:
             return Completions(*sampled)
         turns = Lockstep(prompts, group_size, decoding, on_turns)
         while turns.rows:
-            with policy.sampling(turns.contexts, turns.limits):
+            with policy.sampling(turns.contexts, turns.limits) as lm:
                 sampled = sample_responses(
-                    policy.lm,
+                    lm,
                     turns.contexts,
                     max_new_tokens=turns.limits,
                     group_size=turns.group_size,
@@ -231,6 +231,7 @@ class PolicyEngine:
             "max_num_seqs": self.policy.max_num_seqs,
             "prefix_sharing": self.policy.prefix_sharing,
             "on_tokens": decoding.on_tokens,
+            "compile_layers": self.policy.compiles,
         }
 
     def update_weights(self, policy: LanguagePolicy) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agents.patching import patched
+from llm_env.lm.compiling import decoder_layers
 from llm_env.lm.shared_prompt import attention_as_now
+from llm_env.patching import patched
 from llm_env.warn import warn
 
 
@@ -23,7 +23,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: If there are none.
     """
-    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if not layers:
         raise ValueError(
             f"gradient_checkpointing=True, but transformers cannot checkpoint the layers of {type(model).__name__}. Set "

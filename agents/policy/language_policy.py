@@ -24,7 +24,16 @@ from agents.policy.identity import is_rebuilt, qualified_name
 from agents.policy.loading import RECORD, PretrainedFiles, files_of, load, processor_of, record_of, tokenizer_of_object, write
 from agents.policy.lora import Adapter, copy_sharing_frozen
 from agents.policy.quantization import is_quantized
-from agents.sampling.generate import StepState, StopRule, next_logits, response_limits, sample_responses
+from agents.sampling.bf16_copy import DEVICES as BF16_COPY_DEVICES
+from agents.sampling.bf16_copy import bf16_copy
+from agents.sampling.generate import (
+    StepState,
+    StopRule,
+    next_logits,
+    response_limits,
+    sample_responses,
+    weights_version,
+)
 from agents.sampling.sampler import Sampler
 from agents.validation import check_tokens, check_vocabulary, checked_masks, checked_starts, with_chat_templates_of
 from agents.vec_env import ids_and_mask, rows_of
@@ -32,6 +41,7 @@ from llm_env.constraints import TokenConstraint
 from llm_env.dialogue.chat import PromptFormat
 from llm_env.end_tokens import as_token_ids, end_tokens_of_model
 from llm_env.lm.capabilities import plain_outputs, trial, trial_rows, vocabulary_of
+from llm_env.lm.compiling import compiled_layers
 from llm_env.lm.positions import check_length, max_positions
 from llm_env.lm.scoring import autocast, response_states, restrict, score
 from llm_env.lm.sharing import PrefixSharing
@@ -94,10 +104,12 @@ class LanguagePolicy(BasePolicy):
         constraint: the tokens that are allowed next; None for all.
         eos_ids: the tokens that end a response: the tokenizer's end token and those of the model's generation config.
         chat_template_kwargs: arguments of the chat template, saved with the agent.
-        bf16: whether matrix products are computed in bfloat16, under autocast, in sampling and in training.
+        bf16: whether matrix products are computed in bfloat16: under autocast, or in sampling with a copy of the weights, see
+            `samples_in_bf16`.
         gradient_checkpointing: whether layers are recomputed in the backward pass; see `agents.policy.gradient_checkpointing`.
         prefix_sharing: whether a prompt is computed once for several responses; see `llm_env.lm.sharing`.
         max_num_seqs: responses that are generated at a time; see `agents.sampling.generate.sample_responses`.
+        compiles: whether the model's layers are compiled; see `llm_env.lm.compiling`.
         num_steps: optimizer steps since the policy was made; tells that weights have changed, which not all optimizers do.
 
     Raises:
@@ -143,6 +155,7 @@ class LanguagePolicy(BasePolicy):
         self.gradient_checkpointing = False
         self.prefix_sharing: PrefixSharing = "auto"
         self.max_num_seqs: int | None = None
+        self.compiles = False
         self.num_steps = 0
         self.chat_template_kwargs: dict[str, Any] = dict(record_of(model).get("chat_template_kwargs", {}))
         if tokenizer is not None:
@@ -180,7 +193,13 @@ class LanguagePolicy(BasePolicy):
             self.lm.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
     def configure(
-        self, *, bf16: bool, gradient_checkpointing: bool, prefix_sharing: PrefixSharing, max_num_seqs: int | None
+        self,
+        *,
+        bf16: bool,
+        gradient_checkpointing: bool,
+        prefix_sharing: PrefixSharing,
+        max_num_seqs: int | None,
+        compile_layers: bool = False,
     ) -> None:
         """Set how the model is computed; see the attributes of the class.
 
@@ -189,7 +208,7 @@ class LanguagePolicy(BasePolicy):
         """
         check_auxiliary_loss(self.lm)  # again: its flag in the config may have changed
         self.bf16, self.gradient_checkpointing = bf16, gradient_checkpointing
-        self.prefix_sharing, self.max_num_seqs = prefix_sharing, max_num_seqs
+        self.prefix_sharing, self.max_num_seqs, self.compiles = prefix_sharing, max_num_seqs, compile_layers
 
     def prompt_format(self) -> PromptFormat:
         """Return the conversion of prompts to token ids, with the chat template and its arguments of training."""
@@ -264,7 +283,8 @@ class LanguagePolicy(BasePolicy):
         states = self.value_head is not None and self.critic is None
         models = [model for model in (self.lm, self.critic) if model is not None]
         checkpointed = models if self.gradient_checkpointing and torch.is_grad_enabled() else []
-        with autocast(self.device, self.bf16), checkpoint_layers(checkpointed):
+        compiled = models if self.compiles else []
+        with autocast(self.device, self.bf16), compiled_layers(compiled), checkpoint_layers(checkpointed):
             scored = score(
                 self.lm,
                 prompts,
@@ -336,9 +356,9 @@ class LanguagePolicy(BasePolicy):
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("every prompt must have at least one token")
         limits = response_limits(max_new_tokens, len(prompts))
-        with self.sampling(prompts, limits.tolist()):
+        with self.sampling(prompts, limits.tolist()) as lm:
             return sample_responses(
-                self.lm,
+                lm,
                 prompts,
                 Sampler(temperature, **sampler),
                 vocab_size=self.vocab_size,
@@ -349,11 +369,14 @@ class LanguagePolicy(BasePolicy):
                 constraint=self.constraint,
                 max_num_seqs=self.max_num_seqs,
                 prefix_sharing=self.prefix_sharing,
+                compile_layers=self.compiles,
             )
 
     @contextmanager
-    def sampling(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> Iterator[None]:
-        """Turn gradients off, gather sharded weights and set mixed precision for sampling within the block.
+    def sampling(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> Iterator[PreTrainedModel]:
+        """Turn gradients off, gather sharded weights and set mixed precision within the block; give the model to sample with.
+
+        That is `lm`, or its copy in bfloat16 (see `samples_in_bf16`).
 
         Args:
             prompts: N lists of token ids.
@@ -365,8 +388,21 @@ class LanguagePolicy(BasePolicy):
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         for prompt, new in set(zip(map(len, prompts), limits, strict=True)):
             check_length(self.max_positions, prompt, new)
-        with torch.no_grad(), full_params(self), autocast(self.device, self.bf16):
-            yield
+        with torch.no_grad(), full_params(self):
+            if self.samples_in_bf16:
+                yield bf16_copy(self.lm, (self.num_steps, weights_version(self.lm)))
+            else:
+                with autocast(self.device, self.bf16):
+                    yield self.lm
+
+    @property
+    def samples_in_bf16(self) -> bool:
+        """Whether responses are sampled with a copy of the weights in bfloat16: with `bf16` on a GPU.
+
+        Not if the weights are sharded or quantized: sampling then uses autocast, as training does.
+        """
+        able = self.device.type in BF16_COPY_DEVICES and not is_sharded(self) and not is_quantized(self.lm)
+        return self.bf16 and able
 
     def next_tokens(
         self,

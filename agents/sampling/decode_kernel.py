@@ -2,9 +2,11 @@
 
 In PyTorch, the attention of a decoding step is a dozen operations, each a launch on a GPU, over caches that are read up to the
 width that is allocated. This kernel reads the tokens that a response has, stores the new key and value, and keeps the scores in
-registers, as FlashAttention does (arXiv 2205.14135). Where there are few responses, the tokens of each are computed in parts, as
-in Flash-Decoding (https://pytorch.org/blog/flash-decoding).
+registers, as FlashAttention does (arXiv 2205.14135). Where there are few responses, the tokens of each are computed in parts,
+as in Flash-Decoding (https://pytorch.org/blog/flash-decoding).
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ except ImportError:  # PyTorch for CPUs comes without Triton
 
 PROGRAMS = 512  # a GPU has about a hundred multiprocessors; with fewer programs than this, responses are computed in parts
 BLOCK = 64  # tokens that a program reads at a time
+WARPS, STAGES = 2, 3  # of a program: warps, and loads under way; the best of 12 on an H100, see examples/benchmarks/gpu.md
 SMALLEST = 16  # smallest side of a matrix product in Triton
+MOST_PARTS = 64
 
 
 def runs_on(model: PreTrainedModel) -> bool:
@@ -46,8 +50,8 @@ def attend_slots(
         query: (N, H, G, D), already scaled.
         key: (N, K, G, D), of the new tokens, for K key-value heads.
         value: (N, K, G, D).
-        caches: keys (N, K, D, P) and values (N, K, P, D) of the prompts, padded on the left; and those of the responses, (2, N,
-            K, G, W, D), in which `key` and `value` are stored at index `num_generated`.
+        caches: keys (N, K, D, P) and values (N, K, P, D) of the prompts, padded on the left, the keys a view of (N, K, P, D);
+            and those of the responses, (2, N, K, G, W, D), in which `key` and `value` are stored at index `num_generated`.
         lengths: (N,) int64, tokens of the prompts.
         num_generated: (N, G) int64, tokens of each response in the cache, less than W.
         softcap: caps the scores; None for no cap.
@@ -56,12 +60,12 @@ def attend_slots(
     Returns:
         (N, H, G, D).
     """
-    prompt_keys, prompt_values, responses = caches
+    prompt_keys, prompt_values, responses = caches[0].transpose(-1, -2).contiguous(), *caches[1:]
     (n, heads, g, d), k, p, w = query.shape, key.shape[1], prompt_values.shape[2], responses.shape[4]
     groups, key = heads // k, key.to(responses.dtype)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if splits is None:
-        splits = max(1, min(-(-PROGRAMS // (n * g * k)), (p + w) // (2 * BLOCK)))
+        splits = max(1, min(-(-PROGRAMS // (n * g * k)), (p + w) // (2 * BLOCK), MOST_PARTS))
     rows, wide = (max(SMALLEST, triton.next_power_of_2(size)) for size in (groups, d))
     out = torch.empty(n, g, heads, d, dtype=value.dtype, device=query.device)
     partial = n * g * k * splits if splits > 1 else 0
@@ -71,12 +75,15 @@ def attend_slots(
     _attend[(n * g, k, splits)](
         query, key, value, prompt_keys, prompt_values, responses, lengths, num_generated, out, mixed, sums,
         0.0 if softcap is None else softcap, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        k, g, p, w, responses.stride(0), HAS_CAP=softcap is not None, SPLITS=splits, TOKENS=BLOCK, **sizes,
+        k, g, p, w, splits, responses.stride(0), HAS_CAP=softcap is not None, IN_PARTS=splits > 1, TOKENS=BLOCK,
+        num_warps=WARPS, num_stages=STAGES, **sizes,
     )  # fmt: skip
     if splits > 1:
-        _merge[(n * g, k)](out, mixed, sums, k, splits, PARTS=triton.next_power_of_2(splits), **sizes)
+        _merge[(n * g, k)](out, mixed, sums, k, splits, PARTS=MOST_PARTS, **sizes)
     return out.transpose(1, 2)
 
+
+STRIDES = [f"{tensor}_{dim}" for tensor in ("query", "key", "value") for dim in "nhg"]
 
 if triton is not None:
 
@@ -93,11 +100,12 @@ if triton is not None:
         mixed = mixed * shrunk[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         return higher, total * shrunk + tl.sum(weights, 1), mixed
 
-    @triton.jit
+    # Numbers would be compiled in where they are 1 or divisible by 16: again and again, as prompts and batches change.
+    @triton.jit(do_not_specialize=[*STRIDES, "K", "G", "P", "W", "SPLITS", "to_values"])
     def _attend(
         query, key, value, prompt_keys, prompt_values, responses, lengths, num_generated, out, mixed_parts, sums, cap,
-        query_n, query_h, query_g, key_n, key_h, key_g, value_n, value_h, value_g, K, G, P, W, to_values,
-        HAS_CAP: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr,
+        query_n, query_h, query_g, key_n, key_h, key_g, value_n, value_h, value_g, K, G, P, W, SPLITS, to_values,
+        HAS_CAP: tl.constexpr, IN_PARTS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr,
         ROWS: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         slot, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -130,7 +138,7 @@ if triton is not None:
             at = first + step
             seen = at < end
             keys = tl.load(
-                prompt_keys + (shared * D + dim[:, None]) * P + at[None, :], mask=fits[:, None] & seen[None, :], other=0.0
+                prompt_keys + (shared * P + at[None, :]) * D + dim[:, None], mask=fits[:, None] & seen[None, :], other=0.0
             )
             values = tl.load(
                 prompt_values + (shared * P + at[:, None]) * D + dim[None, :], mask=seen[:, None] & fits[None, :], other=0.0
@@ -145,7 +153,7 @@ if triton is not None:
             keys = tl.load(own_keys + at[None, :] * D + dim[:, None], mask=fits[:, None] & seen[None, :], other=0.0)
             values = tl.load(own_values + at[:, None] * D + dim[None, :], mask=seen[:, None] & fits[None, :], other=0.0)
             maximum, total, mixed = _update(q, keys, values, seen, maximum, total, mixed, cap, HAS_CAP)
-        if SPLITS == 1:
+        if not IN_PARTS:
             to = out + (slot * K + head) * GROUPS * D + row[:, None] * D + dim[None, :]
             written = (mixed / total[:, None]).to(out.dtype.element_ty)
             tl.store(to, written, mask=(row[:, None] < GROUPS) & fits[None, :])
@@ -155,7 +163,7 @@ if triton is not None:
             tl.store(sums + part * 2 * ROWS + row, maximum)
             tl.store(sums + (part * 2 + 1) * ROWS + row, total)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["K", "splits"])
     def _merge(
         out, mixed_parts, sums, K, splits, PARTS: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
         WIDE: tl.constexpr,
@@ -171,9 +179,7 @@ if triton is not None:
         mixed = tl.zeros([ROWS, WIDE], tl.float32)
         for i in range(0, splits):
             weight = tl.exp(tl.load(sums + (own * splits + i) * 2 * ROWS + row) - highest)
-            mixed += weight[:, None] * tl.load(
-                mixed_parts + ((own * splits + i) * ROWS + row[:, None]) * WIDE + dim[None, :]
-            )
+            mixed += weight[:, None] * tl.load(mixed_parts + ((own * splits + i) * ROWS + row[:, None]) * WIDE + dim[None, :])
         to = out + own * GROUPS * D + row[:, None] * D + dim[None, :]
         written = (mixed / total[:, None]).to(out.dtype.element_ty)
         tl.store(to, written, mask=(row[:, None] < GROUPS) & (dim[None, :] < D))

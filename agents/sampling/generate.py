@@ -56,6 +56,7 @@ def sample_responses(
     on_tokens: OnTokens = ignore_tokens,
     on_turns: OnTurns = end_episodes,
     max_episode_tokens: int | None = None,
+    compile_layers: bool = False,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Sample `group_size` responses to each prompt, or conversations of several turns.
 
@@ -83,6 +84,7 @@ def sample_responses(
             tokens and log-probs; returns what the env writes after each turn, None where the episode has ended. By default,
             every episode ends with its first turn. `keeps_cache` must be True then.
         max_episode_tokens: limit of the tokens after the prompt with `on_turns`, turns and observations together.
+        compile_layers: compile the layers of decoding over shared prompts, see `llm_env.lm.compiling`.
 
     Returns:
         N * G responses (the tokens of all turns, without observations), lists of token ids, those to prompt i at
@@ -103,7 +105,7 @@ def sample_responses(
     rows = np.empty(0, dtype=np.int64)  # that have not ended
     logits = torch.empty(0, device=model.device)
     longest = max(map(len, prompts), default=0) + most
-    decoding = _decoding(model, group_size, longest, prefix_sharing)
+    decoding = _decoding(model, group_size, longest, prefix_sharing, compile_layers)
     if uniforms is None:
         uniforms = sampler.uniforms(len(limits), most, vocab_size, model.device)
     num_started = 0  # prompts
@@ -163,7 +165,7 @@ class _Episodes:
         self._logps = np.zeros((len(contexts), most), dtype=np.float32)
         self._is_end = np.isin(np.arange(vocab_size), list(ends))
 
-    def turn(self, row: int) -> list[int]:
+    def turn(self, row: int | np.integer) -> list[int]:
         """Return the tokens of the open turn."""
         return self._tokens[row, self.begins[row] : self.counts[row]].tolist()
 
@@ -242,7 +244,7 @@ def keeps_cache(model: PreTrainedModel, group_size: int, longest: int, prefix_sh
 
 
 def _decoding(
-    model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing
+    model: PreTrainedModel, group_size: int, longest: int, prefix_sharing: PrefixSharing, compile_layers: bool = False
 ) -> SharedDecoding | PlainDecoding:
     """Choose how to decode prompts and responses of up to `longest` tokens together."""
     shares = prefix_sharing is not False and supports_sharing(model.base_model, longest) and decodes_shared(model)
@@ -251,7 +253,7 @@ def _decoding(
             f"prefix_sharing=True, but {type(model).__name__} cannot decode several responses to one prompt of up to {longest} "
             "tokens together; set prefix_sharing='auto'"
         )
-    return (SharedDecoding if shares else PlainDecoding)(model, group_size)
+    return SharedDecoding(model, group_size, compile_layers=compile_layers) if shares else PlainDecoding(model, group_size)
 
 
 def response_limits(max_new_tokens: int | Sequence[int], count: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agents.sampling.sample_kernel import block_sums, runs_on
 from llm_env.arguments import as_int
 
 LARGE = 1024  # tokens of a vocabulary that is sampled in two steps: first a block, then a token in it
@@ -89,6 +90,10 @@ class Sampler:
         Returns:
             The tokens (B,), and their log-probs (B,) under the tempered distribution, in nats.
         """
+        if not self.deterministic and not self.restricted and logits.shape[-1] > LARGE and runs_on(logits.device):
+            if uniforms is None:
+                uniforms = self.uniforms(len(logits), 1, logits.shape[-1], logits.device)[:, 0]
+            return self._sample_by_blocks(logits, uniforms)
         scaled = logits.float() / self.temperature if self.temperature != 1 else logits
         probabilities = scaled.softmax(-1, dtype=torch.float32)  # converts within its kernel
         if self.deterministic:
@@ -108,6 +113,18 @@ class Sampler:
                 weights = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
                 tokens = block * BLOCK + _look_up(weights, uniforms[:, 1:] * weights.sum(-1, keepdim=True))
         return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
+
+    def _sample_by_blocks(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same in a large vocabulary without a table of probabilities; see `agents.sampling.sample_kernel`."""
+        sums, top = block_sums(logits, self.temperature, BLOCK)
+        total = sums.sum(-1, keepdim=True)
+        block = _look_up(sums, uniforms[:, :1] * total)
+        at = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+        inside = at < logits.shape[-1]
+        scaled = logits.gather(1, at.clamp(max=logits.shape[-1] - 1)).float() / self.temperature
+        weights = (scaled - top).exp() * inside
+        within = _look_up(weights, uniforms[:, 1:] * weights.sum(-1, keepdim=True))
+        return (block * BLOCK + within)[:, 0], (scaled.gather(1, within) - top - total.log())[:, 0]
 
     def _restrict(self, scaled: Tensor) -> Tensor:
         if 0 < self.top_k < scaled.shape[-1]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from agents.sampling.decode_kernel import attend_slots, runs_on
 from llm_env.lm.capabilities import Verdicts, agree, passes_once, plain_outputs, token, trial_rows
+from llm_env.lm.compiling import compiled_layers
 from llm_env.lm.inputs import model_inputs, only_last, pad
 from llm_env.lm.shared_prompt import PackedRows, attention_by, scores_of, weights_of, window_of
 
@@ -19,6 +20,7 @@ BLOCK = 64  # tokens for which the responses' cache is first allocated; it doubl
 BLOCK_GRAPH = 256  # the same, if a CUDA graph has to be captured again whenever it grows
 COMPACT = 0.8  # slots are compacted if at most this share of them remains
 COMPACT_GRAPH = 0.5  # the same, if a CUDA graph has to be captured again
+CAPTURE_AFTER = 4  # steps: capturing costs two, which very short responses would not earn back
 
 LayerCaches = dict[int, tuple[Tensor, Tensor]]  # keys and values by layer
 
@@ -33,6 +35,9 @@ class SharedDecoding:
         model: a causal language model whose body `supports_sharing`.
         group_size: G.
         static: compute all W allocated tokens in a step, under a mask, so that shapes are static; by default on CUDA.
+        captures: capture a step as a CUDA graph, which needs static shapes; by default on CUDA.
+        fused: compute attention by the Triton kernel; by default where it runs.
+        compile_layers: compile the model's layers, see `llm_env.lm.compiling`.
 
     Attributes:
         num_started: responses so far; the next ones are numbered from here.
@@ -49,11 +54,23 @@ class SharedDecoding:
 
     refills = True  # prompts may be added before all responses have ended
 
-    def __init__(self, model: PreTrainedModel, group_size: int, static: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        group_size: int,
+        *,
+        static: bool | None = None,
+        captures: bool | None = None,
+        fused: bool | None = None,
+        compile_layers: bool = False,
+    ) -> None:
         self.model, self.group_size, self.num_started = model, group_size, 0
-        self.captures = model.device.type == "cuda"
-        self.static = self.captures if static is None else static
-        self.fused = runs_on(model)
+        is_cuda = model.device.type == "cuda"
+        self.static = is_cuda if static is None else static
+        self.captures = is_cuda if captures is None else captures
+        self.fused = runs_on(model) if fused is None else fused
+        self.compiled = [model] if compile_layers else []
+        self._num_steps = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -79,7 +96,7 @@ class SharedDecoding:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Start the responses to n more prompts; return the logits (n * G, V) of their first tokens."""
         ids, mask = pad(prompts, "left", self.model.device)
-        packed = PackedRows(mask.bool(), kept={}, padded=len({len(prompt) for prompt in prompts}) > 1)
+        packed = PackedRows(mask.bool(), kept={}, lengths=[len(prompt) for prompt in prompts])
         inputs = model_inputs(self.model, ids, mask)
         with attention_by(self.model, packed):
             logits = (
@@ -114,11 +131,15 @@ class SharedDecoding:
                 old_keys, old_values = self.prompts[layer]
                 keys = torch.cat([widened(old_keys, 3, -width), keys])
                 values = torch.cat([widened(old_values, 2, -width), values])
-            self.prompts[layer] = keys.contiguous(), values.contiguous()
+            self.prompts[layer] = self._laid_out(keys), values.contiguous()
         for layer, kv in self.response_kv.items():
             self.response_kv[layer] = widened(widened(kv, 3, self.group_size), 1, len(self.slot_ids))
         padding = torch.arange(width, device=device) < width - self.lengths[:, None]
         self._prompt_bias = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf) if is_padded else None
+
+    def _laid_out(self, keys: Tensor) -> Tensor:
+        """Lay out the prompts' keys (N, K, D, P) as they are read: token by token by the kernel, else in rows."""
+        return keys.transpose(-1, -2).contiguous().transpose(-1, -2) if self.fused else keys.contiguous()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Append a token to each remaining response.
@@ -131,8 +152,9 @@ class SharedDecoding:
         """
         ids = tokens.view(self.slot_ids.shape) if self._filled is None else self._of_slots(tokens)
         self._allocate()
-        if self.captures and self._graph is None:
+        if self.captures and self._graph is None and self._num_steps >= CAPTURE_AFTER:
             self._graph = CapturedStep(self._forward, ids)
+        self._num_steps += 1
         logits = (self._forward(ids) if self._graph is None else self._graph(ids)).flatten(0, 1)
         self._count(self.slot_ids >= 0)
         return logits if self._filled is None else logits[self._filled]
@@ -218,7 +240,7 @@ class SharedDecoding:
             future = torch.arange(self._width, device=ids.device) > self.num_generated[..., None]  # (N, G, W)
             bias = torch.zeros(future.shape, device=ids.device).masked_fill(future, -torch.inf)
             self._future_bias = bias[:, None, :, None]
-        with attention_by(self.model, self):
+        with attention_by(self.model, self), compiled_layers(self.compiled):
             return self.model(input_ids=ids, position_ids=self.lengths[:, None] + self.num_generated, use_cache=False).logits
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
@@ -283,7 +305,7 @@ class SharedDecoding:
         prompts, order = prompts.to(device), order.to(device)
         self.lengths = self.lengths[prompts]
         self._prompt_bias = None if self._prompt_bias is None else self._prompt_bias[prompts]
-        self.prompts = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prompts.items()}
+        self.prompts = {layer: (self._laid_out(k[prompts]), v[prompts]) for layer, (k, v) in self.prompts.items()}
         kv_heads = torch.arange(next(iter(self.prompts.values()))[1].shape[1], device=device)
         at = (slice(None), prompts[:, None, None], kv_heads[None, :, None], order[:, None])
         self.response_kv = {layer: kv[at] for layer, kv in self.response_kv.items()}
@@ -378,8 +400,7 @@ def decodes_shared(model: PreTrainedModel) -> bool:
 def _passes_trial(model: PreTrainedModel) -> bool:
     window = window_of(model.base_model)
     first, second, third = trial_rows(model, short=window is not None and window < 32)
-    decoding = SharedDecoding(model, 2)
-    decoding.captures = False  # a graph would be captured for every step of the trial
+    decoding = SharedDecoding(model, 2, captures=False)
     logits, rows = [decoding.prefill([first, second])], [first, first, second, second]
     expected = [plain_outputs(model, [row])[0, -1:] for row in rows]
 

@@ -8,7 +8,6 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from agents.patching import patched
 from agents.rollout import Rollout
 from agents.training.batching import group_unit
 from agents.training.optimizers import missing_state_bytes
@@ -18,6 +17,7 @@ from agents.validation import check_budget
 from llm_env.constraints import TokenConstraint
 from llm_env.lm.micro_batches import padded_tokens
 from llm_env.lm.sharing import BatchShape
+from llm_env.patching import patched
 from llm_env.rules import Rules
 from llm_env.warn import warn
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,22 @@ REMEDY = "give a causal language model, as AutoModelForCausalLM.from_pretrained(
 
 class NotCausal(TypeError):
     """The model is not a causal language model over token ids."""
+
+
+_originals: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
+
+
+def register_copy(copied: PreTrainedModel, original: PreTrainedModel) -> None:
+    """Let the trials of a copy in lower precision be those of its original, which rounding does not blur."""
+    for one, other in ((copied, original), (copied.base_model, original.base_model)):
+        _originals[one] = ref(other)
+
+
+def original_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model that a registered copy was made of; any other model itself."""
+    found = _originals.get(model)
+    original = None if found is None else found()
+    return model if original is None else original
 
 
 @contextmanager
@@ -157,6 +173,7 @@ def passes_once(model: PreTrainedModel, verdicts: Verdicts, passes: Callable[[Pr
     An error in the trial counts as a failure; an out-of-memory error is re-raised. If the model's outputs are uninformative
     (see the module), the result is False and is not cached.
     """
+    model = original_of(model)
     if model not in verdicts:
         with trial(model):
             if not tells(plain_outputs(model, trial_rows(model)[:1])[0]):
@@ -185,6 +202,7 @@ def takes_left_padding(model: PreTrainedModel) -> bool:
     Raises:
         NotCausal: If the model cannot compute outputs from token ids alone, or a token's outputs depend on later tokens.
     """
+    model = original_of(model)
     if model not in _takes_left:
         with trial(model):
             verdict = _try_padding(model)
@@ -242,6 +260,7 @@ def describable(base: PreTrainedModel) -> bool:
 
     A trial on a few tokens cannot detect a window, chunk or block that is implemented in a model's own attention code.
     """
+    base = original_of(base)
     if base not in _describable:
         with trial(base):
             _describable[base] = _describes(base)
@@ -280,6 +299,7 @@ _widths: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 def width_of(base: PreTrainedModel) -> int:
     """Return the hidden size H of a model without its head, from a forward pass over one token."""
+    base = original_of(base)
     if base not in _widths:
         with trial(base):
             _widths[base] = plain_outputs(base, [[0]]).shape[-1]

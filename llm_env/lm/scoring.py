@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from llm_env.lm.capabilities import padding_side, refusing, tells, trial, vocabulary_of, width_of
 from llm_env.lm.inputs import model_inputs, only_last, pad, pad_with_tokens, takes, without_cache
+from llm_env.lm.logprob_kernel import FusedLogProbs, runs_on
 from llm_env.lm.shared_prompt import PrefixSharingUnsupported, Rows, group_states
 from llm_env.lm.sharing import BatchShape, PrefixSharing, groups_of, sharing_mode, sharing_modes
 
 FORBIDDEN = -1e9  # logit of a forbidden token: probability exactly 0, and finite, so that 0 * log 0 in the entropy is 0
 CHUNK_BYTES = 2**28  # size of the float32 logits that are computed at a time
+CHUNK_BYTES_CUDA = 2**31  # the same on a GPU, where each chunk reads the head's weights and adds to their gradient
 
 ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config names of operations on logits
 
@@ -47,6 +49,9 @@ def log_probs_and_entropies(
     Returns:
         Log-probs (N,) and entropies (N,), float32.
     """
+    if runs_on(logits.device):
+        logp, entropies = FusedLogProbs.apply(logits, tokens, temperature)
+        return logp, entropies if entropy else torch.zeros_like(entropies)
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     with torch.autocast(logits.device.type, enabled=False):
         return _LogProbsAndEntropies.apply(scaled, tokens, entropy)
@@ -124,9 +129,9 @@ def score(
 ) -> Scored:
     """Compute log-probs of all response tokens in one forward pass.
 
-    Consecutive equal prompts may be computed once (prefix sharing). Logits are computed in chunks of at most `CHUNK_BYTES` and
-    recomputed in the backward pass, so the logits of all tokens are never in memory at once. A model that is computed as a
-    whole (see `head_of`) has no such chunks.
+    Consecutive equal prompts may be computed once (prefix sharing). Logits are computed in chunks of at most `CHUNK_BYTES`
+    (`CHUNK_BYTES_CUDA` on a GPU) and recomputed in the backward pass, so the logits of all tokens are never in memory at once.
+    A model that is computed as a whole (see `head_of`) has no such chunks.
 
     Args:
         model: any causal language model of transformers.
@@ -166,7 +171,8 @@ def score(
         logits = restrict(head(states)[..., :vocab_size], allowed)
         return log_probs_and_entropies(logits, tokens, temperature, entropy)
 
-    logp, spread = _in_chunks(scores, chosen, targets[at], masks, max(1, CHUNK_BYTES // (4 * vocab_size)))
+    chunk = CHUNK_BYTES_CUDA if mask.is_cuda else CHUNK_BYTES
+    logp, spread = _in_chunks(scores, chosen, targets[at], masks, max(1, chunk // (4 * vocab_size)))
     table, is_action = torch.zeros(mask.shape, device=mask.device), mask.bool()
     return Scored(
         table.masked_scatter(is_action, logp),

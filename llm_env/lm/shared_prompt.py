@@ -4,10 +4,11 @@ A row of the batch is `[prompt | response 1 | ... | response G]`. A response att
 not to the other responses. Its position ids continue from the prompt's end. The result equals that of G rows
 `[prompt | response]`, but takes P + G * T tokens instead of G * (P + T). There are three modes:
 
-- "flex" (CUDA only): transformers' `AttentionInterface` calls torch's compiled `flex_attention`, which skips blocks of pairs
-  that do not attend to each other. Its speed has not been measured.
 - "split": transformers' `AttentionInterface` calls `PackedRows`. One matrix product scores the prompt for the whole group,
-  another scores each response's own tokens. One softmax covers both.
+  another scores each response's own tokens. One softmax covers both. In half precision on CUDA, each is a call of PyTorch's
+  FlashAttention kernels instead; see `llm_env.lm.flash`.
+- "flex" (CUDA only): the same by torch's `flex_attention`, which skips blocks of pairs that do not attend to each other. It is
+  compiled for a minute before it is faster.
 - "dense": the model's own attention under a mask over all pairs of positions, for models with sliding windows or additional
   terms.
 """
@@ -24,13 +25,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
+
+from llm_env.lm import flash
 
 Rows = Sequence[Sequence[int]]
 
 NAME = "llm_env_shared_prompt"
 OTHER_ATTENTION = ("s_aux", "position_bias")  # keyword arguments of attention that this module does not compute
 SCORES_BYTES = 2**24  # of scores per chunk of responses, to fit into a CPU's cache: twice the size takes four times as long
+SCORES_BYTES_CUDA = 2**30  # the same on a GPU, where it bounds the memory: the backward pass computes a chunk's scores again
 
 
 class PrefixSharingUnsupported(Exception):
@@ -158,7 +163,7 @@ class PackedRows:
         width: padded length of a response, T.
         kept: None, or a dict in which the prompts' keys and values are stored by layer, (N, K, P, D) each.
         calls: number of layers computed.
-        padded: whether any prompt has padding; by default, `visible` is read to find out, which waits for the device.
+        lengths: N lengths of the prompts, in tokens; by default, `visible` is read, which waits for the device.
     """
 
     visible: Tensor
@@ -166,7 +171,11 @@ class PackedRows:
     width: int = 0
     kept: dict[int, tuple[Tensor, Tensor]] | None = None
     calls: int = 0
-    padded: bool | None = None
+    lengths: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            self.lengths = self.visible.sum(1).tolist()
 
     @property
     def max_distance(self) -> int:
@@ -180,14 +189,19 @@ class PackedRows:
         keys, values = key[:, :, :p], value[:, :, :p]
         if self.kept is not None:
             self.kept[layer] = keys, values
+        if softcap is None and flash.runs_on(query):
+            return self.layout.attend(query, key, value)
         out = [self._of_prompts(query[:, :, :p], keys, values, softcap)]
         if g * t == 0:
             return out[0]
-        parts = 1 if query.is_cuda else -(-4 * n * heads * g * t * (p + t) // SCORES_BYTES)
+        parts = -(-4 * n * heads * g * t * (p + t) // (SCORES_BYTES_CUDA if query.is_cuda else SCORES_BYTES))
         size = -(-g // max(parts, 1))  # responses at a time
+        of_responses = self._of_responses
+        if query.is_cuda and size < g and query.requires_grad:
+            of_responses = partial(checkpoint, self._of_responses, use_reentrant=False, preserve_rng_state=False)
         for first in range(0, g, size):
             at = slice(p + first * t, p + min(first + size, g) * t)
-            out.append(self._of_responses(query[:, :, at], keys, values, key[:, :, at], value[:, :, at], softcap))
+            out.append(of_responses(query[:, :, at], keys, values, key[:, :, at], value[:, :, at], softcap))
         return torch.cat(out, 2)
 
     def _of_responses(
@@ -210,10 +224,15 @@ class PackedRows:
     @cached_property
     def padding(self) -> Tensor | None:
         """Attention bias (N, 1, 1, P) that masks prompt padding; None without padding."""
-        if self.padded is False or (self.padded is None and self.visible.all()):
+        if min(self.lengths) == self.visible.shape[1]:
             return None
         added = torch.zeros(self.visible.shape, device=self.visible.device)
         return added.masked_fill(~self.visible, torch.finfo(torch.bfloat16).min)[:, None, None]
+
+    @cached_property
+    def layout(self) -> flash.SharedLayout:
+        """Where prompts and responses lie, for the FlashAttention kernels."""
+        return flash.SharedLayout(self.lengths, self.visible.shape[1], self.group, self.width, self.visible.device)
 
     def _of_prompts(self, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
         p, heads = query.shape[2], query.shape[1]
@@ -223,9 +242,11 @@ class PackedRows:
         later = torch.ones(p, p, dtype=torch.bool, device=query.device).triu(1)
         added = torch.zeros(p, p, device=query.device).masked_fill(later, torch.finfo(torch.bfloat16).min)
         added = (added if self.padding is None else torch.minimum(added, self.padding)).to(query.dtype)
-        if softcap is None:
+        if softcap is None and not query.is_cuda:
             return attended(query, key, value, added)
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+        if softcap is None:  # no CUDA kernel takes a mask and grouped heads: PyTorch would fall back to plain matrix products
+            return nn.functional.scaled_dot_product_attention(query, key, value, added, scale=1.0)
         scores = scores_of(query, key, softcap)
         return weights_of(scores + added.to(scores.dtype)) @ value
 
@@ -236,14 +257,16 @@ class FlexRows(PackedRows):
     @cached_property
     def mask(self) -> BlockMask:
         """The block mask: the blocks of position pairs that are computed."""
-        p, t, visible = self.visible.shape[1], max(self.width, 1), self.visible
+        # As tensors: the mask would be compiled again for every new value of a number.
+        p, t = torch.tensor([self.visible.shape[1], max(self.width, 1)], device=self.visible.device)
+        visible = self.visible
 
         def sees(row: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            of_prompt = (j < p) & visible[row, j.clamp(max=p - 1)]
+            of_prompt = (j < p) & visible[row, torch.minimum(j, p - 1)]
             of_response = (j >= p) & ((i - p) // t == (j - p) // t)
             return (i >= j) & (of_prompt | of_response)
 
-        length = p + self.group * self.width
+        length = self.visible.shape[1] + self.group * self.width
         # Compiled, because the uncompiled version materializes all pairs.
         return create_block_mask(sees, len(visible), None, length, length, device=str(visible.device), _compile=visible.is_cuda)
 
@@ -297,8 +320,8 @@ def group_states(base: PreTrainedModel, prompts: Rows, groups: Sequence[Rows], m
         mask = _dense_masks(base, visible, positions, size, t)
         out = base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     else:
-        is_padded = len({len(prompt) for prompt in prompts}) > 1
-        packed = (FlexRows if mode == "flex" else PackedRows)(visible, size, t, padded=is_padded)
+        lengths = [len(prompt) for prompt in prompts]
+        packed = (FlexRows if mode == "flex" else PackedRows)(visible, size, t, lengths=lengths)
         with attention_by(base, packed):
             out = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         if not packed.calls:

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 from transformers import PreTrainedModel
 
-from llm_env.lm.capabilities import agree, describable, plain_outputs, tells, trial, trial_rows, width_of
+from llm_env.lm.capabilities import agree, describable, original_of, plain_outputs, tells, trial, trial_rows, width_of
 from llm_env.lm.shared_prompt import Rows, group_states, window_of
 
 SAVES = 0.95  # share prompts if the estimated work drops below this fraction
 
-WAYS = ("flex", "split", "dense")  # in order of preference
-FLEX_DEVICES = ("cuda",)
+WAYS = ("split", "dense")  # in order of preference; "flex" is left to `group_states`, as it is compiled for a minute
 
 PrefixSharing = bool | Literal["auto"]
 
@@ -68,7 +66,7 @@ class BatchShape(NamedTuple):
         pair of positions whose attention score is computed costs 2 / `width` units.
 
         Args:
-            mode: "flex", "split" or "dense"; None computes the prompt again for every row.
+            mode: "split" or "dense"; None computes the prompt again for every row.
             width: size of the hidden states.
         """
         length = self.longest_prompt + self.longest
@@ -101,7 +99,7 @@ class BatchShape(NamedTuple):
 
 
 def sharing_modes(base: PreTrainedModel, length: int, prefix_sharing: PrefixSharing = "auto") -> tuple[str, ...]:
-    """Return the sharing modes that a model supports: a subset of "flex", "split", "dense".
+    """Return the sharing modes that a model supports: a subset of "split" and "dense".
 
     Args:
         base: a model without its head.
@@ -146,25 +144,20 @@ def supports_sharing(base: PreTrainedModel, length: int, mode: str = "split") ->
     trained = (module for module in base.modules() if module.training)
     if mode != "dense" and any(getattr(module, "gradient_checkpointing", False) for module in trained):
         return False  # the backward pass would recompute attention outside `attention_by`
+    base = original_of(base)
     if base not in _ways:
-        ways = WAYS if base.device.type in FLEX_DEVICES else WAYS[1:]
         with trial(base):
             if describable(base) and not tells(plain_outputs(base, trial_rows(base)[:1])[0]):
                 return False  # inconclusive: repeat the trial next time
-            _ways[base] = {name for name in ways if describable(base) and _passes_trial(base, name)}
+            _ways[base] = {name for name in WAYS if describable(base) and _passes_trial(base, name)}
     return mode in _ways[base]
 
 
 def _passes_trial(base: PreTrainedModel, mode: str) -> bool:
     prompts, groups = [[1, 2, 0], [2]], [[[0, 1], [2]], [[1, 2], [0]]]
     rows = [(prompt, row) for prompt, group in zip(prompts, groups, strict=True) for row in group]
-    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]  # only some, with an adapter
-    with_gradient = mode == "flex" and bool(trained)  # the backward pass is compiled separately
     try:
-        with torch.set_grad_enabled(with_gradient):
-            states = group_states(base, prompts, groups, mode)
-            if with_gradient and not torch.autograd.grad(states.sum(), trained[0])[0].isfinite().all():
-                return False
+        states = group_states(base, prompts, groups, mode)
         alone = [plain_outputs(base, [prompt + row])[0] for prompt, row in rows]
         ends = [len(row) + 1 for _, row in rows]
         return agree(
