@@ -1,6 +1,7 @@
 """The page of arithmetic against tensors that are really there, and the table of memory."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -155,3 +156,18 @@ def test_the_table_counts_bytes_as_they_are(arithmetic, tmp_path):
 
 def test_the_page_is_what_the_formulas_give(arithmetic):
     assert (ROOT / "examples/benchmarks/arithmetic.md").read_text() == arithmetic.page()
+
+
+def test_the_page_of_one_gpu(arithmetic):
+    """Bytes a weight by hand: 4 + 4 + 8 + 4 + 2 = 22, with AdamW in 8 bits 16.03; the base of adapters takes 4 + 2."""
+    page = importlib.import_module("gpu_memory")
+    assert (ROOT / "examples/benchmarks/gpu_memory.md").read_text() == page.page()
+    full, eight_bit, lora = page.WAYS
+    half, _, seven = page.SIZES
+    assert full.held(half) == 22 * half.parameters
+    assert eight_bit.held(half) == pytest.approx(16 * half.parameters, rel=0.01)
+    assert lora.held(seven) == 6 * seven.parameters + (6 + 4 + 8) * seven.adapter(16)
+    # 24 layers, 2 heads of 64: 12288 bytes a token; room for 512 tokens each, and logits in bfloat16, twice.
+    assert page.group_bytes(half, 256, 8, 300) == 12288 * (256 + 8 * 512) + 8 * 151936 * 4
+    measured = json.loads((ROOT / "examples/benchmarks/gpu.json").read_text())["decoding, Qwen2.5-0.5B"]["default"]["peak GB"]
+    assert 10 * half.parameters + 64 * page.group_bytes(half, 256, 8, 512) == pytest.approx(measured * 1e9, rel=0.1)

@@ -3,7 +3,9 @@
 import copy
 import random
 
+import gymnasium as gym
 import numpy as np
+import peft
 import pytest
 import torch
 from gymnasium.wrappers import TransformReward
@@ -13,9 +15,11 @@ import agents.policy.language_policy
 import agents.sampling.generate
 import agents.sampling.shared_prefix
 import agents.training.trainer
+import llm_env
 import llm_env.lm.scoring
 import llm_env.lm.sharing
 from agents import GRPO, PPO, REINFORCE, check_agent
+from agents.diagnostics.check_agent import memory_row
 from agents.policy import Evaluation
 from agents.training.trainer import Trainer
 from llm_env.reference import Reference
@@ -30,7 +34,7 @@ END, ONLY = "end token in the loss", "only response tokens in the loss"
 TURN, WORDS = "end of a turn", "tokenizer"
 VALUES, DROPOUT, GROUPS = "values before each token", "dropout is off", "groups with equal rewards"
 KL, ENV = "KL to the reference", "env left as it was"
-ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, END, WORDS, TURN, ONLY, VALUES, DROPOUT, GROUPS, KL, ENV]
+ROWS = [RATIO, TRAINER, SAMPLED, TRAINED, END, WORDS, TURN, ONLY, VALUES, DROPOUT, GROUPS, KL, ENV, "memory"]
 
 
 def lengths_and_letters(completions, **kwargs):
@@ -68,6 +72,7 @@ def test_clean_agents_pass(kind, family, capsys):
     assert results == {
         **dict.fromkeys(ROWS, "passed"),
         WORDS: "note",
+        "memory": "note",
         TURN: "not applicable",
         KL: "not applicable",
         **without_groups,
@@ -374,3 +379,26 @@ def test_bad_arguments():
         make_agent().audit(n=0)
     with pytest.raises(ValueError, match="the agent has no env yet"):
         GRPO(make_model("llama", len(TOKENIZER))).audit()
+
+
+def test_memory_counts_what_is_held(monkeypatch):
+    """By hand: float32 weights, as many gradients, two moments, a reference of the same size, two bytes a weight for a copy."""
+    agent = GRPO(llm_env.PUPIL, gym.make("llm_env/Addition-v0", reference=llm_env.PUPIL), group_size=4, n_envs=16, kl_coef=0.1)
+    size = 4 * sum(p.numel() for p in agent.policy.parameters()) / 1e6
+    expected = f"weights {size:.1f}, gradients {size:.1f}, optimizer state {2 * size:.1f}, reference {size:.1f}"
+    for _ in range(2):  # before there is any state, and after
+        assert agent.audit(n=8, quiet=True)["memory"].detail == f"{5 * size:.1f} MB are held: {expected}"
+        agent.learn(1)
+    monkeypatch.setattr(agents.policy.language_policy, "BF16_COPY_DEVICES", ("cpu",))
+    agent.policy.bf16 = True
+    assert memory_row(agent.policy, agent.rules).detail.endswith(f", copy to sample with {size / 2:.1f}")
+    adapter = GRPO(
+        llm_env.PUPIL,
+        gym.make("llm_env/Addition-v0", reference="base"),
+        group_size=4,
+        n_envs=16,
+        policy_kwargs={"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])},
+    )
+    trained = 4 * sum(p.numel() for p in adapter.policy.parameters() if p.requires_grad) / 1e6
+    detail = adapter.audit(n=8, quiet=True)["memory"].detail
+    assert f"gradients {trained:.1f}" in detail and "reference" not in detail

@@ -14,6 +14,7 @@ from agents.diagnostics.dry_run import Agent, DryStep, collect_episodes, dry_run
 from agents.diagnostics.naive_forward import naive_log_probs
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout
+from agents.training.optimizers import missing_state_bytes
 from agents.training.preserve import preserve_state
 from agents.training.trainer import Trainer
 from llm_env.arguments import check_int
@@ -38,6 +39,7 @@ def check_agent(agent: Agent, *, n: int = 64, seed: int = 0, quiet: bool = False
     | groups with equal rewards | their share, from which nothing is learned | never |
     | KL to the reference | of the trainer's log-probs; 0 where the reference has the policy's weights | > 1e-3 |
     | env left as it was | whether the agent's own env was not stepped | never |
+    | memory | bytes held in training: weights, gradients, optimizer state, reference, bfloat16 copy; a note | never |
 
     The tolerances are for float32. Two computations of one log-prob differ by 1e-7 to 1e-4 nats, the more the deeper the model
     and the larger its logits, and values relatively as much; wrong positions, temperatures or tokens make differences of 0.01
@@ -87,6 +89,7 @@ def check_agent(agent: Agent, *, n: int = 64, seed: int = 0, quiet: bool = False
             groups_row(rollout),
             kl_row(trainer.policy, rules.reference, rollout, step.logp, trainer.temperature),
             env_row(obstacle),
+            memory_row(agent.policy, rules),
         ]
     report = Report(rows)
     if not quiet:
@@ -246,3 +249,27 @@ def env_row(obstacle: str) -> CheckRow:
         return CheckRow(check, PASSED)
     detail = f"the env cannot be copied ({obstacle}): its own episodes were stepped, and the state of its wrappers has changed"
     return CheckRow(check, NOTE, detail)
+
+
+def memory_row(policy: LanguagePolicy, rules: Rules) -> CheckRow:
+    """Report the memory that training holds at all times, between rollouts and updates.
+
+    Gradients and the optimizer's state are there after the first update. A rollout's cache and the activations of an update
+    come on top: `examples/benchmarks/gpu_memory.md` has their formulas.
+    """
+    parameters, optimizer = list(policy.parameters()), policy.optimizer
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    reference = getattr(rules.reference, "model", None)
+    shared = {id(parameter) for parameter in parameters}
+    of_reference = [] if reference is None else [p for p in reference.parameters() if id(p) not in shared]
+    copy = sum(2 * p.numel() for p in policy.lm.parameters()) if policy.samples_in_bf16 else 0
+    sizes = {
+        "weights": sum(p.nbytes for p in parameters),
+        "gradients": sum(p.nbytes for p in trained),
+        "optimizer state": sum(state.nbytes for state in states) + missing_state_bytes(optimizer),
+        "reference": sum(p.nbytes for p in of_reference),
+        "copy to sample with": copy,
+    }
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sizes.items() if size)
+    return CheckRow("memory", NOTE, f"{sum(sizes.values()) / 1e6:,.1f} MB are held: {parts}")
