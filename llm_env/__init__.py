@@ -4,6 +4,7 @@ import warnings
 from importlib import metadata
 from typing import Any
 
+from llm_env.dialogue.check_text_env import check_text_env
 from llm_env.dialogue.text_env import TextEnv, TextEnvTasks
 from llm_env.env import TextGenerationEnv
 from llm_env.prompts import PromptSource
@@ -26,6 +27,7 @@ __all__ = [
     "TextGenerationEnv",
     "TextGenerationVectorEnv",
     "check_reward",
+    "check_text_env",
     "process_reward",
     "register_tasks",
     "rescore",

@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from llm_env.arguments import as_int, check_int, check_seconds
 from llm_env.constraints import TokenConstraint
 from llm_env.dialogue.chat import Bridge, PromptFormat
 from llm_env.dialogue.text_env import Sessions, Text, TextEnvTasks, as_messages
 from llm_env.end_tokens import resolve_end_tokens
-from llm_env.model_names import check_model_name
 from llm_env.observations import FORMS
 from llm_env.penalties import EndPenalties
 from llm_env.prompts import PromptTable, TaskTable
 from llm_env.recorder import Recorder
 from llm_env.rewards import ENV_REWARD, RewardFunction, RewardSum
 from llm_env.stops import StopStrings, special_tokens
-from llm_env.tokenization import decode, encode_texts, vocabulary_size
+from llm_env.tokenization import decode, encode_texts, load_tokenizer, vocabulary_size
 from llm_env.tools.formats import (
     FORMATS,
     PlainFormat,
@@ -207,7 +205,7 @@ class Rules:
         self.max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         min_new_tokens = check_int("min_new_tokens", min_new_tokens, 0, self.max_new_tokens)
         self._set_turns(max_turns, max_observation_tokens, max_episode_tokens, turn_limit)
-        self._format = format = PromptFormat(_tokenizer(tokenizer), chat_template, chat_template_kwargs)
+        self._format = format = PromptFormat(load_tokenizer(tokenizer), chat_template, chat_template_kwargs)
         self.tokenizer = format.tokenizer
         if observation not in FORMS:
             raise ValueError(f"observation={observation!r} must be one of {FORMS}")
@@ -559,20 +557,6 @@ class Rules:
                 "that it uses add_generation_prompt",
                 self.prompts.texts[i][-80:],
             )
-
-
-def _tokenizer(tokenizer: Any) -> Any:
-    check_model_name(tokenizer, "tokenizer")
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
-    if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
-        raise TypeError(
-            f"tokenizer is a {type(tokenizer).__name__}; give a path, a hub id or a transformers tokenizer "
-            "(PreTrainedTokenizerFast(tokenizer_object=...) makes one of a tokenizers.Tokenizer)"
-        )
-    if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
-    return tokenizer
 
 
 def _reference_and_kl(reference: Any, kl_coef: Any) -> tuple[Reference | None, KLController | None]:

@@ -3,7 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from transformers import AutoTokenizer
+
+from llm_env.model_names import check_model_name
+
+
+def load_tokenizer(tokenizer: Any) -> Any:
+    """Load a tokenizer, or check one.
+
+    Args:
+        tokenizer: a path, a hub id or a transformers tokenizer.
+
+    Raises:
+        TypeError: If it is anything else.
+        ValueError: If it has no end token.
+    """
+    check_model_name(tokenizer, "tokenizer")
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+    if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}; give a path, a hub id or a transformers tokenizer "
+            "(PreTrainedTokenizerFast(tokenizer_object=...) makes one of a tokenizers.Tokenizer)"
+        )
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ValueError("the tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer")
+    return tokenizer
 
 
 def vocabulary_size(tokenizer: Any) -> int:
