@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -265,6 +266,23 @@ class Episodes:
         ended = np.array([segment.reply.ends for segment in segments], dtype=bool)
         self.finished[rows[ended]] = True
         return [np.array(segment.reply.observation, dtype=np.int64) for segment in segments], ended
+
+    def turn_work(self, row: int, turn: Sequence[int]) -> Callable[[], None] | None:
+        """Return the text env's or the tools' part of a turn, to be run in a thread before `advance_turns` gets the turn.
+
+        Args:
+            row: a row whose turn ends.
+            turn: all tokens of the turn.
+
+        Returns:
+            A function that steps the env and keeps transition or error for `advance_turns`. None if the env does not get this
+            turn.
+        """
+        by_end = bool(self.rules.are_end_tokens(np.array(turn[-1:]))[0]) or self.rules.completes_stop(list(turn))
+        if self._sessions is None or not (by_end or self.rules.turn_limit == "continue"):
+            return None
+        given = [*(past.given for past in self.turns[row]), self.rules.turn_text(list(turn))]
+        return partial(self._sessions.try_step, row, given)
 
     def settle(self, rows: np.ndarray) -> StepOutcome:
         """Ask the reference, pay and record whole episodes that `advance_turns` has played, all in one call.

@@ -71,6 +71,7 @@ class _CommonOptions(TypedDict, total=False):
     tool_timeout: float | None
     tool_workers: int
     rollout_timeout: float | None
+    async_envs: bool
 
 
 class RulesOptions(_CommonOptions, total=False):
@@ -146,6 +147,8 @@ class Rules:
             default that of the chat template; `"plain"` where the template knows no tools, and for prompts of plain text.
         tool_timeout: seconds that a call may take; None for no limit.
         tool_workers: maximum number of turns whose calls are made at a time, each in a thread.
+        async_envs: step the text env or the tools in threads (`workers` or `tool_workers` at a time) while the responses of
+            other rows are sampled. The episodes are the same. Engines that generate turns in lockstep step all rows at once.
         rollout_timeout: seconds of a rollout after which no new turn begins: episodes under way end after their turn,
             truncated by `"rollout_timeout"`. None for no limit. Which episodes these are depends on the clock. The token clock
             has no such limit.
@@ -198,6 +201,7 @@ class Rules:
         tool_timeout: float | None = None,
         tool_workers: int = 1,
         rollout_timeout: float | None = None,
+        async_envs: bool = False,
     ) -> None:
         self.text_env = prompts if isinstance(prompts, TextEnvTasks) else None
         self.tools = self._as_tools(tools, tool_format, tool_timeout, tool_workers)
@@ -240,6 +244,7 @@ class Rules:
             self.reference.check_length(self.longest_prompt, self.max_episode_tokens, self.length_argument)
         self.recorder = None if record is None else Recorder(record, self.prompts.rows())
         self.rollout_timeout = self._as_rollout_timeout(rollout_timeout)
+        self.async_envs = self._as_async_envs(async_envs)
         self.bridge = self._make_bridge()
         for seen in [] if self.text_env is None else self.text_env.checked_observations:
             self.observation_ids((), seen)
@@ -304,6 +309,18 @@ class Rules:
         """Whether turns are answered, by a text env or by tools."""
         return self.text_env is not None or self.tools is not None
 
+    @property
+    def reply_workers(self) -> int:
+        """Maximum number of rows that the text env or the tools answer at a time, in threads."""
+        source = self.text_env if self.tools is None else self.tools
+        return 1 if source is None else source.workers
+
+    def add_reply_seconds(self, seconds: float) -> None:
+        """Count seconds that a rollout has waited for the text env or the tools."""
+        source = self.text_env if self.tools is None else self.tools
+        if source is not None:
+            source.add_seconds(seconds)
+
     def take_reply_seconds(self) -> float:
         """Return the seconds spent in the text env or the tools since the last call."""
         answering = self.text_env or self.tools
@@ -342,6 +359,11 @@ class Rules:
         if turn_limit not in TURN_LIMITS or (turn_limit == "continue" and not self.has_replies):
             raise ValueError(f"turn_limit={turn_limit!r} must be one of {TURN_LIMITS}; with prompts only 'truncate'")
         self.turn_limit = turn_limit
+
+    def _as_async_envs(self, is_on: bool) -> bool:
+        if is_on and not self.has_replies:
+            raise ValueError("async_envs=True is for text envs and tools; nothing answers the responses to these prompts")
+        return bool(is_on)
 
     def _as_rollout_timeout(self, seconds: Any) -> float | None:
         if seconds is not None and not self.has_replies:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -24,6 +24,7 @@ from agents.vec_env import rows_of, rules_of_vec_env
 from llm_env import TextGenerationVectorEnv
 from llm_env.observations import pick
 from llm_env.rules import Rules
+from llm_env.threads import Background
 
 
 @dataclass
@@ -118,7 +119,12 @@ class ResponseCollector:
         seconds = venv.rules.rollout_timeout
         venv.episodes.deadline = None if seconds is None else time.monotonic() + seconds
         heads = [prompts[row] for row in rows[:: self.group_size]]
-        self.engine.generate(heads, self.group_size, request.decoding, on_turns)
+        queue = _BackgroundTurns(venv, rows) if venv.rules.async_envs else None
+        try:
+            self.engine.generate(heads, self.group_size, replace(request.decoding, queue=queue), on_turns)
+        finally:
+            if queue is not None:
+                queue.close()
         step = venv.settle(list(rows))
         for i, episode in enumerate(episodes):
             episode.truncated, episode.info = bool(step.truncated[i]), step.infos[i]
@@ -128,6 +134,35 @@ class ResponseCollector:
                 is_action = np.array(episode.turn_ids[: len(step.rewards[i])]) >= 0
                 episode.ref_logprobs = [*np.where(is_action, step.ref_logprobs[i], 0.0).tolist(), *after]
         return rollout_of(episodes, self.group_size, self.policy.device, venv.rules.reference is not None)
+
+
+class _BackgroundTurns:
+    """Steps the env in threads with turns that have ended: the `TurnQueue` of a vector env.
+
+    Args:
+        venv: its rules say how many threads there are.
+        rows: its rows, by the numbers that the engine has.
+    """
+
+    def __init__(self, venv: TextGenerationVectorEnv, rows: Sequence[int]) -> None:
+        self.venv, self.rows = venv, rows
+        self._background = Background(venv.rules.reply_workers)
+
+    def begin(self, row: int, turn: list[int]) -> None:
+        """Begin to step the env; see `Episodes.turn_work`."""
+        self._background.begin(row, self.venv.episodes.turn_work(self.rows[row], turn))
+
+    def ready(self, wait: bool) -> list[int]:
+        """Return the rows whose step is done; what is waited counts as seconds of the env."""
+        begin = time.perf_counter()
+        done = self._background.ready(wait)
+        if wait:
+            self.venv.rules.add_reply_seconds(time.perf_counter() - begin)
+        return done
+
+    def close(self) -> None:
+        """Wait for steps under way."""
+        self._background.close()
 
 
 class TokenCollector:

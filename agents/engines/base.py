@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
 from agents.policy.lora import copy_sharing_frozen
-from agents.sampling.generate import OnTokens, OnTurns, end_episodes, ignore_tokens, keeps_cache, sample_responses
+from agents.sampling.generate import (
+    OnTokens,
+    OnTurns,
+    TurnQueue,
+    end_episodes,
+    ignore_tokens,
+    keeps_cache,
+    sample_responses,
+)
 from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
 
@@ -44,6 +52,8 @@ class DecodingSpec:
         on_tokens: called with the number of new tokens now and then while sampling; an error in it ends the generation.
             External engines may leave it out.
         max_episode_tokens: limit of the tokens after the prompt, turns and observations together; None for no limit.
+        queue: steps the env while other rows are decoded; None to step it in `on_turns`. Engines that generate turns in
+            lockstep do not use it.
     """
 
     rules: Rules
@@ -52,6 +62,7 @@ class DecodingSpec:
     uniforms: Tensor | None = None
     on_tokens: OnTokens = ignore_tokens
     max_episode_tokens: int | None = None
+    queue: TurnQueue | None = None
 
 
 class Lockstep:
@@ -195,6 +206,7 @@ class PolicyEngine:
                     uniforms=decoding.uniforms,
                     on_turns=on_turns,
                     max_episode_tokens=decoding.max_episode_tokens,
+                    queue=decoding.queue,
                     **settings,
                 )
             return Completions(*sampled)

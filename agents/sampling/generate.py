@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,16 @@ from llm_env.lm.sharing import PrefixSharing, supports_sharing
 StopRule = Callable[[Sequence[int]], bool]
 OnTurns = Callable[[Sequence[int], list[list[int]], list[np.ndarray]], "list[list[int] | None]"]
 OnTokens = Callable[[int], None]
+
+
+class TurnQueue(Protocol):
+    """The env's part of turns that are stepped while other rows are decoded."""
+
+    def begin(self, row: int, turn: list[int]) -> None:
+        """Begin to step the env with a turn that has ended; the row waits until it is returned by `ready`."""
+
+    def ready(self, wait: bool) -> list[int]:
+        """Return the rows whose step is done, in ascending order, each once; with `wait`, at least one."""
 
 
 class StopRollout(Exception):
@@ -56,6 +67,7 @@ def sample_responses(
     on_tokens: OnTokens = ignore_tokens,
     on_turns: OnTurns = end_episodes,
     max_episode_tokens: int | None = None,
+    queue: TurnQueue | None = None,
     compile_layers: bool = False,
 ) -> tuple[list[list[int]], list[np.ndarray]]:
     """Sample `group_size` responses to each prompt, or conversations of several turns.
@@ -84,6 +96,8 @@ def sample_responses(
             tokens and log-probs; returns what the env writes after each turn, None where the episode has ended. By default,
             every episode ends with its first turn. `keeps_cache` must be True then.
         max_episode_tokens: limit of the tokens after the prompt with `on_turns`, turns and observations together.
+        queue: steps the env while other rows are decoded; `on_turns` is then called with the rows that are ready. By default,
+            the env is stepped by `on_turns`. The tokens of a row are the same, since its random numbers are its own.
         compile_layers: compile the layers of decoding over shared prompts, see `llm_env.lm.compiling`.
 
     Returns:
@@ -102,43 +116,123 @@ def sample_responses(
         )
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     episodes = _Episodes([list(prompts[i // group_size]) for i in range(len(limits))], limits, most, ends, vocab_size)
-    rows = np.empty(0, dtype=np.int64)  # that have not ended
-    logits = torch.empty(0, device=model.device)
     longest = max(map(len, prompts), default=0) + most
-    decoding = _decoding(model, group_size, longest, prefix_sharing, compile_layers)
+    batch = _Batch(_decoding(model, group_size, longest, prefix_sharing, compile_layers), prompts, group_size, places)
     if uniforms is None:
         uniforms = sampler.uniforms(len(limits), most, vocab_size, model.device)
-    num_started = 0  # prompts
     with torch.no_grad():  # not a decorator: one frame less between `learn` and a sampled token
-        while num_started < len(prompts) or len(rows):
-            if waiting := len(prompts) - num_started:
-                free = min(places - len(np.unique(rows // group_size)), waiting)
-                # Several at a time: each prefill copies the caches.
-                if not len(rows) or (decoding.refills and free >= max(1, min(places // 4, waiting))):
-                    first = decoding.prefill(prompts[num_started : num_started + free])
-                    logits = torch.cat([logits.reshape(-1, first.shape[-1]), first])
-                    started = np.arange(num_started * group_size, (num_started + free) * group_size)
-                    rows, num_started = np.concatenate([rows, started]), num_started + free
-            allowed = None
-            if constraint is not None:
-                allowed = constraint.masks([(episodes.contexts[row], episodes.turn(row)) for row in rows])
-            at = torch.from_numpy(np.stack([rows, episodes.counts[rows]])).to(uniforms.device)
-            tokens, logp = sampler(restrict(logits[:, :vocab_size], allowed), uniforms[at[0], at[1]])
-            # One transfer for both: the only time in a step that the host waits for the device.
-            sampled, logps = torch.stack([tokens.double(), logp.double()]).cpu().numpy()
-            if not np.isfinite(logps).all():
-                raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
-            on_tokens(len(rows))
-            ended = episodes.append(rows, sampled, logps, completes_stop)
-            written = _take_turns(episodes, rows[ended].tolist(), on_turns)
-            if ended.any():
-                ended[np.isin(rows, list(written))] = False
-            if ended.any():
-                kept = np.flatnonzero(~ended)
-                rows, tokens = rows[kept], tokens[torch.from_numpy(kept).to(tokens.device)]
-                decoding.retain(torch.from_numpy(rows))
-            logits = _fed(decoding, rows.tolist(), tokens, written) if len(rows) else logits[:0]
+        while batch.refill():
+            live, ended = batch.live(), batch.rows[:0]
+            tokens = torch.empty(0, dtype=torch.int64, device=model.device)
+            if len(live):
+                rows = batch.rows[live]
+                allowed = None
+                if constraint is not None:
+                    allowed = constraint.masks([(episodes.contexts[row], episodes.turn(row)) for row in rows])
+                at = torch.from_numpy(np.stack([rows, episodes.counts[rows]])).to(uniforms.device)
+                logits = restrict(batch.logits_of(live)[:, :vocab_size], allowed)
+                tokens, logp = sampler(logits, uniforms[at[0], at[1]])
+                # One transfer for both: the only time in a step that the host waits for the device.
+                sampled, logps = torch.stack([tokens.double(), logp.double()]).cpu().numpy()
+                if not np.isfinite(logps).all():
+                    raise ValueError("the model's logits are not finite: its weights, or the last update, have gone wrong")
+                on_tokens(len(live))
+                ended = live[episodes.append(rows, sampled, logps, completes_stop)]
+            if queue is not None:
+                ended = batch.wait(ended, queue, episodes)
+            written = _take_turns(episodes, batch.rows[ended].tolist(), on_turns)
+            batch.feed(live, tokens, ended, written, None if queue is None else episodes)
     return episodes.tokens(), episodes.logprobs()
+
+
+class _Batch:
+    """The responses under way: R rows that have not ended.
+
+    Args:
+        decoding: computes the logits.
+        prompts: N lists of token ids.
+        group_size: G.
+        places: number of prompts whose responses may be under way at a time.
+
+    Attributes:
+        rows: (R,) their numbers, ascending.
+        waits: (R,) bool, whether a row waits for the env to answer its turn.
+        logits: (R, V) of the next tokens; those of rows that wait mean nothing.
+        num_started: prompts so far.
+    """
+
+    def __init__(
+        self, decoding: SharedDecoding | PlainDecoding, prompts: Sequence[Sequence[int]], group_size: int, places: int
+    ) -> None:
+        self.decoding, self.prompts, self.group_size, self.places = decoding, prompts, group_size, places
+        self.rows, self.waits = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+        self.logits = torch.empty(0, device=decoding.model.device)
+        self.num_started = 0
+
+    def refill(self) -> bool:
+        """Start the responses to waiting prompts where there is room; return whether any are under way."""
+        if waiting := len(self.prompts) - self.num_started:
+            free = min(self.places - len(np.unique(self.rows // self.group_size)), waiting)
+            # Several at a time: each prefill copies the caches.
+            if not len(self.rows) or (self.decoding.refills and free >= max(1, min(self.places // 4, waiting))):
+                first = self.decoding.prefill(self.prompts[self.num_started : self.num_started + free])
+                self.logits = torch.cat([self.logits.reshape(-1, first.shape[-1]), first])
+                started = np.arange(self.num_started * self.group_size, (self.num_started + free) * self.group_size)
+                self.rows = np.concatenate([self.rows, started])
+                self.waits = np.concatenate([self.waits, np.zeros(len(started), dtype=bool)])
+                self.num_started += free
+        return bool(len(self.rows))
+
+    def live(self) -> np.ndarray:
+        """Return the places of the rows that do not wait."""
+        return np.flatnonzero(~self.waits)
+
+    def logits_of(self, places: np.ndarray) -> Tensor:
+        """Return the logits at some places."""
+        return self.logits if len(places) == len(self.rows) else self.logits[self._on_device(places)]
+
+    def wait(self, ended: np.ndarray, queue: TurnQueue, episodes: _Episodes) -> np.ndarray:
+        """Let rows whose turn has ended wait for the env; return the places of those for which it is ready."""
+        for row in self.rows[ended].tolist():
+            queue.begin(row, episodes.turn(row))
+        self.waits[ended] = True
+        return np.flatnonzero(np.isin(self.rows, queue.ready(wait=bool(self.waits.all()))))
+
+    def feed(
+        self, live: np.ndarray, tokens: Tensor, ended: np.ndarray, written: dict[int, list[int]], waiting: _Episodes | None
+    ) -> None:
+        """Append tokens and what the env wrote, and drop the rows whose episode has ended.
+
+        Args:
+            live: places of the rows with a new token.
+            tokens: these tokens.
+            ended: places of the rows whose turn was taken.
+            written: what the env wrote in those of them that go on.
+            waiting: where rows wait for the env, the episodes: such a row has its last token appended with what the env wrote.
+        """
+        fed = None if waiting is None else ~self.waits
+        self.waits[ended] = False
+        if len(live) < len(self.rows):  # others get a token that is not kept
+            table = torch.zeros(len(self.rows), dtype=torch.int64, device=self.logits.device)
+            tokens = table.index_copy(0, self._on_device(live), tokens) if len(live) else table
+        over = [row for row in self.rows[ended].tolist() if row not in written]
+        if over:
+            kept = np.flatnonzero(~np.isin(self.rows, over))
+            self.rows, self.waits, fed = self.rows[kept], self.waits[kept], None if fed is None else fed[kept]
+            tokens = tokens[self._on_device(kept)]
+            if fed is not None and not fed.all():
+                self.logits = self.logits[self._on_device(kept)]
+            self.decoding.retain(torch.from_numpy(self.rows))
+        if not len(self.rows):
+            self.logits = self.logits[:0]
+        elif waiting is None or fed is None:
+            self.logits = _fed(self.decoding, self.rows.tolist(), tokens, written)
+        else:
+            added = {row: [waiting.last_token(row), *observation] for row, observation in written.items()}
+            self.logits = _fed_some(self.decoding, self.rows, tokens, self.logits, fed, added)
+
+    def _on_device(self, places: np.ndarray) -> Tensor:
+        return torch.from_numpy(places).to(self.logits.device)
 
 
 class _Episodes:
@@ -185,6 +279,10 @@ class _Episodes:
                 ended[i] = completes_stop(self.turn(rows[i]))
         return ended
 
+    def last_token(self, row: int) -> int:
+        """Return the last sampled token."""
+        return int(self._tokens[row, self.counts[row] - 1])
+
     def begin_turn(self, row: int, observation: list[int]) -> None:
         """Begin the next turn, after an observation."""
         turn = self.turn(row)
@@ -226,6 +324,25 @@ def _fed(decoding: SharedDecoding | PlainDecoding, rows: list[int], tokens: Tens
     logits = decoding(tokens)
     at = torch.tensor(list(added))
     logits[at.to(logits.device)] = decoding.extend(numbers[at], list(added.values()))
+    return logits
+
+
+def _fed_some(
+    decoding: SharedDecoding | PlainDecoding,
+    rows: np.ndarray,
+    tokens: Tensor,
+    logits: Tensor,
+    fed: np.ndarray,
+    added: dict[int, list[int]],
+) -> Tensor:
+    """Append the tokens of some rows only, and `added` to others; return (R, V), next logits in these rows, else old ones."""
+    numbers = torch.from_numpy(rows)
+    if fed.any():
+        logits = decoding(tokens, None if fed.all() else numbers[torch.from_numpy(fed)])
+    if added:
+        at = torch.from_numpy(np.flatnonzero(np.isin(rows, list(added))))
+        new = decoding.extend(numbers[at], [added[row] for row in numbers[at].tolist()])
+        logits = logits.index_copy(0, at.to(logits.device), new)
     return logits
 
 
@@ -304,15 +421,12 @@ class PlainDecoding:
         self.num_started += len(prompts) * self.group_size
         return self._in_order(logits)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Append a token to each remaining response.
-
-        Args:
-            tokens: (R,), in the order of the responses' numbers.
-
-        Returns:
-            The logits (R, V) of the next tokens, in the same order.
-        """
+    def __call__(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
+        """Append a token to each remaining response, or to some; see `SharedDecoding.__call__`."""
+        if active is not None:
+            (part,), (ids,) = self.parts, self.slot_ids
+            assert isinstance(part, CachedRows)
+            return part(tokens, torch.isin(ids, active))
         if len(self.parts) == 1:
             return self.parts[0](tokens)
         given = torch.empty_like(tokens)
@@ -358,9 +472,15 @@ class CachedRows:
             self.cache.batch_repeat_interleave(group_size)
         return logits
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Append a token to each row, `tokens` (R,); return the logits (R, V) after it."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+    def __call__(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
+        """Append a token to each row, `tokens` (R,); return the logits (R, V) after it.
+
+        Args:
+            tokens: (R,).
+            active: (R,) bool on the CPU, False at rows whose new slot is hidden; all are active by default.
+        """
+        new = self.mask.new_ones(len(self.mask), 1) if active is None else active[:, None].to(self.mask)
+        self.mask = torch.cat([self.mask, new], 1)
         return _forward(self.model, tokens[:, None], self.mask, self.cache)
 
     def extend(self, rows: Tensor, tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -141,22 +141,26 @@ class SharedDecoding:
         """Lay out the prompts' keys (N, K, D, P) as they are read: token by token by the kernel, else in rows."""
         return keys.transpose(-1, -2).contiguous().transpose(-1, -2) if self.fused else keys.contiguous()
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Append a token to each remaining response.
+    def __call__(self, tokens: Tensor, active: Tensor | None = None) -> Tensor:
+        """Append a token to each remaining response, or to some.
 
         Args:
             tokens: (R,), in the order of the responses' numbers.
+            active: int64 on the CPU, the numbers of the responses to append to; all by default. The others are computed, but
+                nothing of it is kept.
 
         Returns:
-            The logits (R, V) of the next tokens, in the same order.
+            The logits (R, V) of the next tokens, in the same order; those of others than `active` mean nothing.
         """
+        if active is not None and self.same_length:
+            self._mask_lengths()
         ids = tokens.view(self.slot_ids.shape) if self._filled is None else self._of_slots(tokens)
         self._allocate()
         if self.captures and self._graph is None and self._num_steps >= CAPTURE_AFTER:
             self._graph = CapturedStep(self._forward, ids)
         self._num_steps += 1
         logits = (self._forward(ids) if self._graph is None else self._graph(ids)).flatten(0, 1)
-        self._count(self.slot_ids >= 0)
+        self._count(self.slot_ids >= 0 if active is None else torch.isin(self.slot_ids, active))
         return logits if self._filled is None else logits[self._filled]
 
     def _of_slots(self, values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import json
 import time
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -166,6 +167,11 @@ class ToolSessions:
         transition = self._take(turns[-1], is_chat, sum(step.info["tool_calls"] for _, step in steps))
         steps.append((turns[-1], transition))
         return transition
+
+    def try_step(self, row: int, turns: list[str]) -> None:
+        """Take a turn; an error is raised by `step` when it takes the turn again."""
+        with suppress(Exception):
+            self.step(row, turns)
 
     def discard(self, row: int) -> None:
         """Keep the last transition: a tool is not called again."""
