@@ -12,7 +12,7 @@ from agents.engines.registry import make_engine
 from agents.engines.weight_sync import logprob_gap
 from agents.sampling.sampler import Sampler
 from tests.conftest import refused
-from tests.vllm_models import PADDING, PIECES, make_llama, make_text_env
+from tests.vllm_models import PADDING, PIECES, make_llama, make_pieces, make_text_env
 
 pytest.importorskip("vllm")
 
@@ -248,3 +248,75 @@ def test_it_draws_beside_the_update():
     assert agent._n_updates > 3 and agent.logger.name_to_value["rollout/push_gap"] < 1e-3
     assert 0.5 < agent.logger.name_to_value["train/importance"] < 1.5
     agent.set_engine(None)
+
+
+class Replies:
+    """Answers a turn with as many letters as it has tokens of its own, and ends with a full stop or after four turns."""
+
+    def reset(self, *, seed=None):
+        self.turns = 0
+        return "bcab"[: 1 + seed % 4], {}
+
+    def step(self, action):
+        self.turns += 1
+        return "d" * (1 + len(action) % 3) + "a", float("a" in action), "." in action or self.turns == 4, False, {}
+
+
+def conversation_agent(engine, **settings):
+    """A GRPO agent whose turns end with one of two end tokens, or at four tokens."""
+    env = llm_env.TextGenerationEnv.from_text_env(
+        Replies,
+        make_pieces(),
+        max_turns=4,
+        max_new_tokens=4,
+        max_prompt_tokens=8,
+        max_observation_tokens=4,
+        eos_token_ids=[0, PIECES.index("c")],
+        num_tasks=8,
+    )
+    settings = {"group_size": 4, "n_envs": 16, "learning_rate": 1e-3, "seed": 0, "engine": engine, **settings}
+    return GRPO(make_llama(), env, policy_kwargs={"tokenizer": env.rules.tokenizer}, **settings)
+
+
+def test_turns_in_lockstep(engine, monkeypatch):
+    """Contexts are the episodes' own token ids, all end tokens are given, and log-probs lie at action tokens alone."""
+    agent, asked = conversation_agent(engine), []
+    complete = engine.vllm.complete
+    monkeypatch.setattr(engine.vllm, "complete", lambda requests: asked.append(requests) or complete(requests))
+    agent.engine.start(agent.policy, agent.rules)
+    agent.engine.update_weights(agent.policy)
+    asked.clear()
+    rollout = agent.sample_rollout()
+    turns = [int(row.max()) + 1 for row in rollout.turn_rows]
+    assert len(set(turns)) > 1 and max(turns) >= 3
+    ends = sorted(agent.rules.eos_ids)
+    assert len(ends) == 2
+    begun = set()  # every context is a prompt and an episode up to the beginning of one of its turns
+    for prompt, response, row in zip(rollout.prompts, rollout.responses, rollout.turn_rows, strict=True):
+        for turn in range(int(row.max()) + 1):
+            begun.add((*prompt, *response[: int(np.flatnonzero(row == turn)[0])]))
+    for requests in asked:
+        for request in requests:
+            assert (
+                request["stop_token_ids"] == ends and request["ignore_eos"] and all(type(t) is int for t in request["prompt"])
+            )
+    assert {tuple(request["prompt"]) for requests in asked for request in requests} >= begun
+    waves = [{len(request["prompt"]) for request in requests} for requests in asked if requests[0]["max_tokens"] == 4]
+    assert len(waves) >= max(turns)  # one call of the engine a turn, for all rows that go on
+    closing = {
+        response[int(np.flatnonzero(row == 0)[-1])] for response, row in zip(rollout.responses, rollout.turn_rows, strict=True)
+    }
+    assert {0, PIECES.index("c")} <= closing
+    evaluation = agent.policy.evaluate_actions(rollout.prompts, rollout.responses, 1.0, rollout.turn_lists)
+    is_action = rollout.turn_ids >= 0
+    gaps = (evaluation.logp.detach() - rollout.sampled_logp)[is_action].abs()
+    assert gaps.max() < 1e-4 and (rollout.sampled_logp[~is_action] == 0).all()
+    assert (rollout.sampled_logp[is_action] < 0).any()
+
+
+def test_an_agent_learns_conversations(engine):
+    agent = conversation_agent(engine, n_envs=64)
+    before = agent.evaluate(agent.env.envs[0] if hasattr(agent.env, "envs") else agent.env, deterministic=False)["reward"]
+    agent.learn(6000)
+    after = agent.evaluate(agent.env.envs[0] if hasattr(agent.env, "envs") else agent.env, deterministic=False)["reward"]
+    assert after > before + 0.5 and agent.logger.name_to_value.get("rollout/push_gap", 0) < 1e-3
