@@ -79,7 +79,7 @@ from agents.rollout import Rollout, concat
 from agents.sampling.generate import OnTokens, StepState, StopRollout, ignore_tokens
 from agents.sampling.sampler import Sampler
 from agents.training.objective import LossTerms, Statistics
-from agents.training.optimizers import check_sharding, class_of, make_optimizer
+from agents.training.optimizers import check_sharding, class_of, keep_steps_on_cpu, make_optimizer
 from agents.training.preflight import preflight
 from agents.training.reference_sync import ReferenceSync, check_reference_sync
 from agents.training.replication import replicate_policy, replicate_reference
@@ -1178,6 +1178,7 @@ class LanguageAgent(BaseAlgorithm):
             if "policy.optimizer" in weights:
                 weights["policy.optimizer"] = shard_optim_state_dict(self.policy.optimizer, weights["policy.optimizer"])
         super().set_parameters(weights, exact_match, device)
+        keep_steps_on_cpu(self.policy.optimizer)
         if self.env is not None:
             self._restore_reference(self.rules)
 

@@ -259,9 +259,16 @@ def ratio_statistics(
     given level) outside [1 - low, 1 + high].
     """
     with torch.no_grad():
-        here = mask.bool()
-        tokens, rho = ratio(logp, old_logp)[here], ratio(logp, old_logp, mask, level, turn_ids)[here]
+        tokens, rho = ratio(logp, old_logp), ratio(logp, old_logp, mask, level, turn_ids)
         return {
-            "approx_kl": (tokens - 1 - tokens.log()).mean(),
-            "clip_fraction": ((rho < 1 - low) | (rho > 1 + high)).float().mean(),
+            "approx_kl": masked_mean(tokens - 1 - tokens.log(), mask),
+            "clip_fraction": masked_mean(((rho < 1 - low) | (rho > 1 + high)).float(), mask),
         }
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of values (B, T) where `mask` (B, T) is 1; other values may be infinite or NaN.
+
+    Selecting them by a boolean index would wait for a GPU to count them.
+    """
+    return torch.where(mask.bool(), values, 0.0).sum() / mask.sum()

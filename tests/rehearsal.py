@@ -16,8 +16,7 @@ How it works:
   gives the same numbers as on the CPU, unlike on a GPU. Generators say on which device they are and are refused by the other.
 * CUDA graphs are recorded: a capture notes the operators on CudaTensors, and `replay` computes them again in the same memory,
   with the Python values of the capture. Synchronizing while capturing is an error, as on CUDA.
-* Compiled flex attention and Triton cannot be rehearsed: `llm_env.lm.sharing.FLEX_DEVICES` is empty meanwhile, so that prompts
-  are shared in the modes that need no compilation.
+* Triton and FlashAttention cannot be rehearsed: what asks whether they run gets a no.
 
 Not rehearsed: CUDA's kernels, their rounding and order of additions; fused and foreach optimizers; streams (all work is done
 when a call returns, so that a missing wait does not show); memory; several GPUs; gradients of CPU tensors without dimensions
@@ -42,7 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from agents.policy import quantization
-from llm_env.lm import sharing
+from agents.sampling import sampler, shared_prefix
+from llm_env.lm import flash, scoring, sharing
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -824,7 +824,8 @@ def rehearsal():
         patch(nn.Module, "_apply", swapping(nn.Module._apply))
         patch(threading.Thread, "run", in_thread(threading.Thread.run))
         patch(quantization, "_is_of_a_quantizer", of_values(quantization._is_of_a_quantizer))
-        patch(sharing, "FLEX_DEVICES", ())
+        for module in (shared_prefix, sampler, scoring, flash):
+            patch(module, "runs_on", lambda *_: False)
         patch(sharing, "_ways", weakref.WeakKeyDictionary())
         stack.enter_context(modes())
         try:

@@ -603,14 +603,17 @@ def test_a_decoding_step_waits_for_the_device_once(name, rehearsed):
         responses, _ = sample_responses(model, [[3, 4, 5], [6, 7]], sampler, **settings)
         assert [len(response) for response in responses] == [length] * 4
 
-    def spy(self, tokens):
+    def spy(self, *tokens):
         used.append(type(self))
-        return original(self, tokens)
+        return original(self, *tokens)
 
     with unittest.mock.patch.object(decoding, "__call__", spy):
         slope, table = waits_in(decode, 20, 40)
     assert set(used) == {decoding}
-    assert slope <= 1, f"{slope} synchronizations in a decoding step:\n{table}"
+    # One transfer. With a mask of padding, transformers also asks whether there is any, to leave the mask out.
+    of_masks = 1 if decoding is PlainDecoding else 0
+    assert slope <= 1 + of_masks, f"{slope} synchronizations in a decoding step:\n{table}"
+    assert not of_masks or "masking_utils" in table
 
 
 STEPS = {

@@ -449,7 +449,8 @@ class CapturedStep:
             function(self.ids)  # initializes libraries, which cannot be captured; the first step overwrites what it stores
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # An update may run in another thread meanwhile (`overlap`), which allocates memory and waits for the device.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = function(self.ids)
 
     def __call__(self, ids: Tensor) -> Tensor:

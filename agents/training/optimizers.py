@@ -70,6 +70,20 @@ def make_optimizer(
     return kind(parameters, **{"lr": lr, **kwargs})
 
 
+def keep_steps_on_cpu(optimizer: Optimizer) -> None:
+    """Move the step counts in an optimizer's state to the CPU, where torch has them, after they were loaded to a GPU.
+
+    On a GPU, each step of the optimizer would wait for every one of them to be read.
+    """
+    for group in optimizer.param_groups:
+        if group.get("capturable") or group.get("fused"):  # these count on the GPU
+            continue
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].cpu()
+
+
 def missing_state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of the state that the optimizer's next step allocates on the parameters' device.
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from agents.distributed.communicator import Communicator
 from agents.distributed.fsdp import full_params, full_tensor
-from agents.losses import token_weights, truncated_importance
+from agents.losses import masked_mean, token_weights, truncated_importance
 from agents.policy import LanguagePolicy
 from agents.rollout import Rollout, logged_turns
 from agents.training.batching import group_unit, minibatches
@@ -189,11 +189,11 @@ class Trainer:
         loss = torch.stack([coefficient * value for coefficient, value in terms.values() if coefficient]).sum()
         loss.backward()
         entropy = evaluation.entropy.detach()
-        statistics["entropy"] = entropy[batch.mask.bool()].mean()
+        statistics["entropy"] = masked_mean(entropy, batch.mask)
         sums = {"loss": loss, **{key: value for key, (_, value) in terms.items()}}
         for turn, size in enumerate(turn_sizes):
             if size:
-                sums[f"entropy/turn_{turn + 1}"] = entropy[batch.turn_ids == turn].sum() / size
+                sums[f"entropy/turn_{turn + 1}"] = torch.where(batch.turn_ids == turn, entropy, 0.0).sum() / size
         return sums, statistics | correction
 
     def local_micro_batches(self, rollout: Rollout, rows: np.ndarray, max_rows: int | None = None) -> list[list[int]]:
@@ -272,8 +272,10 @@ def apply_importance_weights(batch: Rollout, cap: float) -> dict[str, Tensor]:
     assert batch.old_logp is not None and batch.advantages is not None
     importance = truncated_importance(batch.old_logp, batch.sampled_logp, cap)
     batch.advantages = batch.advantages * importance
-    weights = importance[batch.mask.bool()]
-    return {"importance": weights.mean(), "importance_capped": (weights >= cap).float().mean()}
+    return {
+        "importance": masked_mean(importance, batch.mask),
+        "importance_capped": masked_mean((importance >= cap).float(), batch.mask),
+    }
 
 
 def _turn_sizes(rollout: Rollout, rows: np.ndarray) -> list[int]:
