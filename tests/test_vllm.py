@@ -8,7 +8,7 @@ import torch
 import llm_env
 from agents import GRPO, LanguagePolicy
 from agents.engines.base import DecodingSpec
-from agents.engines.registry import make_engine
+from agents.engines.vllm.engine import VLLMEngine
 from agents.engines.weight_sync import logprob_gap
 from agents.sampling.sampler import Sampler
 from tests.conftest import refused
@@ -22,7 +22,7 @@ SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "block_size": 
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = make_engine("vllm", SMALL)
+    engine = VLLMEngine(**SMALL)
     yield engine
     engine.close()
 
@@ -193,7 +193,7 @@ def test_half_a_push_is_an_error(engine, monkeypatch):
     policy, _ = begin(engine)
     call = engine.vllm.call
     monkeypatch.setattr(engine.vllm, "take", lambda tensors: call("llm_env_take", tensors[:-3]))
-    refused(engine.push, policy, error=ValueError, match="parameters got no weights")
+    refused(engine.update_weights, policy, error=ValueError, match="parameters got no weights")
 
 
 def test_resumed_is_uninterrupted(engine, tmp_path):
@@ -221,33 +221,6 @@ def test_learning_is_that_of_the_policys_own_sampling(engine):
     spread = (a.var() / len(a) + b.var() / len(b)).sqrt()
     assert abs(a.mean() - b.mean()) < 4 * spread and abs(len(a) / len(b) - 1) < 0.05
     assert min(scores.values()) > 0.8 and abs(scores["vllm"] - scores["policy"]) < 0.08, scores
-
-
-def test_models_that_vllm_does_not_run():
-    env = make_text_env()
-    narrow = make_llama(head_dim=16)
-    agent = GRPO(narrow, env, policy_kwargs={"tokenizer": env.rules.tokenizer}, engine="vllm", engine_kwargs=SMALL)
-    refused(agent.learn, 10, error=ValueError, match="vLLM refuses the LlamaForCausalLM")
-
-
-def test_the_process_is_left_as_it_was(engine):
-    policy, rules = begin(engine)
-    fresh = make_engine("vllm", {**SMALL, "max_model_len": 50})
-    torch.manual_seed(5)
-    np.random.seed(5)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.set_num_threads
-    refused(fresh.start, policy, rules, error=ValueError, match="max_model_len=50")
-    fresh.close()
-    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
-    assert torch.set_num_threads is states[2]
-
-
-def test_it_draws_beside_the_update():
-    agent = GRPO(make_llama(0), make_text_env(), n_envs=16, seed=0, overlap=True, engine="vllm", engine_kwargs=SMALL)
-    agent.learn(400, log_interval=None)
-    assert agent._n_updates > 3 and agent.logger.name_to_value["rollout/push_gap"] < 1e-3
-    assert 0.5 < agent.logger.name_to_value["train/importance"] < 1.5
-    agent.set_engine(None)
 
 
 class Replies:
@@ -283,8 +256,7 @@ def test_turns_in_lockstep(engine, monkeypatch):
     agent, asked = conversation_agent(engine), []
     complete = engine.vllm.complete
     monkeypatch.setattr(engine.vllm, "complete", lambda requests: asked.append(requests) or complete(requests))
-    agent.engine.start(agent.policy, agent.rules)
-    agent.engine.update_weights(agent.policy)
+    agent.engine.sync_weights(agent.rules)
     asked.clear()
     rollout = agent.sample_rollout()
     turns = [int(row.max()) + 1 for row in rollout.turn_rows]
@@ -320,3 +292,30 @@ def test_an_agent_learns_conversations(engine):
     agent.learn(6000)
     after = agent.evaluate(agent.env.envs[0] if hasattr(agent.env, "envs") else agent.env, deterministic=False)["reward"]
     assert after > before + 0.5 and agent.logger.name_to_value.get("rollout/push_gap", 0) < 1e-3
+
+
+def test_models_that_vllm_does_not_run():
+    env = make_text_env()
+    narrow = make_llama(head_dim=16)
+    agent = GRPO(narrow, env, policy_kwargs={"tokenizer": env.rules.tokenizer}, engine="vllm", engine_kwargs=SMALL)
+    refused(agent.learn, 10, error=ValueError, match="vLLM refuses the LlamaForCausalLM")
+
+
+def test_the_process_is_left_as_it_was(engine):
+    policy, rules = begin(engine)
+    fresh = VLLMEngine(**{**SMALL, "max_model_len": 50})
+    torch.manual_seed(5)
+    np.random.seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.set_num_threads
+    refused(fresh.start, policy, rules, error=ValueError, match="max_model_len=50")
+    fresh.close()
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    assert torch.set_num_threads is states[2]
+
+
+def test_it_draws_beside_the_update():
+    agent = GRPO(make_llama(0), make_text_env(), n_envs=16, seed=0, overlap=True, engine="vllm", engine_kwargs=SMALL)
+    agent.learn(400, log_interval=None)
+    assert agent._n_updates > 3 and agent.logger.name_to_value["rollout/push_gap"] < 1e-3
+    assert 0.5 < agent.logger.name_to_value["train/importance"] < 1.5
+    agent.set_engine(None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from agents import GRPO
-from agents.engines.registry import make_engine
+from agents.engines.vllm.engine import VLLMEngine
 from tests.conftest import refused
 from tests.vllm_models import make_llama, make_text_env
 
@@ -121,14 +121,14 @@ def test_weights_of_another_run_are_noticed(server):
         for parameter in other.policy.lm.parameters():
             parameter.mul_(1.1)
     other.sample_rollout()
-    pushed = agent._link.engine._version
+    pushed = agent.engine.engine._version
     assert_on_policy(agent)
-    assert agent._link.engine._version != pushed
+    assert agent.engine.engine._version != pushed
 
 
 def test_another_vocabulary_and_another_name(server):
     policy_env = make_text_env()
-    engine = make_engine("vllm", {"base_url": server.url})
+    engine = VLLMEngine(base_url=server.url)
     agent = GRPO(make_llama(vocab_size=40), policy_env, policy_kwargs={"tokenizer": policy_env.rules.tokenizer}, engine=engine)
     refused(agent.learn, 10, error=ValueError, match="vocab_size 16 where the policy has 40")
     agent.set_engine("vllm", {"base_url": server.url, "model": "theirs"})
@@ -139,7 +139,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_batch(servers, server, tmp_p
     agent = agent_for(server.url)
     agent.learn(100)
     steps, weights = agent.num_timesteps, [p.clone() for p in agent.policy.parameters()]
-    complete = agent._link.engine.vllm._complete
+    complete = agent.engine.engine.vllm._complete
     asked = []
 
     def kill(request):
@@ -148,7 +148,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_batch(servers, server, tmp_p
             server.kill()
         return complete(request)
 
-    monkeypatch.setattr(agent._link.engine.vllm, "_complete", kill)
+    monkeypatch.setattr(agent.engine.engine.vllm, "_complete", kill)
     began = time.time()
     refused(agent.learn, 100, reset_num_timesteps=False, error=ConnectionError, match=f"{server.url}.* 3 attempts")
     assert time.time() - began < 60 and len(asked) >= 6
