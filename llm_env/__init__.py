@@ -1,5 +1,6 @@
 """A Gymnasium environment whose actions are tokens."""
 
+import importlib
 import warnings
 from importlib import metadata
 from typing import Any
@@ -53,9 +54,11 @@ _warn_of_name_collision()
 
 
 def __getattr__(name: str) -> Any:
-    """`llm_env.RewardModel`, imported when it is asked for: it needs torch, which nothing else here does."""
+    """`llm_env.RewardModel` and `llm_env.adapters`, imported when they are asked for."""
     if name == "RewardModel":
         from llm_env.rewards.reward_models import RewardModel
 
         return RewardModel
+    if name == "adapters":
+        return importlib.import_module("llm_env.adapters")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
 from llm_env.arguments import check_int
 from llm_env.dialogue.chat import Bridge, PromptFormat
@@ -133,6 +132,8 @@ def _chooser(actions: Actions | None) -> Callable[[Text, np.random.Generator], s
 
 def _states() -> dict[str, bytes]:
     """Return the state of each global random generator, as bytes to compare."""
+    import torch  # imported here: nothing else in `import llm_env` needs it
+
     numpy_state: Any = np.random.get_state()
     return {
         "random": repr(random.getstate()).encode(),
@@ -142,6 +143,8 @@ def _states() -> dict[str, bytes]:
 
 
 def _seed_generators(number: int) -> None:
+    import torch
+
     random.seed(number)
     np.random.seed(number)
     torch.default_generator.manual_seed(number)
@@ -150,6 +153,8 @@ def _seed_generators(number: int) -> None:
 @contextmanager
 def _generators_kept() -> Iterator[None]:
     """Restore the state of all global random generators after the block."""
+    import torch
+
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -20,6 +20,7 @@ TASKS = {
     "llm_env/GSM8K-v0": "llm_env.tasks.gsm8k:gsm8k",
     "llm_env/ReasoningGym-v0": "llm_env.tasks.reasoning_gym:reasoning_gym",
     "llm_env/TextEnv-v0": "llm_env.tasks.text_env:text_env",
+    "llm_env/Gymnasium-v0": "llm_env.tasks.text_env:gymnasium_env",
 }
 
 

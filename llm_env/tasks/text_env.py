@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from typing_extensions import Unpack
@@ -41,3 +42,30 @@ def text_env(
     check_keywords("llm_env/TextEnv-v0", rules, NAMES - {"prompts"}, AGENT_NAMES)
     tasks = TextEnvTasks(make, num_tasks, first_seed, check_seeds, workers, timeout, on_error)
     return {"prompts": tasks, "reward": reward, "tokenizer": tokenizer, **rules}
+
+
+def gymnasium_env(
+    env_id: str,
+    tokenizer: Any,
+    reward: Any = None,
+    num_tasks: int | None = 1000,
+    first_seed: int = 0,
+    env_kwargs: dict[str, Any] | None = None,
+    **rules: Unpack[RulesOptions],
+) -> dict[str, Any]:
+    """Return arguments of `TextGenerationEnv` for `llm_env/Gymnasium-v0`; see `llm_env.adapters.GymnasiumTextEnv`.
+
+    Args:
+        env_id: id of a Gymnasium environment, such as `"FrozenLake-v1"`.
+        tokenizer: a path, a hub id or a transformers tokenizer.
+        reward: reward functions, in addition to the environment's rewards.
+        num_tasks: number of seeds; None for fresh seeds without end.
+        first_seed: seed of prompt 0.
+        env_kwargs: arguments of `GymnasiumTextEnv` and of `gymnasium.make`.
+        rules: keywords of `llm_env.rules.Rules`.
+    """
+    from llm_env.adapters import GymnasiumTextEnv
+
+    check_keywords("llm_env/Gymnasium-v0", rules, NAMES - {"prompts"}, AGENT_NAMES)
+    make = partial(GymnasiumTextEnv, env_id, **(env_kwargs or {}))
+    return {"prompts": TextEnvTasks(make, num_tasks, first_seed), "reward": reward, "tokenizer": tokenizer, **rules}

@@ -1,0 +1,190 @@
+"""TRL's environments as text environments, and tasks of this package as TRL environments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llm_env.adapters.base import Adapter, Prompt, numbers
+from llm_env.dialogue.text_env import Text
+from llm_env.tools.formats import FORMATS, PlainFormat, ToolFormat
+from llm_env.tools.toolset import ToolSet
+
+NOT_TOOLS = ("reset", "get_reward", "close")
+
+
+class TRLEnv(Adapter):
+    """A class for TRL's `environment_factory` as a `llm_env.TextEnv`, unchanged.
+
+    Its public methods, but for `reset` and `get_reward`, are tools; `reset(**columns)` gets the row of the dataset, and what it
+    returns is added to the prompt. A turn without a call ends the episode, which then pays `get_reward()` where there is one
+    (give reward functions to `from_text_env` otherwise).
+
+    Args:
+        factory: makes an environment.
+        dataset: rows with `prompt` (a text or messages) and columns; a row is the one of its seed, modulo their number. None
+            for environments whose `reset` returns the prompt.
+        tool_format: how calls are written: a name in `llm_env.tools.formats.FORMATS` or a `ToolFormat`. The tools are described
+            in the prompt.
+        prompt: see `llm_env.adapters.base.Adapter`; it is given the text of a prompt.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        dataset: Sequence[dict[str, Any]] | None = None,
+        tool_format: str | ToolFormat = "plain",
+        *,
+        prompt: Prompt = None,
+    ) -> None:
+        super().__init__(prompt)
+        self.env, self.dataset = factory(), dataset
+        if not callable(getattr(self.env, "reset", None)):
+            raise TypeError(f"{type(self.env).__name__} has no reset; give a class for TRL's environment_factory")
+        if dataset is not None and not len(dataset):
+            raise ValueError("dataset has no rows")
+        methods = inspect.getmembers(self.env, callable)
+        tools = [method for name, method in methods if not name.startswith("_") and name not in NOT_TOOLS]
+        self.tools = ToolSet(tools)
+        self.format = _as_format(tool_format)
+
+    def reset(self, *, seed: int | None = None) -> tuple[Text, dict[str, Any]]:
+        """Start the episode of a row."""
+        row = {} if self.dataset is None else dict(self.dataset[(seed or 0) % len(self.dataset)])
+        said = self.env.reset(**row)
+        prompt = row.get("prompt", "")
+        if isinstance(prompt, list):
+            messages = [dict(message) for message in prompt]
+            messages[-1]["content"] = self._whole(messages[-1]["content"], said)
+            return messages, {}
+        return self._whole(prompt, said), {}
+
+    def _whole(self, prompt: str, said: Any) -> str:
+        head = self.format.instructions(self.tools.schemas)
+        text = f"{prompt}{'' if said is None else said}"
+        return self._first(f"{head}\n\n{text}" if head else text)
+
+    def step(self, action: str) -> tuple[Text, float, bool, bool, dict[str, Any]]:
+        """Make the calls of a turn; without one the episode ends."""
+        _, calls = self.format.parse(action)
+        if not calls:
+            reward = self.env.get_reward() if hasattr(self.env, "get_reward") else 0.0
+            return "", float(reward), True, False, {}
+        results = self.tools.run(calls)
+        info = {"tool_calls": len(calls), "tool_errors": sum(result.failed for result in results)}
+        return self.format.observation(results, False), 0.0, False, False, info
+
+
+def _as_format(tool_format: str | ToolFormat) -> ToolFormat:
+    if isinstance(tool_format, ToolFormat):
+        return tool_format
+    formats: dict[str, type[ToolFormat]] = {**FORMATS, "plain": PlainFormat}
+    if tool_format not in formats:
+        raise ValueError(f"tool_format={tool_format!r} must be one of {sorted(formats)}, or a ToolFormat")
+    return formats[tool_format]()
+
+
+def as_trl_environment(env: Any) -> Callable[[], Any]:
+    """Return a factory for TRL's `environment_factory` of a text env or an env of this package made from one.
+
+    TRL's episodes of several turns are tool calls: the environment has one tool, `act(text)`, which takes a turn and returns
+    the observation; `reset` returns the first one, for the dataset's column `seed` (or the next seed); `get_reward` returns the
+    sum of the rewards.
+
+    Args:
+        env: a function that makes a `llm_env.TextEnv`, or an env of `from_text_env`.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    make = _maker(env)
+
+    class TextEnvironment:
+        """A text environment as TRL's trainer plays it."""
+
+        def __init__(self) -> None:
+            self._env, self._next_seed = make(), 0
+            self._reward, self._is_over = 0.0, True
+
+        def reset(self, seed: int | None = None, **columns: Any) -> str:
+            """Start an episode and return its first observation."""
+            if seed is None:
+                seed, self._next_seed = self._next_seed, self._next_seed + 1
+            observation, _ = self._env.reset(seed=seed)
+            self._reward, self._is_over = 0.0, False
+            return _content(observation)
+
+        def act(self, text: str) -> str:
+            """Take a turn in the environment and read its answer.
+
+            Args:
+                text: What to say to the environment.
+
+            Returns:
+                The environment's answer.
+            """
+            if self._is_over:
+                return "The episode has ended."
+            observation, reward, terminated, truncated, _ = self._env.step(text)
+            self._reward += float(reward)
+            self._is_over = terminated or truncated
+            return _content(observation) or ("The episode has ended." if self._is_over else "")
+
+        def get_reward(self) -> float:
+            """Return the sum of the rewards."""
+            return self._reward
+
+    return TextEnvironment
+
+
+def _maker(env: Any) -> Callable[[], Any]:
+    rules = getattr(getattr(env, "unwrapped", env), "rules", None)
+    if rules is not None:
+        if rules.text_env is None:
+            raise TypeError("the env has prompts, no text env; give TRL its prompts and reward functions as they are")
+        return rules.text_env.new
+    if not callable(env):
+        raise TypeError(f"env={env!r} must be a function that makes a text env, or an env of from_text_env")
+    return env
+
+
+def _content(observation: Text) -> str:
+    return observation if isinstance(observation, str) else "\n".join(str(message["content"]) for message in observation)
+
+
+def as_text_env(env: Any) -> Any:
+    """Return a `llm_env.TextEnv` that plays an env of this package: prompts and replies as texts.
+
+    Seed i is prompt i. A turn is a text; an end token is added to it. The info is that of the env.
+
+    Args:
+        env: a `TextGenerationEnv` or vector env.
+    """
+    return _TextEnvOfTokens(env)
+
+
+class _TextEnvOfTokens:
+    """Plays a token env by texts, through a vector env of one row over the same rules."""
+
+    def __init__(self, env: Any) -> None:
+        from llm_env.vector_env import TextGenerationVectorEnv
+
+        rules = getattr(env, "unwrapped", env).rules
+        self.venv = TextGenerationVectorEnv.from_rules(rules, 1)
+
+    def reset(self, *, seed: int | None = None) -> tuple[str, dict[str, Any]]:
+        """Start the episode of prompt number `seed`, modulo their number."""
+        rules = self.venv.rules
+        index = (seed or 0) % len(rules.prompts)
+        self.venv.reset(options={"index": [index]})
+        return rules.decode([self.venv.episodes.prompt(0).tolist()])[0], {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Take a turn."""
+        rules = self.venv.rules
+        ids = rules.tokenizer(action, add_special_tokens=False)["input_ids"][: rules.max_new_tokens - 1]
+        step = self.venv.step_responses([[*ids, rules.eos_id]])
+        observation = rules.decode([step.observations[0].tolist()])[0]
+        info = step.infos[0]
+        return observation, float(step.rewards[0].sum()), bool(step.terminated[0]), bool(step.truncated[0]), numbers(info)
