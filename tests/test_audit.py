@@ -402,3 +402,13 @@ def test_memory_counts_what_is_held(monkeypatch):
     trained = 4 * sum(p.numel() for p in adapter.policy.parameters() if p.requires_grad) / 1e6
     detail = adapter.audit(n=8, quiet=True)["memory"].detail
     assert f"gradients {trained:.1f}" in detail and "reference" not in detail
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_rounding_to_bfloat16_is_no_fault(kind):
+    agent = make_agent(kind, bf16=True)
+    report = agent.audit(n=8, quiet=True)
+    assert report.passed, str(report)
+    assert float(report[TRAINED].detail.split()[2]) > 1e-3
+    agent = GRPO(llm_env.PUPIL, "llm_env/Addition-v0", group_size=4, n_envs=16, bf16=True)
+    assert agent.audit(n=16, quiet=True).passed

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.advantages import equal_groups
-from agents.diagnostics.compare import LOGP_TOLERANCE, Gap, active_dropout, largest_gap
+from agents.diagnostics.compare import Gap, active_dropout, largest_gap, logp_tolerance
 from agents.diagnostics.naive_forward import naive_values
 from agents.losses import kl_k3
 from agents.policy import LanguagePolicy
@@ -20,7 +20,7 @@ from agents.training.trainer import Trainer
 from llm_env.reference import Reference
 from llm_env.report import FAILED, NOT_APPLICABLE, NOTE, PASSED, CheckRow
 
-VALUE_TOLERANCE = 1e-3  # of the largest value
+VALUE_TOLERANCE, VALUE_TOLERANCE_BF16 = 1e-3, 0.1  # of the largest value
 REPEAT_TOLERANCE = 1e-6  # nats
 
 
@@ -56,7 +56,7 @@ def values_row(trainer: Trainer, rollout: Rollout, generator: torch.Generator) -
     for name, table in (("before the update", before), ("in the loss", evaluated)):
         rows = [row.cpu()[at] for row, at in zip(table, read, strict=True)]
         gap = largest_gap(rows, naive)
-        if not gap.size <= VALUE_TOLERANCE * scale:
+        if not gap.size <= (VALUE_TOLERANCE_BF16 if policy.bf16 else VALUE_TOLERANCE) * scale:
             return CheckRow(check, FAILED, _describe_values(name, gap, rows, naive))
     return CheckRow(check, PASSED, f"max gap {gap.size / scale:.1e} of the largest")
 
@@ -124,7 +124,7 @@ def kl_row(
     if differing:
         detail = f"{kl}; the reference is not the policy: {differing} of {total} weight tensors differ"
         return CheckRow(check, NOTE, detail)
-    if gap.size <= LOGP_TOLERANCE:
+    if gap.size <= logp_tolerance(policy):
         return CheckRow(check, PASSED, f"max gap {gap.size:.1e} nats, and the weights are the policy's")
     detail = (
         f"{kl}, though the reference has the policy's weights: log pi {logp[gap.row][gap.token]:.3f} and log pi_ref "
