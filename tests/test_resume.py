@@ -216,9 +216,10 @@ def test_remaining_timesteps(done, asked_before, asked, go):
 
 
 def scalars(folder):
+    """Points by tag. Files of one second are read in the order of their names, which end in a counter: 10 comes before 9."""
     events = EventAccumulator(str(folder)).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("time/")]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
 
 
 def test_tensorboard_goes_on_in_the_same_run(tmp_path):
