@@ -3,7 +3,7 @@
     pip install gem-llm textarena
     python examples/train_foreign.py --game lake --algorithm GRPO --seed 0
 
-The games are played through `llm_env.adapters`, unchanged, with short texts in the place of their rules:
+The games are played through `llm_env.adapters`, unchanged, with short texts instead of their rules:
 
 - `lake`: FrozenLake-v1 (deterministic, 4x4). The model sees the board and writes l, d, r or u, up to 16 times.
 - `numbers`: GEM's game:GuessTheNumber-v0-easy, a number from 1 to 10 in four guesses. The model writes a letter from a to j,

@@ -1,4 +1,4 @@
-"""What all adapters share: texts in the place of foreign observations and actions, and random generators of an instance."""
+"""Base class of the adapters: text conversion of observations and actions, and separate random states per instance."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from llm_env.adapters.base import Adapter, GlobalGenerators, IllegalAction, Prom
 class GEMEnv(Adapter):
     r"""An environment of GEM (https://github.com/axon-rl/gem, arXiv 2510.01051) as a `llm_env.TextEnv`.
 
-    GEM draws from the global random generators, in constructors and in `step` too. Every instance has states of its own here,
+    GEM draws from the global random generators, in constructors and in `step` too. Each instance has separate generator states,
     which are swapped in for each call under a lock of the process: seeds count, and instances do not disturb each other.
 
     Args:

@@ -22,7 +22,7 @@ class TextArenaEnv(Adapter):
 
     The model plays one seat; an opponent plays the others, between two turns of the model. Observations are the messages since
     the last turn, without the model's own. The reward is the game's, paid when it ends; `is_success` says whether it is
-    positive. TextArena draws from and seeds the global random generators; every instance has states of its own here, see
+    positive. TextArena draws from and seeds the global random generators; each instance has separate states, see
     `llm_env.adapters.base.GlobalGenerators`, and every episode begins with a copy of a fresh game, since games keep parts of
     their state. Some games download word lists with nltk when they are made (Hangman, Wordle, Crosswords and others).
 
