@@ -563,10 +563,6 @@ def test_trls_trainer_plays_a_text_env(tmp_path):
 # --- the real packages --------------------------------------------------------------------------------------------------------
 
 
-def guess_text(text):
-    return {"higher": "H ", "lower": "L "}.get("higher" if "higher" in text else "lower" if "lower" in text else "", "? ")
-
-
 @pytest.mark.parametrize("env_id", ["game:GuessTheNumber-v0-easy", "game:Mastermind-v0-easy", "game:FifteenPuzzle-v0-easy"])
 def test_games_of_gem(env_id):
     pytest.importorskip("gem")

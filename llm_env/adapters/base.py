@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import re
 import threading
@@ -11,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from llm_env.dialogue.text_env import Text
+
 Prompt = str | Callable[[str], str] | None
 ToText = Callable[[Any], str] | None
 ToAction = Callable[[str], Any] | None
+Step = tuple[Text, float, bool, bool, dict[str, Any]]
 
 _LOCK = threading.RLock()  # one for the process, as the generators are
-
-
-class IllegalAction(ValueError):
-    """A text that is no action of the environment. The adapter answers it with the message; the episode goes on."""
 
 
 class GlobalGenerators:
@@ -89,21 +89,30 @@ class Adapter:
         """Convert an observation to text."""
         return default(observation) if self._to_text is None else self._to_text(observation)
 
-    def _action(self, text: str, default: Callable[[str], Any] = str) -> Any:
-        """Convert a turn to an action.
-
-        Raises:
-            IllegalAction: If it is none.
-        """
+    def step(self, action: str) -> Step:
+        """Take a turn. A text that is no action is answered; nothing else happens then."""
         try:
-            return default(text) if self._to_action is None else self._to_action(text)
+            parsed = self._parse(action) if self._to_action is None else self._to_action(action)
         except ValueError as error:
             self.illegal_actions += 1
-            raise IllegalAction(str(error)) from error
+            return f"{error}\n", self.illegal_reward, False, False, {"illegal_actions": self.illegal_actions}
+        return self._advance(parsed)
 
-    def _refusal(self, error: Exception) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Answer a text that is no action."""
-        return f"{error}\n", self.illegal_reward, False, False, {"illegal_actions": self.illegal_actions}
+    def _parse(self, text: str) -> Any:
+        """Convert a turn to an action, without `text_to_action`; raise a `ValueError` if it is none."""
+        return text
+
+    def _advance(self, action: Any) -> Step:
+        """Step the environment with an action."""
+        raise NotImplementedError
+
+
+def import_package(name: str, distribution: str, user: str) -> Any:
+    """Import a package, or raise an ImportError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{user} needs the package {distribution}: pip install {distribution}") from error
 
 
 def numbers(info: dict[str, Any]) -> dict[str, Any]:

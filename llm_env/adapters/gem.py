@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llm_env.adapters.base import Adapter, GlobalGenerators, IllegalAction, Prompt, ToAction, ToText, numbers
+from llm_env.adapters.base import Adapter, GlobalGenerators, Prompt, Step, ToAction, ToText, import_package, numbers
 
 
 class GEMEnv(Adapter):
@@ -36,11 +36,7 @@ class GEMEnv(Adapter):
         self._generators = GlobalGenerators()
         with self._generators.own(0):
             if isinstance(env, str):
-                try:
-                    import gem
-                except ImportError as error:
-                    raise ImportError(f"GEMEnv({env!r}) needs the package gem-llm: pip install gem-llm") from error
-                self.env = gem.make(env, **kwargs)
+                self.env = import_package("gem", "gem-llm", f"GEMEnv({env!r})").make(env, **kwargs)
             else:
                 self.env = env(**kwargs)
 
@@ -50,19 +46,12 @@ class GEMEnv(Adapter):
             observation, info = self.env.reset(seed=seed)
         return self._first(self._said(observation, info)), numbers(info)
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take a turn."""
-        try:
-            chosen = self._action(action)
-        except IllegalAction as error:
-            return self._refusal(error)
+    def _advance(self, action: Any) -> Step:
         with self._generators.own():
-            observation, reward, terminated, truncated, info = self.env.step(chosen)
+            observation, reward, terminated, truncated, info = self.env.step(action)
         text = "" if terminated or truncated else self._said(observation, info)
         return text, float(reward), bool(terminated), bool(truncated), numbers(info)
 
     def _said(self, observation: Any, info: dict[str, Any]) -> str:
-        if self._to_text is not None:
-            return self._to_text(observation)
         suffix = info.get("suffix")
-        return f"{observation}\n{suffix}\n" if suffix else f"{observation}\n"
+        return self._text(observation, lambda said: f"{said}\n{suffix}\n" if suffix else f"{said}\n")

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from llm_env.adapters.base import Adapter, IllegalAction, Prompt, ToAction, ToText, last_of, numbers
+from llm_env.adapters.base import Adapter, Prompt, Step, ToAction, ToText, last_of, numbers
 
 NAMES = {  # of discrete actions, by the id without its version
     "FrozenLake": ["left", "down", "right", "up"],
@@ -121,13 +121,8 @@ class GymnasiumTextEnv(Adapter):
         head = "" if self._prompt is not None or self._to_action is not None else f"actions: {self.actions}\n"
         return self._first(head + own), numbers(info)
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take a turn."""
-        try:
-            chosen = self._action(action, self._default_action)
-        except IllegalAction as error:
-            return self._refusal(error)
-        observation, reward, terminated, truncated, info = self.env.step(chosen)
+    def _advance(self, action: Any) -> Step:
+        observation, reward, terminated, truncated, info = self.env.step(action)
         text = self._text(observation, self._default_text)
         info = {**numbers(info), "illegal_actions": self.illegal_actions}
         return text, float(reward), bool(terminated), bool(truncated), info
@@ -142,7 +137,7 @@ class GymnasiumTextEnv(Adapter):
             return board(self.env.unwrapped, observation) + "\n"
         return space_text(self.env.observation_space, observation) + "\n"
 
-    def _default_action(self, text: str) -> Any:
+    def _parse(self, text: str) -> Any:
         space = self.env.action_space
         if isinstance(space, spaces.Discrete):
             first = int(space.start)

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_env.adapters.base import Adapter, GlobalGenerators, IllegalAction, Prompt, ToAction, ToText, numbers
-from llm_env.dialogue.text_env import Text
+from llm_env.adapters.base import Adapter, GlobalGenerators, Prompt, Step, ToAction, ToText, numbers
+from llm_env.dialogue.text_env import Text, close
 
 TEXT_FIELDS = ("message", "text", "prompt", "content", "output", "echoed_message", "stdout")  # of an OpenEnv observation
 
@@ -54,22 +54,16 @@ class OpenEnvEnv(Adapter):
         result = self.env.reset(**self._reset_kwargs, **({"seed": seed} if self._takes_seed else {}))
         return self._first(self._text(_observation(result), _field)), {}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take a turn."""
-        try:
-            chosen = self._action(action, self._make_action)
-        except IllegalAction as error:
-            return self._refusal(error)
-        result = self.env.step(chosen)
+    def _advance(self, action: Any) -> Step:
+        result = self.env.step(action)
         done, reward = bool(result.done), result.reward
         return self._text(_observation(result), _field), float(reward or 0.0), done, False, {}
 
     def close(self) -> None:
         """Close the environment, if it can be."""
-        if callable(method := getattr(self.env, "close", None)):
-            method()
+        close(self.env)
 
-    def _make_action(self, text: str) -> Any:
+    def _parse(self, text: str) -> Any:
         assert self._action_cls is not None
         fields = [p.name for p in inspect.signature(self._action_cls).parameters.values() if p.name != "metadata"]
         return self._action_cls(**{fields[0]: text})
@@ -133,14 +127,9 @@ class SkyRLEnv(Adapter):
             return self._first(messages[0]["content"]), {}
         return messages, {}
 
-    def step(self, action: str) -> tuple[Text, float, bool, bool, dict[str, Any]]:
-        """Take a turn."""
-        try:
-            chosen = self._action(action)
-        except IllegalAction as error:
-            return self._refusal(error)
+    def _advance(self, action: Any) -> Step:
         with self._generators.own():
-            result = self.env.step(chosen)
+            result = self.env.step(action)
         messages = list(result["observations"])
         text: Text = messages if self._to_text is None else self._to_text(messages)
         if isinstance(self.dataset[0]["prompt"], str) and self._to_text is None:
@@ -150,6 +139,5 @@ class SkyRLEnv(Adapter):
 
     def close(self) -> None:
         """Close the environment of the last episode."""
-        if self.env is not None and callable(method := getattr(self.env, "close", None)):
-            method()
+        close(self.env)
         self.env = None

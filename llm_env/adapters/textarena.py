@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_env.adapters.base import Adapter, GlobalGenerators, IllegalAction, Prompt, ToAction, ToText
+from llm_env.adapters.base import Adapter, GlobalGenerators, Prompt, Step, ToAction, ToText, import_package
 
 Opponent = str | Callable[[str], str] | None
 MOVE = re.compile(r"\[([^\[\]\n]{1,40})\]")  # how games list moves: [check], [4], [A1 B2]
@@ -71,12 +71,8 @@ class TextArenaEnv(Adapter):
     def _make(env: str | Callable[[], Any], kwargs: dict[str, Any]) -> Any:
         if not isinstance(env, str):
             return env(**kwargs)
-        try:
-            import textarena
-        except ImportError as error:
-            raise ImportError(f"TextArenaEnv({env!r}) needs the package textarena: pip install textarena") from error
         raw = env if env.endswith("-raw") else f"{env}-raw"  # without the wrapper that repeats the history
-        return textarena.make(raw, **kwargs)
+        return import_package("textarena", "textarena", f"TextArenaEnv({env!r})").make(raw, **kwargs)
 
     def reset(self, *, seed: int | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode; the opponent moves first where the game says so."""
@@ -91,14 +87,9 @@ class TextArenaEnv(Adapter):
             is_over, text = self._play_others(False)
         return self._first(text), {"seat": self.seat} if not is_over else {"seat": self.seat, "is_over": True}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take a turn, and let the others move."""
-        try:
-            move = self._action(action)
-        except IllegalAction as error:
-            return self._refusal(error)
+    def _advance(self, action: Any) -> Step:
         with self._generators.own():
-            is_over, _ = self.env.step(action=move)
+            is_over, _ = self.env.step(action=action)
             is_over, text = self._play_others(bool(is_over))
             if not is_over:
                 return text, 0.0, False, False, {"illegal_actions": self.illegal_actions}

@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_env.adapters.base import Adapter, Prompt, numbers
+from llm_env.adapters.base import Adapter, Prompt, Step, numbers
 from llm_env.dialogue.text_env import Text
-from llm_env.tools.formats import FORMATS, PlainFormat, ToolFormat
+from llm_env.tools.formats import ToolFormat, as_tool_format
 from llm_env.tools.toolset import ToolSet
 
 NOT_TOOLS = ("reset", "get_reward", "close")
@@ -47,7 +47,7 @@ class TRLEnv(Adapter):
         methods = inspect.getmembers(self.env, callable)
         tools = [method for name, method in methods if not name.startswith("_") and name not in NOT_TOOLS]
         self.tools = ToolSet(tools)
-        self.format = _as_format(tool_format)
+        self.format = as_tool_format(tool_format)
 
     def reset(self, *, seed: int | None = None) -> tuple[Text, dict[str, Any]]:
         """Start the episode of a row."""
@@ -65,7 +65,7 @@ class TRLEnv(Adapter):
         text = f"{prompt}{'' if said is None else said}"
         return self._first(f"{head}\n\n{text}" if head else text)
 
-    def step(self, action: str) -> tuple[Text, float, bool, bool, dict[str, Any]]:
+    def _advance(self, action: Any) -> Step:
         """Make the calls of a turn; without one the episode ends."""
         _, calls = self.format.parse(action)
         if not calls:
@@ -74,15 +74,6 @@ class TRLEnv(Adapter):
         results = self.tools.run(calls)
         info = {"tool_calls": len(calls), "tool_errors": sum(result.failed for result in results)}
         return self.format.observation(results, False), 0.0, False, False, info
-
-
-def _as_format(tool_format: str | ToolFormat) -> ToolFormat:
-    if isinstance(tool_format, ToolFormat):
-        return tool_format
-    formats: dict[str, type[ToolFormat]] = {**FORMATS, "plain": PlainFormat}
-    if tool_format not in formats:
-        raise ValueError(f"tool_format={tool_format!r} must be one of {sorted(formats)}, or a ToolFormat")
-    return formats[tool_format]()
 
 
 def as_trl_environment(env: Any) -> Callable[[], Any]:
