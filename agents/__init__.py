@@ -7,6 +7,17 @@ from agents.grpo import GRPO
 from agents.policy import LanguagePolicy
 from agents.ppo import PPO
 from agents.reinforce import REINFORCE
+from agents.self_play import SelfPlay
 from agents.vec_env import TextVecEnv
 
-__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv", "TimeLimit", "TokenEmbeddingExtractor", "check_agent"]
+__all__ = [
+    "GRPO",
+    "PPO",
+    "REINFORCE",
+    "LanguagePolicy",
+    "SelfPlay",
+    "TextVecEnv",
+    "TimeLimit",
+    "TokenEmbeddingExtractor",
+    "check_agent",
+]

@@ -466,7 +466,9 @@ def test_what_a_limit_leaves_to_pay_is_asked_for_once():
     venv = make(Pays, max_new_tokens=2, turn_limit="truncate", check_seeds=False, on_error=-1.0).vectorize(1)
     venv.reset(seed=0)
     outcome = venv.step_responses([[3, 3]])  # cut: the text env does not get this turn
-    assert [row.tolist() for row in outcome.rewards] == [[0.0, -1.0]] and outcome.infos[0]["env_error"].startswith("Pays.final_reward() raised")
+    assert [row.tolist() for row in outcome.rewards] == [[0.0, -1.0]] and outcome.infos[0]["env_error"].startswith(
+        "Pays.final_reward() raised"
+    )
     assert outcome.infos[0]["truncated_by"] == "turn_limit" and asked == [0]
 
 
