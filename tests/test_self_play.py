@@ -164,7 +164,7 @@ def test_a_seed_keeps_its_opponent():
     self_play = SelfPlay()
     env = a_game(self_play, seat="parity")
     agent = an_agent(env)
-    agent.learn(60, callback=self_play)
+    agent.learn(120, callback=self_play)
     assert self_play.taken >= 3
     make = env.rules.text_env.make
     assert check_text_env(make, TOKENIZER, actions=list(MOVES), quiet=True).passed
@@ -178,7 +178,7 @@ def test_a_seed_keeps_its_opponent():
 def test_memory_of_snapshots_is_bounded():
     self_play = SelfPlay(max_snapshots=2)
     agent = an_agent(a_game(self_play))
-    agent.learn(100, callback=self_play)
+    agent.learn(160, callback=self_play)
     assert self_play.taken > 2 and list(self_play.snapshots) == [self_play.taken - 2, self_play.taken - 1]
 
 
