@@ -4,7 +4,17 @@ from typing import TYPE_CHECKING
 
 from llm_env.lazy import lazy_names
 
-__all__ = ["GRPO", "PPO", "REINFORCE", "LanguagePolicy", "TextVecEnv", "TimeLimit", "TokenEmbeddingExtractor", "check_agent"]
+__all__ = [
+    "GRPO",
+    "PPO",
+    "REINFORCE",
+    "LanguagePolicy",
+    "SelfPlay",
+    "TextVecEnv",
+    "TimeLimit",
+    "TokenEmbeddingExtractor",
+    "check_agent",
+]
 
 if TYPE_CHECKING:  # what type checkers and editors see; the table below says the same
     from agents.callbacks import TimeLimit
@@ -14,6 +24,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the table below says th
     from agents.policy import LanguagePolicy
     from agents.ppo import PPO
     from agents.reinforce import REINFORCE
+    from agents.self_play import SelfPlay
     from agents.vec_env import TextVecEnv
 else:
     __getattr__, __dir__ = lazy_names(
@@ -23,6 +34,7 @@ else:
             "LanguagePolicy": "agents.policy",
             "PPO": "agents.ppo",
             "REINFORCE": "agents.reinforce",
+            "SelfPlay": "agents.self_play",
             "TextVecEnv": "agents.vec_env",
             "TimeLimit": "agents.callbacks",
             "TokenEmbeddingExtractor": "agents.extractors",

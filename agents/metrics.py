@@ -103,7 +103,7 @@ def _record_turns(logger: Logger, rollout: Rollout, rules: Rules) -> None:
     for key in TOOL_COUNTS:
         if counts := [info[key] for info in infos if key in info]:
             logger.record(f"rollout/{key}", safe_mean(counts))
-    logger.record("time/env", rules.take_reply_seconds())
+    logger.record("time/env", 0.0 if rules.replies is None else rules.replies.take_seconds())
 
 
 def samples_of(rollout: Rollout, rules: Rules, count: int = SAMPLES) -> list[dict[str, str]]:

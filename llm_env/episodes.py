@@ -58,12 +58,20 @@ class Turn:
         transition: the reply; None without a text env and tools, or if the turn was not given to them.
         is_cut: whether the turn reached its limit.
         given: the turn as the text env or the tools got it; see `Rules.turn_text`.
+        closing: what the text env paid when a limit ended the episode with this turn; None otherwise.
     """
 
     text: str
     transition: Transition | None
     is_cut: bool
     given: str = ""
+    closing: Transition | None = None
+
+    @property
+    def reward(self) -> float | None:
+        """What the text env paid for the turn; None if the turn was not given to it and nothing was paid."""
+        paid = [result.reward for result in (self.transition, self.closing) if result is not None]
+        return sum(paid) if paid else None
 
 
 @dataclass(frozen=True)
@@ -278,11 +286,9 @@ class Episodes:
             A function that steps the env and keeps transition or error for `advance_turns`. None if the env does not get this
             turn.
         """
-        by_end = bool(self.rules.are_end_tokens(np.array(turn[-1:]))[0]) or self.rules.completes_stop(list(turn))
-        if self._sessions is None or not (by_end or self.rules.turn_limit == "continue"):
+        if self._sessions is None or not (self.rules.closes(turn) or self.rules.turn_limit == "continue"):
             return None
-        given = [*(past.given for past in self.turns[row]), self.rules.turn_text(list(turn))]
-        return partial(self._sessions.try_step, row, given)
+        return partial(self._sessions.try_step, row, self._given_turns(row, turn))
 
     def settle(self, rows: np.ndarray) -> StepOutcome:
         """Ask the reference, pay and record whole episodes that `advance_turns` has played, all in one call.
@@ -449,15 +455,15 @@ class Episodes:
         given: dict[int, list[str]] = {}
         if self._sessions is not None:
             taken = [int(rows[i]) for i in ended if by_end[i] or self.rules.turn_limit == "continue"]
-            given = {row: self._given_turns(row) for row in taken}
+            given = {row: self._given_turns(row, self.turn(row).tolist()) for row in taken}
             self._sessions.prepare(list(given.items()))
         for i in ended:
             replies[i] = self._take_turn(int(rows[i]), bool(is_cut[i]), given.get(int(rows[i])))
         return replies
 
-    def _given_turns(self, row: int) -> list[str]:
-        """Return all turns as the text env or the tools get them, the open one included."""
-        return [*(turn.given for turn in self.turns[row]), self.rules.turn_text(self.turn(row).tolist())]
+    def _given_turns(self, row: int, turn: Sequence[int]) -> list[str]:
+        """Return all turns as the text env or the tools get them, with the tokens `turn` as the last one."""
+        return [*(past.given for past in self.turns[row]), self.rules.turn_text(turn)]
 
     def _take_turn(self, row: int, is_cut: bool, given: list[str] | None) -> _Reply:
         """End a turn; `given` is all turns as the text env or the tools get them, None if they do not get this one."""
@@ -467,12 +473,13 @@ class Episodes:
             return _Reply(terminated=not is_cut, truncated_by="turn_limit" if is_cut else "")
         (text,) = rules.decode([tokens])
         if given is None:
-            turns.append(Turn(text, None, is_cut))
             has_room = self.turn_limits(np.array([row]))[0] == rules.max_new_tokens
-            return _Reply(truncated_by="turn_limit" if has_room else "max_episode_tokens")
+            closing = self._close(row, [turn.given for turn in turns])
+            turns.append(turn := Turn(text, None, is_cut, closing=closing))
+            return _Reply(turn.reward or 0.0, truncated_by="turn_limit" if has_room else "max_episode_tokens")
         transition = self._sessions.step(row, given)
-        turns.append(Turn(text, transition, is_cut, given[-1]))
         if transition.terminated:
+            turns.append(Turn(text, transition, is_cut, given[-1]))
             return _Reply(transition.reward, terminated=True)
         try:
             observation = rules.observation_ids(tokens, transition.observation)
@@ -482,19 +489,27 @@ class Episodes:
         room, reason = rules.max_episode_tokens - int(self.lengths[row]), ""
         if transition.truncated:
             reason = "env"
-        elif len(turns) == rules.max_turns:
+        elif len(given) == rules.max_turns:
             reason = "max_turns"
         elif len(observation) >= room:
             reason = "max_episode_tokens"
         elif self.deadline is not None and time.monotonic() > self.deadline:
             reason = "rollout_timeout"
+        closing = self._close(row, given) if reason not in ("", "env") else None
+        turns.append(turn := Turn(text, transition, is_cut, given[-1], closing))
         fits = len(observation) <= room
         if fits:
             begin = int(self.prompt_lengths[row] + self.lengths[row])
             self.ids[row, begin : begin + len(observation)] = observation
             self.lengths[row] += len(observation)
             self.turn_starts[row] = self.lengths[row]
-        return _Reply(transition.reward, False, reason, observation if fits else (), fits)
+        return _Reply(turn.reward or 0.0, False, reason, observation if fits else (), fits)
+
+    def _close(self, row: int, given: list[str]) -> Transition | None:
+        """Return what the text env pays an episode that a limit ends; None for nothing."""
+        assert self._sessions is not None
+        closing = self._sessions.close_episode(row, given)
+        return closing if closing.reward or closing.info else None
 
     def _turn_info(self, row: int, reply: _Reply, ended: bool) -> dict[str, Any]:
         """Return what a text env or tools add to the info at the end of a turn that was cut, and at the end of the episode."""
@@ -519,7 +534,10 @@ class Episodes:
 
     def _last_info(self, row: int) -> dict[str, Any]:
         """Return the info of the text env's last step in a row."""
-        return next((turn.transition.info for turn in reversed(self.turns[row]) if turn.transition is not None), {})
+        turns = self.turns[row]
+        last = next((turn.transition.info for turn in reversed(turns) if turn.transition is not None), {})
+        closing = turns[-1].closing if turns else None
+        return last if closing is None else {**last, **closing.info}
 
     def _score_reference(self, rows: np.ndarray) -> None:
         """Fill in log pi_ref of all action tokens of `rows` that have none yet."""
@@ -642,8 +660,7 @@ class Episodes:
         index = int(self.prompt_indexes[row])
         utterances = [Utterance("env", self.rules.prompts.texts[index])]
         for turn in self.turns[row]:
-            reward = None if turn.transition is None else turn.transition.reward
-            utterances.append(Utterance("policy", turn.text, reward, turn.is_cut))
+            utterances.append(Utterance("policy", turn.text, turn.reward, turn.is_cut))
             if turn.transition is not None:
                 said = [str(message.get("content")) for message in as_messages(turn.transition.observation)]
                 utterances += [Utterance("env", text) for text in said if text or not turn.transition.terminated]
@@ -654,7 +671,7 @@ class Episodes:
 
     def _env_return(self, row: int) -> float:
         """Return the sum of the text env's rewards in an episode."""
-        return sum(turn.transition.reward for turn in self.turns[row] if turn.transition is not None)
+        return sum(turn.reward or 0.0 for turn in self.turns[row])
 
     def _turn_last_tokens(self, row: int) -> list[int]:
         """Return the index after the prompt of the last token of every turn."""

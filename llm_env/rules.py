@@ -307,28 +307,21 @@ class Rules:
     @property
     def has_replies(self) -> bool:
         """Whether turns are answered, by a text env or by tools."""
-        return self.text_env is not None or self.tools is not None
+        return self.replies is not None
+
+    @property
+    def replies(self) -> TextEnvTasks | ToolSet | None:
+        """What answers turns: a text env or tools; None if the first turn ends an episode."""
+        return self.text_env if self.tools is None else self.tools
 
     @property
     def reply_workers(self) -> int:
         """Maximum number of rows that the text env or the tools answer at a time, in threads."""
-        source = self.text_env if self.tools is None else self.tools
-        return 1 if source is None else source.workers
-
-    def add_reply_seconds(self, seconds: float) -> None:
-        """Count seconds that a rollout has waited for the text env or the tools."""
-        source = self.text_env if self.tools is None else self.tools
-        if source is not None:
-            source.add_seconds(seconds)
-
-    def take_reply_seconds(self) -> float:
-        """Return the seconds spent in the text env or the tools since the last call."""
-        answering = self.text_env or self.tools
-        return 0.0 if answering is None else answering.take_seconds()
+        return 1 if self.replies is None else self.replies.workers
 
     def turn_text(self, tokens: Sequence[int]) -> str:
-        """Return the text of a turn as a text env or tools get it: tools need special tokens, which may mark a call."""
-        if self.tools is None:
+        """Return the text of a turn as a text env or tools get it: special tokens stay where they may mark a tool call."""
+        if self.tools is None and not (self.text_env is not None and self.text_env.keeps_special_tokens):
             return self.decode([tokens])[0]
         kept = [token for token in tokens if token not in self.eos_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -19,7 +19,7 @@ from llm_env.prompts import split_of
 from tests.chats import make_chat_tokenizer
 from tests.conftest import make_model, make_tokenizer
 from tests.test_clocks import token_clock
-from tests.text_envs import GuessNumber, Letters, Scripted
+from tests.text_envs import Closing, GuessNumber, Letters, Scripted
 
 TOKENIZER = make_tokenizer("abc")
 EOS, FIRST = 0, 3  # ids below FIRST are special
@@ -40,8 +40,8 @@ def last_turn_length(completions, **kwargs):
 class Simulated:
     """One episode by the rules as the documentation states them, with tokens from `draw`."""
 
-    def __init__(self, seed, draw, limits, stop, turn_limit, has_reward):
-        self.env, self.limits = Scripted(), limits
+    def __init__(self, kind, seed, draw, limits, stop, turn_limit, has_reward):
+        self.env, self.limits = kind(), limits
         text, _ = self.env.reset(seed=seed)
         self.prompt, self.after, self.rewards, self.turns, self.observations, self.cut = ids_of(text), [], [], [], [], []
         self.end, self.fits, last = None, True, {}
@@ -59,6 +59,8 @@ class Simulated:
                 observation = [] if terminated else ids_of(text)
                 self.end = "terminated" if terminated else self.truncation(truncated, len(observation))
                 self.fits = len(self.after) + len(observation) <= limits["max_episode_tokens"]
+            if kind is Closing and self.end not in (None, "terminated", "env"):
+                paid += self.env.final_reward()
             self.observations.append(observation if self.fits else [])
             self.after += self.observations[-1]
             self.rewards.append([0.0] * (len(turn) - 1) + [paid])
@@ -110,7 +112,8 @@ def test_both_clocks_and_the_single_env_agree_with_a_simulation(data):
     group_size = data.draw(st.integers(1, 3))
     n = group_size * data.draw(st.integers(1, 2))
     first_seed = data.draw(st.integers(0, 1000))
-    kwargs = dict(make=Scripted, tokenizer=TOKENIZER, reward=reward, num_tasks=20, first_seed=first_seed, stop=stop)
+    kind = data.draw(st.sampled_from([Scripted, Closing]))
+    kwargs = dict(make=kind, tokenizer=TOKENIZER, reward=reward, num_tasks=20, first_seed=first_seed, stop=stop)
     kwargs |= dict(turn_limit=turn_limit, max_prompt_tokens=3, check_seeds=False, **limits)
     by_token, by_response = (TextGenerationVectorEnv.from_text_env(n, **kwargs) for _ in range(2))
     seed = data.draw(st.integers(0, 100))
@@ -121,7 +124,7 @@ def test_both_clocks_and_the_single_env_agree_with_a_simulation(data):
 
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     expected = [
-        Simulated(first_seed + i, lambda: int(rng.integers(len(TOKENIZER))), limits, stop, turn_limit, reward is not None)
+        Simulated(kind, first_seed + i, lambda: int(rng.integers(len(TOKENIZER))), limits, stop, turn_limit, reward is not None)
         for i in indexes.tolist()
     ]
 
@@ -435,6 +438,40 @@ def test_a_bad_step_is_refused_and_can_be_repeated(result, error, match):
         np.testing.assert_equal(getattr(again, name), getattr(expected, name))
 
 
+def test_what_a_limit_leaves_to_pay_is_asked_for_once():
+    """`final_reward` fails, then is asked again: no turn is stepped twice; a numeric `on_error` ends the episode instead."""
+    asked, stepped = [], []
+
+    class Pays(Letters):
+        def step(self, action):
+            stepped.append(action)
+            return super().step(action)
+
+        def final_reward(self):
+            asked.append(self.turns)
+            if len(asked) == 1:
+                raise OSError("no judge")
+            return 2.0
+
+    venv = make(Pays, max_new_tokens=1, max_turns=1, check_seeds=False).vectorize(2)
+    venv.reset(seed=0)
+    with pytest.raises(RuntimeError, match=r"Pays.final_reward\(\) raised OSError: no judge \(row 0, seed \d+, turns before: "):
+        venv.step_responses([[3], [10]])
+    outcome = venv.step_responses([[3], [10]])
+    # "a" pays 0.5 and is truncated by max_turns, which pays 2 more; "h" ends the episode itself
+    assert [row.tolist() for row in outcome.rewards] == [[2.5], [0.0]] and outcome.truncated.tolist() == [True, False]
+    assert outcome.infos[0]["reward/env"] == 2.5 and outcome.infos[0]["truncated_by"] == "max_turns"
+    assert asked == [1, 1] and stepped.count("h") == 1
+    asked.clear()
+    venv = make(Pays, max_new_tokens=2, turn_limit="truncate", check_seeds=False, on_error=-1.0).vectorize(1)
+    venv.reset(seed=0)
+    outcome = venv.step_responses([[3, 3]])  # cut: the text env does not get this turn
+    assert [row.tolist() for row in outcome.rewards] == [[0.0, -1.0]] and outcome.infos[0]["env_error"].startswith(
+        "Pays.final_reward() raised"
+    )
+    assert outcome.infos[0]["truncated_by"] == "turn_limit" and asked == [0]
+
+
 def test_a_repeated_step_steps_nothing_twice():
     """A reward function that fails after the text envs were stepped: their transitions are kept."""
     stepped = []
@@ -575,7 +612,8 @@ def test_episodes_that_are_settled_together_are_paid_as_turn_by_turn(data):
         return last_turn_length(completions)
 
     reference = make_model("llama", len(TOKENIZER), seed=1)
-    kwargs = dict(make=Scripted, tokenizer=TOKENIZER, num_tasks=20, max_prompt_tokens=3, check_seeds=False, max_new_tokens=3)
+    kind = data.draw(st.sampled_from([Scripted, Closing]))
+    kwargs = dict(make=kind, tokenizer=TOKENIZER, num_tasks=20, max_prompt_tokens=3, check_seeds=False, max_new_tokens=3)
     kwargs |= dict(max_turns=data.draw(st.integers(1, 4)), turn_limit=data.draw(st.sampled_from(["truncate", "continue"])))
     kwargs |= dict(max_episode_tokens=data.draw(st.integers(3, 16)), reference=reference, kl_coef=0.3, reward=many)
     one, other = (TextGenerationVectorEnv.from_text_env(3, **kwargs) for _ in range(2))

@@ -45,6 +45,24 @@ class Scripted:
         )
 
 
+class Closing(Scripted):
+    """Pays a last reward, once, when a limit ends the episode."""
+
+    def reset(self, *, seed=None):
+        self.closed = self.ended = False
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        result = super().step(action)
+        self.ended = result[2] or result[3]
+        return result
+
+    def final_reward(self):
+        assert not self.closed and not self.ended
+        self.closed = True
+        return 0.25 * len(self.history)
+
+
 class GuessNumber:
     """Guess a number from 1 to `largest`; the reply is "+" (higher) or "-" (lower). Ends after `turns` guesses, if not None."""
 

@@ -156,8 +156,8 @@ class _BackgroundTurns:
         """Return the rows whose step is done; what is waited counts as seconds of the env."""
         begin = time.perf_counter()
         done = self._background.ready(wait)
-        if wait:
-            self.venv.rules.add_reply_seconds(time.perf_counter() - begin)
+        if wait and (replies := self.venv.rules.replies) is not None:
+            replies.add_seconds(time.perf_counter() - begin)
         return done
 
     def close(self) -> None:

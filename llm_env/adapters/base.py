@@ -81,6 +81,10 @@ class Adapter:
     def _first(self, text: str) -> str:
         """Return the first observation."""
         self.illegal_actions = 0
+        return self._with_prompt(text)
+
+    def _with_prompt(self, text: str) -> str:
+        """Return a first observation as `prompt` has it."""
         if self._prompt is None:
             return text
         return self._prompt(text) if callable(self._prompt) else self._prompt.replace("{observation}", text)
@@ -92,11 +96,14 @@ class Adapter:
     def step(self, action: str) -> Step:
         """Take a turn. A text that is no action is answered; nothing else happens then."""
         try:
-            parsed = self._parse(action) if self._to_action is None else self._to_action(action)
+            parsed = self._parsed(action)
         except ValueError as error:
             self.illegal_actions += 1
             return f"{error}\n", self.illegal_reward, False, False, {"illegal_actions": self.illegal_actions}
         return self._advance(parsed)
+
+    def _parsed(self, text: str) -> Any:
+        return self._parse(text) if self._to_action is None else self._to_action(text)
 
     def _parse(self, text: str) -> Any:
         """Convert a turn to an action, without `text_to_action`; raise a `ValueError` if it is none."""

@@ -5,13 +5,24 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from llm_env.adapters.base import Adapter, GlobalGenerators, Prompt, Step, ToAction, ToText, import_package
 
-Opponent = str | Callable[[str], str] | None
+Messages = list[tuple[int, str]]
+
+
+@runtime_checkable
+class EpisodeOpponent(Protocol):
+    """An opponent that plays whole episodes, such as `agents.SelfPlay`."""
+
+    def begin(self, seed: int) -> Callable[[str], str] | None:
+        """Return the player of an episode: a function of what is new to it, which returns a turn; None to play at random."""
+
+
+Opponent = str | Callable[[str], str] | EpisodeOpponent | None
 MOVE = re.compile(r"\[([^\[\]\n]{1,40})\]")  # how games list moves: [check], [4], [A1 B2]
 GAME = -1  # sender of the game's own messages
 PLAYER_ACTION = "PLAYER_ACTION"
@@ -30,8 +41,9 @@ class TextArenaEnv(Adapter):
         env: an id such as `"KuhnPoker-v0"` (the package textarena must be installed), or a function that makes a game.
         seat: the model's player number; `"parity"` takes the seed's parity, so that both seats are played.
         opponent: `"random"`, which draws among the moves in brackets that the game has listed last (where it lists none, the
-            examples in its rules); or a function of the opponent's observation that returns its move. None for games of one
-            player.
+            examples in its rules); a function of all that the opponent has seen, as TextArena writes it, that returns its move;
+            or an object with `begin(seed)`, such as `agents.SelfPlay`, which sees and writes the same texts as the model. None
+            for games of one player.
         num_players: of the game; 1 without an opponent, else 2.
         prompt, observation_to_text, text_to_action, illegal_reward: see `llm_env.adapters.base.Adapter`. `observation_to_text`
             gets the list of new messages, `(sender, text)`.
@@ -56,8 +68,10 @@ class TextArenaEnv(Adapter):
         **kwargs: Any,
     ) -> None:
         super().__init__(prompt, observation_to_text, text_to_action, illegal_reward)
-        if not (opponent is None or opponent == "random" or callable(opponent)):
-            raise ValueError(f"opponent={opponent!r} must be 'random', a function of an observation, or None")
+        if not (opponent is None or opponent == "random" or callable(opponent) or isinstance(opponent, EpisodeOpponent)):
+            raise ValueError(
+                f"opponent={opponent!r} must be 'random', a function of an observation, an agents.SelfPlay, or None"
+            )
         self.num_players = num_players or (1 if opponent is None else 2)
         if seat != "parity" and not (isinstance(seat, int) and 0 <= seat < self.num_players):
             raise ValueError(f"seat={seat!r} must be a number below {self.num_players}, or 'parity'")
@@ -81,6 +95,10 @@ class TextArenaEnv(Adapter):
         self._rng = np.random.default_rng([number, 7])
         self._heard: dict[int, str] = {}
         self._moves: dict[int, list[str]] = {}
+        self._players: dict[int, Callable[[str], str]] = {}
+        if isinstance(self.opponent, EpisodeOpponent):
+            begun = {player: self.opponent.begin(number) for player in range(self.num_players) if player != self.seat}
+            self._players = {player: turn_of for player, turn_of in begun.items() if turn_of is not None}
         with self._generators.own(number):
             self.env = copy.deepcopy(self._fresh)
             self.env.reset(num_players=self.num_players, seed=number)
@@ -104,15 +122,22 @@ class TextArenaEnv(Adapter):
         while not is_over:
             player, messages = self.env.get_observation()
             if player == self.seat:
-                new = [(sender, text) for sender, text, kind in messages if sender != self.seat or _name(kind) != PLAYER_ACTION]
-                return False, self._text(new, _as_text)
-            new = [(sender, text) for sender, text, _ in messages]
-            self._heard[player] = self._heard.get(player, "") + _as_text(new)
-            is_over, _ = self.env.step(action=self._opponents_move(player, new))
+                return False, self._text(_of_others(messages, player), _as_text)
+            is_over, _ = self.env.step(action=self._opponents_move(player, messages))
         return True, ""
 
-    def _opponents_move(self, player: int, new: list[tuple[int, str]]) -> str:
-        if callable(self.opponent):
+    def _opponents_move(self, player: int, messages: list[Any]) -> Any:
+        new = [(sender, text) for sender, text, _ in messages]
+        is_first = player not in self._heard
+        self._heard[player] = self._heard.get(player, "") + _as_text(new)
+        if player in self._players:
+            text = self._text(_of_others(messages, player), _as_text)
+            turn = self._players[player](self._with_prompt(text) if is_first else text)
+            try:
+                return self._parsed(turn)
+            except ValueError:  # no move of the game, which says what happens then
+                return turn
+        if callable(self.opponent) and not isinstance(self.opponent, EpisodeOpponent):
             return self.opponent(self._heard[player])
         listed = (sorted(set(MOVE.findall(text))) for sender, text in reversed(new) if sender == GAME)
         self._moves[player] = next((moves for moves in listed if moves), self._moves.get(player, []))
@@ -121,10 +146,12 @@ class TextArenaEnv(Adapter):
         raise ValueError(f"no moves in brackets for the random opponent in {new!r}; give opponent= a function")
 
 
-def _name(kind: Any) -> str:
-    return str(getattr(kind, "name", kind))
+def _of_others(messages: list[Any], player: int) -> Messages:
+    """Return messages without the player's own moves."""
+    is_own = [sender == player and str(getattr(kind, "name", kind)) == PLAYER_ACTION for sender, _, kind in messages]
+    return [(sender, text) for (sender, text, _), own in zip(messages, is_own, strict=True) if not own]
 
 
-def _as_text(messages: list[tuple[int, str]]) -> str:
+def _as_text(messages: Messages) -> str:
     """Return messages as TextArena writes them."""
     return "".join(f"[{'GAME' if sender == GAME else f'Player {sender}'}] {text}\n" for sender, text in messages)

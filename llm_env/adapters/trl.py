@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_env.adapters.base import Adapter, Prompt, Step, numbers
 from llm_env.dialogue.text_env import Text
+from llm_env.rewards.calls import wait_for
 from llm_env.tools.formats import ToolFormat, as_tool_format
 from llm_env.tools.toolset import ToolSet
 
@@ -18,17 +19,21 @@ class TRLEnv(Adapter):
     """A class for TRL's `environment_factory` as a `llm_env.TextEnv`, unchanged.
 
     Its public methods, but for `reset` and `get_reward`, are tools; `reset(**columns)` gets the row of the dataset, and what it
-    returns is added to the prompt. A turn without a call ends the episode, which then pays `get_reward()` where there is one
-    (give reward functions to `from_text_env` otherwise).
+    returns is added to the last user message. A turn without a call ends the episode. However the episode ends, it pays
+    `get_reward()` where there is one (give reward functions to `from_text_env` otherwise; they get the columns). TRL's
+    `max_tool_calling_iterations=n` is `max_turns=n + 1` here, but that the calls of the last turn are made, too.
 
     Args:
         factory: makes an environment.
         dataset: rows with `prompt` (a text or messages) and columns; a row is the one of its seed, modulo their number. None
             for environments whose `reset` returns the prompt.
-        tool_format: how calls are written: a name in `llm_env.tools.formats.FORMATS` or a `ToolFormat`. The tools are described
-            in the prompt.
+        tool_format: how calls are written: a name in `llm_env.tools.formats.FORMATS` or a `ToolFormat`. `"plain"` describes the
+            tools in the prompt. The others leave that to the chat template, as TRL does, and prompts are messages: use the one
+            whose calls the template writes (`"hermes"` for Qwen 2.5 and 3).
         prompt: see `llm_env.adapters.base.Adapter`; it is given the text of a prompt.
     """
+
+    keeps_special_tokens = True  # some formats mark calls with them
 
     def __init__(
         self,
@@ -46,34 +51,42 @@ class TRLEnv(Adapter):
             raise ValueError("dataset has no rows")
         methods = inspect.getmembers(self.env, callable)
         tools = [method for name, method in methods if not name.startswith("_") and name not in NOT_TOOLS]
-        self.tools = ToolSet(tools)
+        self.tools, self._is_chat = ToolSet(tools), False
         self.format = as_tool_format(tool_format)
 
     def reset(self, *, seed: int | None = None) -> tuple[Text, dict[str, Any]]:
-        """Start the episode of a row."""
+        """Start the episode of a row; the info has its columns, and the tools if the template describes them."""
         row = {} if self.dataset is None else dict(self.dataset[(seed or 0) % len(self.dataset)])
         said = self.env.reset(**row)
-        prompt = row.get("prompt", "")
-        if isinstance(prompt, list):
-            messages = [dict(message) for message in prompt]
-            messages[-1]["content"] = self._whole(messages[-1]["content"], said)
-            return messages, {}
-        return self._whole(prompt, said), {}
+        prompt = row.pop("prompt", "")
+        instructions = self.format.instructions(self.tools.schemas)
+        self._is_chat = isinstance(prompt, list) or not instructions
+        if not self._is_chat:
+            return self._whole(prompt, said, instructions), row
+        messages = [dict(each) for each in prompt] if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        last = next((each for each in reversed(messages) if each.get("role") == "user"), messages[-1])
+        last["content"] = self._whole(last["content"], said, instructions)
+        return messages, row if instructions else {**row, "tools": self.tools.schemas}
 
-    def _whole(self, prompt: str, said: Any) -> str:
-        head = self.format.instructions(self.tools.schemas)
+    def _whole(self, prompt: str, said: Any, instructions: str) -> str:
         text = f"{prompt}{'' if said is None else said}"
-        return self._first(f"{head}\n\n{text}" if head else text)
+        return self._first(f"{instructions}\n\n{text}" if instructions else text)
 
     def _advance(self, action: Any) -> Step:
         """Make the calls of a turn; without one the episode ends."""
         _, calls = self.format.parse(action)
         if not calls:
-            reward = self.env.get_reward() if hasattr(self.env, "get_reward") else 0.0
-            return "", float(reward), True, False, {}
+            return "", self.final_reward(), True, False, {}
         results = self.tools.run(calls)
         info = {"tool_calls": len(calls), "tool_errors": sum(result.failed for result in results)}
-        return self.format.observation(results, False), 0.0, False, False, info
+        return self.format.observation(results, self._is_chat), 0.0, False, False, info
+
+    def final_reward(self) -> float:
+        """Return `get_reward()`, also where a limit ends the episode; 0 if the environment has none."""
+        if not hasattr(self.env, "get_reward"):
+            return 0.0
+        reward = self.env.get_reward()
+        return float(wait_for(reward, None) if inspect.isawaitable(reward) else reward)
 
 
 def as_trl_environment(env: Any) -> Callable[[], Any]:

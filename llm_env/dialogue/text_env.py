@@ -28,7 +28,14 @@ ENDLESS = 2**31  # number of seeds with num_tasks=None
 class TextEnv(Protocol):
     """A multi-turn environment: Gymnasium's five values over text.
 
-    A text is a str, or a list of messages `{"role": ..., "content": ...}`. An env may also have `close()`.
+    A text is a str, or a list of messages `{"role": ..., "content": ...}`. An env may also have
+
+    - `close()`, called when it is no longer needed;
+    - `final_reward() -> float`, called once if a limit of the token env ends the episode (`max_turns`, `max_episode_tokens`, a
+      turn's limit, `rollout_timeout`); what it returns is paid at the episode's last action token. It is not called when `step`
+      ends the episode;
+    - an attribute `keeps_special_tokens = True`, to get turns with their special tokens (without end tokens). Some models mark
+      tool calls with them.
 
     Examples:
         >>> import numpy as np
@@ -90,6 +97,7 @@ class TextEnvTasks:
 
     Attributes:
         checked_observations: the observations after turns that the check of the seeds has met.
+        keeps_special_tokens: whether instances get turns with their special tokens.
 
     Raises:
         TypeError: If `make` cannot be called, or what it returns has no `reset` and `step`.
@@ -118,6 +126,7 @@ class TextEnvTasks:
             raise ValueError(f"on_error={on_error!r} must be 'raise', or the reward of a turn that fails")
         self.timeout, self.on_error = check_seconds("timeout", timeout), on_error
         self._seconds = 0.0
+        self.keeps_special_tokens = False
         self.checked_observations: list[Text] = []
         if check_seeds:
             self._check_seeds()
@@ -130,6 +139,7 @@ class TextEnvTasks:
                 f"make() returned a {type(env).__name__} without reset and step; it must return a text env: reset(seed=) -> "
                 "(text, info) and step(action) -> (text, reward, terminated, truncated, info)"
             )
+        self.keeps_special_tokens = bool(getattr(env, "keeps_special_tokens", False))
         return env
 
     def reset(self, env: Any, seed: int) -> tuple[Text, dict[str, Any]]:
@@ -168,14 +178,30 @@ class TextEnvTasks:
             raise ValueError(f"{where} must return (text, reward, terminated, truncated, info); got {_short(result)}")
         text, reward, terminated, truncated, info = result
         check_observation(text, where)
-        if isinstance(reward, (bool, np.bool_)) or not _is_number(reward) or not math.isfinite(reward):
-            raise ValueError(f"{where} returned the reward {reward!r}; it must be a finite number")
+        _check_reward(reward, where)
         for name, value in (("terminated", terminated), ("truncated", truncated)):
             if not isinstance(value, (bool, np.bool_)):
                 raise TypeError(f"{where} returned {name}={value!r}; it must be a bool")
         if not isinstance(info, dict):
             raise TypeError(f"{where} returned an info of type {type(info).__name__}; it must be a dict")
         return Transition(copy.deepcopy(text), float(reward), bool(terminated), bool(truncated), dict(info))
+
+    def final_reward(self, env: Any) -> float:
+        """Return what an instance pays an episode that a limit has ended; 0 if it has no `final_reward`.
+
+        Raises:
+            StepFailed: If `final_reward` raises, or takes too long.
+            ValueError: If it returns anything but a finite number.
+        """
+        if not callable(method := getattr(env, "final_reward", None)):
+            return 0.0
+        where = f"{self.name}.final_reward()"
+        try:
+            reward = self._timed(method)
+        except Exception as error:
+            raise StepFailed(f"{where} {_said(error)}") from error
+        _check_reward(reward, where)
+        return float(reward)
 
     def take_seconds(self) -> float:
         """Return the seconds spent in `reset` and `step` since the last call."""
@@ -249,6 +275,11 @@ class TimedOut(Exception):
     """A call took too long; it is still running."""
 
 
+def _check_reward(reward: Any, where: str) -> None:
+    if isinstance(reward, (bool, np.bool_)) or not _is_number(reward) or not math.isfinite(reward):
+        raise ValueError(f"{where} returned the reward {reward!r}; it must be a finite number")
+
+
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, TimedOut) else f"raised {type(error).__name__}: {error}"
 
@@ -264,6 +295,7 @@ class _Session:
         played: the turns that the instance has taken since its reset; None if it has to be reset.
         steps: turns with their transitions; a repeated call finds them here.
         failed: turns whose last one failed in a thread, and the error; None if there are none.
+        closing: the turns of an episode that a limit ended, and what `final_reward` paid; None before.
     """
 
     seed: int
@@ -272,6 +304,7 @@ class _Session:
     played: list[str] | None = None
     steps: list[tuple[str, Transition]] = field(default_factory=list)
     failed: tuple[list[str], Exception] | None = None
+    closing: tuple[list[str], Transition] | None = None
 
 
 class Sessions:
@@ -289,7 +322,10 @@ class Sessions:
         self._sessions: dict[int, _Session] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        sessions = {row: _Session(each.seed, each.observation, steps=list(each.steps)) for row, each in self._sessions.items()}
+        sessions = {
+            row: _Session(each.seed, each.observation, steps=list(each.steps), closing=each.closing)
+            for row, each in self._sessions.items()
+        }
         return {"tasks": self.tasks, "_sessions": sessions}  # text envs need not be picklable: the copy plays on new ones
 
     def start(self, row: int, seed: int, observation: Text) -> None:
@@ -336,19 +372,42 @@ class Sessions:
         failed, session.failed = session.failed, None
         if failed is not None and failed[0] == list(turns):
             raise failed[1]
+        transition = self._called(session, before, row, lambda: self._take(session, before, action, row))
+        session.steps.append((action, transition))
+        return transition
+
+    def close_episode(self, row: int, turns: Sequence[str]) -> Transition:
+        """Return what the text env pays an episode that a limit has ended after these turns: a transition without a text.
+
+        Args:
+            row: the row.
+            turns: the texts of the turns that the text env has taken.
+
+        Raises:
+            RuntimeError, ValueError: As `step`.
+        """
+        session = self._sessions[row]
+        if session.closing is None or session.closing[0] != list(turns):
+
+            def pay() -> Transition:
+                return Transition("", self.tasks.final_reward(session.env), False, True, {})
+
+            session.closing = (list(turns), self._called(session, list(turns), row, pay))
+        return session.closing[1]
+
+    def _called(self, session: _Session, before: list[str], row: int, call: Callable[[], Transition]) -> Transition:
+        """Call an instance that has taken the turns `before`; an error raises, or gives the transition of `on_error`."""
         try:
             self._replay(session, before)
-            transition = self._take(session, before, action, row)
+            return call()
         except EnvFailed as error:
             self._drop(session, abandon=isinstance(error.__cause__, TimedOut))
             if self.tasks.on_error == "raise":
                 raise type(error)(f"{error} (row {row}, seed {session.seed}, turns before: {before})") from error.__cause__
-            transition = Transition("", float(self.tasks.on_error), True, False, _failed_info(error, session))
+            return Transition("", float(self.tasks.on_error), True, False, _failed_info(error, session))
         except BaseException:  # also KeyboardInterrupt: the instance may have stepped
             self._drop(session)
             raise
-        session.steps.append((action, transition))
-        return transition
 
     def discard(self, row: int) -> None:
         """Forget the last transition of a row, which cannot be used; the next call plays the episode on a new instance."""

@@ -166,6 +166,10 @@ class ToolSessions:
         steps.append((turns[-1], transition))
         return transition
 
+    def close_episode(self, row: int, turns: Sequence[str]) -> Transition:
+        """Return a transition that pays nothing: reward functions pay an episode that a limit has ended."""
+        return Transition("", 0.0, False, True, {})
+
     def try_step(self, row: int, turns: list[str]) -> None:
         """Take a turn; an error is raised by `step` when it takes the turn again."""
         with suppress(Exception):
