@@ -323,6 +323,28 @@ def atomic_write(target: Path) -> Iterator[io.BufferedWriter]:
             os.close(folder)
 
 
+def _data_of(path: Any) -> dict[str, Any]:
+    """Read the attributes of a checkpoint as JSON; nothing is unpickled."""
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return json.loads(archive.read("data"))
+    finally:
+        file.seek(0) if file is path else file.close()
+
+
+def algorithms_of(path: Any) -> list[str]:
+    """Return the names of the class that wrote a checkpoint and of its base classes; empty if the file does not say.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it was cut off or damaged.
+    """
+    verify_archive(path)
+    data = _data_of(path)
+    return list(data.get("_algorithms") or filter(None, [data.get("_algorithm")]))
+
+
 def check_algorithm(path: Any, kind: type) -> None:
     """Check that a checkpoint was written by an algorithm that `kind` can read; those of version 0.1 may not say by which.
 
@@ -330,12 +352,7 @@ def check_algorithm(path: Any, kind: type) -> None:
         ValueError: If it was written by neither `kind` nor one of its base or derived classes, by an agent of
             Stable-Baselines3, or by a newer version.
     """
-    file = open_path(path, "r", suffix="zip")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            data = json.loads(archive.read("data"))
-    finally:
-        file.seek(0) if file is path else file.close()
+    data = _data_of(path)
     if "_policy_data" not in data:
         raise ValueError(
             f"{path} was not saved by an agent of this package, but by Stable-Baselines3; load it with its own class"

@@ -17,7 +17,7 @@ from llm_env.rewards.reward_check import check_reward
 from llm_env.tasks import register_tasks
 from llm_env.vector_env import TextGenerationVectorEnv
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "PUPIL",
     "PooledReward",

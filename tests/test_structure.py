@@ -90,11 +90,26 @@ def test_nothing_is_imported_in_a_circle(package):
     assert import_circles(root_of(package)) == ([], [])
 
 
+def test_llm_env_knows_nothing_of_the_agents():
+    """But for `python -m llm_env`: the command line is the top floor, and nothing imports it."""
+    both = modules_of(root_of(llm_env)) | modules_of(root_of(agents))
+    edges = {name: imported_by(path, name, both) for name, path in both.items()}
+    upward = {name for name, imported in edges.items() if name.startswith("llm_env") and any(map(is_of_agents, imported))}
+    assert upward == {"llm_env.__main__"} and edges["llm_env.__main__"] == {"agents.command_line"}
+    importers = {name for name, imported in edges.items() if imported & {"llm_env.__main__", "agents.command_line"}}
+    assert importers == {"llm_env.__main__"}
+
+
+def is_of_agents(module):
+    return module.split(".")[0] == "agents"
+
+
 def test_few_files_lie_flat_in_agents():
     assert len(list(root_of(agents).glob("*.py"))) <= 20
 
 
 ALGORITHMS = {"agents", "agents.base", "agents.grpo", "agents.ppo", "agents.reinforce"}  # the agents, and who exports them
+ALGORITHMS |= {"agents.command_line"}  # and the floor above them
 
 
 def names_in(annotation):
