@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from agents.callbacks import (
     remaining_timesteps,
@@ -56,7 +55,6 @@ from agents.compatibility import (
     check_trainable,
     default_learning_rate,
 )
-from agents.diagnostics import Playback, check_agent, play
 from agents.distributed.communicator import SINGLE_PROCESS, Communicator, collective, get_communicator
 from agents.distributed.fsdp import full_params_context, full_state_dict, is_sharded, shard_optim_state_dict, shard_state_dict
 from agents.engines.base import PolicyEngine
@@ -110,6 +108,11 @@ from llm_env.rewards import TrainerState
 from llm_env.rules import Rules
 from llm_env.stops import StopStrings, special_tokens
 from llm_env.warn import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from agents.diagnostics import Playback
 
 SelfAgent = TypeVar("SelfAgent", bound="LanguageAgent")
 DEFAULT_TIMESTEPS = 100_000
@@ -1070,6 +1073,8 @@ class LanguageAgent(BaseAlgorithm):
 
     def audit(self, *, n: int = 64, seed: int = 0, quiet: bool = False) -> Report:
         """Measure on fresh episodes whether sampling and training fit together; see `agents.check_agent`."""
+        from agents.diagnostics import check_agent
+
         return check_agent(self, n=n, seed=seed, quiet=quiet)
 
     def play(
@@ -1099,6 +1104,8 @@ class LanguageAgent(BaseAlgorithm):
             >>> playback.rows[0]["action"], playback.rows[0]["turn"]
             (True, 1)
         """
+        from agents.diagnostics import play
+
         return play(self, env, seed, deterministic, sampling_seed)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from llm_env.arguments import as_int, check_int
 from llm_env.lm.capabilities import vocabulary_of
 from llm_env.lm.positions import check_length
 from llm_env.rules import Rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCHEDULES = ("clip_range", "clip_range_high", "clip_range_vf")  # may be callables of the remaining progress
 

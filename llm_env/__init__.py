@@ -1,13 +1,13 @@
 """A Gymnasium environment whose actions are tokens."""
 
-import importlib
 import warnings
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llm_env.dialogue.check_text_env import check_text_env
 from llm_env.dialogue.text_env import TextEnv, TextEnvTasks
 from llm_env.env import TextGenerationEnv
+from llm_env.lazy import lazy_names
 from llm_env.prompts import PromptSource
 from llm_env.pupil import PUPIL
 from llm_env.recorder import rescore
@@ -34,6 +34,13 @@ __all__ = [
     "rescore",
 ]
 
+if TYPE_CHECKING:  # what type checkers and editors see of names that are imported when they are used
+    from llm_env import adapters as adapters
+    from llm_env import reference as reference
+    from llm_env.rewards.reward_models import RewardModel
+else:
+    __getattr__, __dir__ = lazy_names(__name__, {"RewardModel": "llm_env.rewards.reward_models"})
+
 register_tasks()
 
 
@@ -51,14 +58,3 @@ def _warn_of_name_collision() -> None:
 
 
 _warn_of_name_collision()
-
-
-def __getattr__(name: str) -> Any:
-    """`llm_env.RewardModel` and `llm_env.adapters`, imported when they are asked for."""
-    if name == "RewardModel":
-        from llm_env.rewards.reward_models import RewardModel
-
-        return RewardModel
-    if name == "adapters":
-        return importlib.import_module("llm_env.adapters")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
-
 from llm_env.arguments import as_int
 
 
@@ -61,6 +59,8 @@ def end_tokens_beside(path: str, tokenizer: Any) -> list[int]:
         path: the folder or hub id from which the tokenizer was loaded.
         tokenizer: the tokenizer.
     """
+    from transformers import AutoConfig, GenerationConfig
+
     try:
         generation_config = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):  # the file or the model does not exist

@@ -9,11 +9,10 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from llm_env.lm.capabilities import vocabulary_of
 from llm_env.lm.micro_batches import micro_batches
@@ -21,6 +20,9 @@ from llm_env.lm.models import check_causal, load_causal_lm
 from llm_env.lm.positions import check_length, max_positions
 from llm_env.lm.scoring import autocast, score
 from llm_env.lm.sharing import PrefixSharing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Reference:
@@ -52,6 +54,8 @@ class Reference:
         batch_size: int = 64,
         copy_model: bool = True,
     ) -> None:
+        from transformers import PreTrainedModel
+
         if isinstance(model, (str, Path)):
             model = load_causal_lm(model, "reference", dtype=torch.float32).requires_grad_(False)
         elif not isinstance(model, PreTrainedModel):

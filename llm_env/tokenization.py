@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from llm_env.model_names import check_model_name
 
 
@@ -21,6 +19,8 @@ def load_tokenizer(tokenizer: Any) -> Any:
         TypeError: If it is anything else.
         ValueError: If it has no end token.
     """
+    from transformers import AutoTokenizer
+
     check_model_name(tokenizer, "tokenizer")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))

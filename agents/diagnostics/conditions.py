@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from agents.advantages import equal_groups
 from agents.diagnostics.compare import Gap, active_dropout, largest_gap, logp_tolerance
@@ -19,6 +19,9 @@ from agents.rollout import Rollout
 from agents.training.trainer import Trainer
 from llm_env.reference import Reference
 from llm_env.report import FAILED, NOT_APPLICABLE, NOTE, PASSED, CheckRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VALUE_TOLERANCE, VALUE_TOLERANCE_BF16 = 1e-3, 0.1  # of the largest value
 REPEAT_TOLERANCE = 1e-6  # nats

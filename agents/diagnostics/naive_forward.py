@@ -6,15 +6,18 @@ Nothing here uses `llm_env.lm.scoring` or the sampling code, so that an error th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
 from llm_env.lm.inputs import without_cache
 from llm_env.rules import Rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()

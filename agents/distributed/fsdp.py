@@ -6,15 +6,16 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agents.distributed.communicator import Communicator, get_communicator
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 _reshards: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a layer is resharded after its forward pass
 _gathered: WeakSet[nn.Module] = WeakSet()
@@ -61,6 +62,7 @@ def shard_model(communicator: Communicator, model: nn.Module, entry: str) -> Non
         ValueError: If the configuration does not fit the model.
     """
     from accelerate.utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
     layers = sorted({name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()})
     model._no_split_modules = layers  # type: ignore[assignment]
@@ -119,6 +121,8 @@ def shard_and_warm_up(
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    from torch.distributed.fsdp import FSDPModule
+
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
@@ -168,6 +172,8 @@ def full_params_context(model: nn.Module) -> Callable[[], AbstractContextManager
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a sharded one; another tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -178,6 +184,8 @@ def full_state_dict(state: Any) -> Any:
     `get_optimizer_state_dict` takes a step where there is no state yet and renames it, and its `get_model_state_dict` gives
     full tensors on the CPU in one process only.)
     """
+    from torch.distributed.tensor import DTensor
+
     if isinstance(state, DTensor):
         return state.full_tensor().cpu()
     if isinstance(state, Mapping):
@@ -201,6 +209,8 @@ def shard_optim_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, An
 
 
 def _shard(value: Any, like: Any) -> Any:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
         return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
     return value

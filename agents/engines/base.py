@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from agents.policy import LanguagePolicy
 from agents.policy.lora import copy_sharing_frozen
@@ -25,6 +24,9 @@ from agents.sampling.generate import (
 )
 from agents.sampling.sampler import Sampler
 from llm_env.rules import Rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Completions(NamedTuple):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from agents.engines.vllm.engine import VLLMEngine
 from agents.engines.weight_sync import ExternalEngine, SyncedEngine
 from llm_env.rules import Rules
 
-ENGINES = {"vllm": VLLMEngine}
+ENGINES = {"vllm": "agents.engines.vllm.engine:VLLMEngine"}  # by name, imported when it is used
 
 
 def make_engine(engine: str | ExternalEngine, engine_kwargs: dict[str, Any] | None) -> SyncedEngine:
@@ -20,7 +20,10 @@ def make_engine(engine: str | ExternalEngine, engine_kwargs: dict[str, Any] | No
         ImportError: If the engine's package is not installed.
     """
     check_engine(engine, engine_kwargs)
-    return SyncedEngine(ENGINES[engine](**engine_kwargs or {}) if isinstance(engine, str) else engine)
+    if not isinstance(engine, str):
+        return SyncedEngine(engine)
+    module, _, name = ENGINES[engine].partition(":")
+    return SyncedEngine(getattr(import_module(module), name)(**engine_kwargs or {}))
 
 
 def check_engine(engine: Any, engine_kwargs: Any) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from llm_env.lm.compiling import decoder_layers
 from llm_env.lm.shared_prompt import attention_as_now
 from llm_env.patching import patched
 from llm_env.warn import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typing import TYPE_CHECKING, Any
 
 from agents.policy.quantization import is_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LIBRARIES = ("torch", "transformers")  # their modules are rebuilt from a config
 NEUTRAL = {  # entries of a config that do not change what a model computes
@@ -39,6 +38,8 @@ def qualified_name(thing: Any) -> str | None:
     """Return the module and name of an object's class; None for None."""
     if thing is None:
         return None
+    from torch.distributed.fsdp import FSDPModule
+
     kind = type(thing)
     if issubclass(kind, FSDPModule):
         kind = kind.__mro__[2]  # the class of the module before it was sharded
@@ -81,6 +82,9 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 
 def is_rebuilt(model: PreTrainedModel) -> bool:
     """Return whether `AutoModelForCausalLM.from_config` rebuilds the model from its config."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     known: Any = AutoModelForCausalLM._model_mapping
     config = type(model.config)
     if model.config.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model.config.model_type] is not config:

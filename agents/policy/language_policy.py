@@ -8,14 +8,13 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from agents.distributed.communicator import collective, get_communicator
 from agents.distributed.fsdp import full_params, full_state_dict, is_sharded, is_sharded_now
@@ -49,6 +48,9 @@ from llm_env.observations import Observation, pick
 from llm_env.rules import Rules
 from llm_env.tokenization import vocabulary_size
 from llm_env.warn import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FINGERPRINT_TOLERANCE = 1e-3  # nats; devices and versions differ by 1e-5
 

@@ -8,11 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import cached_file
 
 from agents.policy.identity import check_same_config, check_same_model, describe, is_of_a_library, qualified_name, same_class
 from agents.policy.lora import BASE_HASH, Adapter, apply_lora, check_bare, check_base, is_adapter, is_peft_model, load_config
@@ -20,6 +18,9 @@ from agents.policy.quantization import HALF, check_not_quantized, is_quantized, 
 from llm_env.lm.models import check_causal, load_causal_lm
 from llm_env.model_names import check_model_name
 from llm_env.warn import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PretrainedFiles = dict[str, bytes]
 RECORD = "policy.json"  # what transformers' files lack: the model's class, and which of its weights are trained
@@ -71,6 +72,9 @@ def processor_of(model: Any, tokenizer: Any = None) -> PretrainedFiles:
             several parts, such as text and images.
         tokenizer: a path, hub id, processor, or anything else.
     """
+    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers.utils import cached_file
+
     if isinstance(model, dict):
         return {name: content for name, content in model.items() if name in PROCESSOR}
     if isinstance(tokenizer, ProcessorMixin):
@@ -119,6 +123,8 @@ def load(model: Any, tokenizer: Any, peft_config: Any = None, base: Any = None) 
             be rebuilt from its files.
         ImportError: If peft is needed and not installed.
     """
+    from transformers import AutoTokenizer, ProcessorMixin
+
     check_model_name(model, "policy")
     check_model_name(tokenizer, "tokenizer")
     if isinstance(tokenizer, (str, Path)):
@@ -181,6 +187,8 @@ def _load_files(files: PretrainedFiles, model: Any) -> tuple[PreTrainedModel, An
 
 
 def _rebuild(folder: str, record: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         with torch.random.fork_rng():  # random weights, into which the saved ones are loaded
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -194,12 +202,16 @@ def _rebuild(folder: str, record: dict[str, Any]) -> PreTrainedModel:
 
 
 def _restore_generation_config(lm: PreTrainedModel, folder: str) -> None:
+    from transformers import GenerationConfig
+
     if (Path(folder) / GENERATION).exists():  # not in files of version 0.1
         lm.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _load_whole(model: Any, tokenizer: Any, name: str = "policy", **settings: Any) -> tuple[PreTrainedModel, Any]:
     """Load a language model without an adapter, and its tokenizer."""
+    from transformers import AutoTokenizer, PreTrainedModel
+
     if isinstance(model, (str, Path)):
         lm = load_causal_lm(model, name, **{"dtype": torch.float32, **settings})
         if tokenizer is None:
@@ -217,6 +229,8 @@ def _load_whole(model: Any, tokenizer: Any, name: str = "policy", **settings: An
 
 def tokenizer_of_object(model: Any) -> Any:
     """Load the tokenizer from the folder, or the cached files of the hub id, that a model object came from; None if unknown."""
+    from transformers import AutoTokenizer, PreTrainedModel
+
     path = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else ""
     if not path:
         return None
@@ -268,6 +282,8 @@ def _quantized_settings(files: PretrainedFiles) -> dict[str, Any]:
 
 def _tokenizer_beside(adapter: str | Path) -> Any:
     """Load the tokenizer in an adapter's folder; None if there is none, as in folders that peft wrote."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(str(adapter))
     except (OSError, ValueError):
@@ -276,6 +292,8 @@ def _tokenizer_beside(adapter: str | Path) -> Any:
 
 def _tokenizer_in(folder: str, files: PretrainedFiles) -> Any:
     """Load the tokenizer of a policy's files; None if there is none, or transformers cannot rebuild it."""
+    from transformers import AutoTokenizer
+
     if not any(name.startswith("tokenizer") for name in files):
         return None
     kind = record_of(files).get("tokenizer")

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import find_adapter_config_file
 
 from agents.policy.quantization import is_quantized, quantized_modules
 from llm_env.warn import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG, BASE_HASH = "adapter_config.json", "base.sha256"
 NAME = "default"  # peft's name of the adapter
@@ -48,6 +49,8 @@ def is_peft_model(model: Any) -> bool:
 
 def is_adapter(model: Any) -> bool:
     """Return whether something is an adapter without its base: a folder, a hub id, or the contents of files by name."""
+    from transformers.utils import find_adapter_config_file
+
     if isinstance(model, dict):
         return CONFIG in model
     return isinstance(model, (str, Path)) and find_adapter_config_file(str(model)) is not None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32, torch.float64)
@@ -94,4 +96,6 @@ class _Once(logging.Filter):
 
 
 def _is_of_a_quantizer(parameter: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
     return type(parameter) not in (nn.Parameter, Tensor, DTensor) or parameter.dtype not in FLOATS

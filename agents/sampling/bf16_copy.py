@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llm_env.lm.capabilities import register_copy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEVICES = ("cuda",)  # where decoding reads all weights for every token; a CPU's matrix products are faster in float32
 

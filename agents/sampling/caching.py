@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from llm_env.lm.capabilities import (
     Verdicts,
@@ -21,9 +21,14 @@ from llm_env.lm.capabilities import (
 )
 from llm_env.lm.inputs import model_inputs, only_last, pad, pad_with_tokens, without_cache
 
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """Return an empty cache with the kinds of layers that the model's config names."""
+    from transformers import DynamicCache
+
     return DynamicCache(config=model.config)
 
 

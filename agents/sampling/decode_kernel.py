@@ -10,11 +10,13 @@ as in Flash-Decoding (https://pytorch.org/blog/flash-decoding).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 try:
     import triton

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from agents.sampling.caching import cached_logits, decodes_with_cache, new_cache, plain_logits, skips_hidden_slots
 from agents.sampling.sampler import Sampler
@@ -21,6 +19,9 @@ from llm_env.lm.capabilities import takes_left_padding
 from llm_env.lm.inputs import model_inputs, pad
 from llm_env.lm.scoring import restrict
 from llm_env.lm.sharing import PrefixSharing, supports_sharing
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 StopRule = Callable[[Sequence[int]], bool]
 OnTurns = Callable[[Sequence[int], list[list[int]], list[np.ndarray]], "list[list[int] | None]"]
@@ -355,6 +356,8 @@ def keeps_cache(model: PreTrainedModel, group_size: int, longest: int, prefix_sh
         longest: tokens of the longest prompt and episode together.
         prefix_sharing: see `sample_responses`.
     """
+    from transformers.cache_utils import DynamicLayer
+
     if isinstance(_decoding(model, group_size, longest, prefix_sharing), SharedDecoding):
         return True
     return skips_hidden_slots(model) and all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
@@ -488,6 +491,8 @@ class CachedRows:
 
         The rows are computed in a cache of their own. Then all rows are moved so that each is without gaps.
         """
+        from transformers import DynamicCache
+
         ids, added = pad(tokens, "left", self.model.device)
         mask = torch.cat([self.mask, self.mask.new_zeros(len(self.mask), ids.shape[1])], 1)
         mask[rows] = torch.cat([self.mask[rows], added], 1)
@@ -593,6 +598,8 @@ def next_logits(
     Returns:
         The logits (B, V), and the state for the next call.
     """
+    from transformers.cache_utils import DynamicLayer
+
     version = weights_version(model)
     starts = [False] * len(rows) if episode_start is None else list(episode_start)
     cached = [[]] * len(rows) if state is None or len(state.rows) != len(rows) else state.rows

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from agents.sampling.decode_kernel import attend_slots, runs_on
 from llm_env.lm.capabilities import Verdicts, agree, passes_once, plain_outputs, token, trial_rows
 from llm_env.lm.compiling import compiled_layers
 from llm_env.lm.inputs import model_inputs, only_last, pad
 from llm_env.lm.shared_prompt import PackedRows, attention_by, scores_of, weights_of, window_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 64  # tokens for which the responses' cache is first allocated; it doubles when full
 BLOCK_GRAPH = 256  # the same, if a CUDA graph has to be captured again whenever it grows

@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llm_env.lm.inputs import evaluation_mode, model_inputs, pad, without_cache
 from llm_env.lm.positions import max_positions
 from llm_env.lm.shared_prompt import WindowProbe, attention_by, window_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LENGTHS, SHORT = (13, 6, 2), (3, 2, 1)  # row lengths of a trial, in tokens; SHORT for models with few positions
 LONG = 160  # row length, in tokens, that exceeds most attention chunks, blocks and windows that configs do not name
@@ -164,7 +166,7 @@ def _outputs(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     return outputs.last_hidden_state if logits is None else logits
 
 
-Verdicts = WeakKeyDictionary[PreTrainedModel, bool]
+Verdicts: TypeAlias = "WeakKeyDictionary[PreTrainedModel, bool]"
 
 
 def passes_once(model: PreTrainedModel, verdicts: Verdicts, passes: Callable[[PreTrainedModel], bool]) -> bool:

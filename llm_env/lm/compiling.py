@@ -10,10 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llm_env.lm.shared_prompt import NAME, attention
+from llm_env.lm.shared_prompt import NAME, attention, register_attention
 from llm_env.patching import patched
 
 MOST_VARIANTS = 32  # torch's own limit is 8, which two dtypes, two gradient modes and two sizes reach
@@ -21,6 +19,8 @@ MOST_VARIANTS = 32  # torch's own limit is 8, which two dtypes, two gradient mod
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that transformers can compute again in the backward pass; empty where its class has none."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -55,7 +55,9 @@ def compiled_layers(models: Iterable[nn.Module]) -> Iterator[None]:
 def _leave_attention_alone() -> None:
     import torch._dynamo
     import torch.fx.experimental._config
+    from transformers import AttentionInterface
 
+    register_attention()  # whose one call would otherwise come later, and undo the next line
     AttentionInterface.register(NAME, torch.compiler.disable(attention))
 
 

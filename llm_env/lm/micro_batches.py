@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from llm_env.lm.capabilities import width_of
 from llm_env.lm.scoring import head_of
 from llm_env.lm.shared_prompt import Rows
 from llm_env.lm.sharing import BatchShape, PrefixSharing, sharing_modes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT_TOKENS_CPU = 2048  # tokens per forward pass; larger passes are slower (measured: a Llama of 7M parameters, one thread)
 

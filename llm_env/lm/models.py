@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_env.lm.capabilities import REMEDY, NotCausal, refusing, takes_left_padding, trial, vocabulary_of
 from llm_env.lm.inputs import model_inputs, without_cache
 from llm_env.model_names import check_model_name
 from llm_env.warn import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _OTHER_HEAD = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|ForNextSentencePrediction")
 
@@ -31,6 +32,8 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
         ValueError: If the checkpoint needs its own Python code, which is not run.
         OSError: If there is no model at the path.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     text = str(path)
     check_model_name(path, name)
     try:
@@ -66,6 +69,8 @@ def load_causal_lm(path: str | Path, name: str, **settings: Any) -> PreTrainedMo
 
 
 def _is_known(kind: str) -> bool:
+    import transformers
+
     return hasattr(transformers, kind)
 
 

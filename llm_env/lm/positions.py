@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LIMITS = (  # config names of the number of positions
     "max_position_embeddings",
@@ -31,6 +33,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
     number counts as a limit, too. Two names are ignored: `context_length` (RWKV), which only describes the training, and the
     `seq_length` of models that compute ALiBi for any length (BLOOM).
     """
+    from transformers import PreTrainedModel
+
     config, decoder = model.config.get_text_config(), model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):  # something else with the same name, such as ModernBERT's head
         decoder = model.base_model
@@ -42,6 +46,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 def _position_tables(module: nn.Module, config: Any) -> Iterator[nn.Embedding]:
     """Yield the absolute position embeddings of a text model; skip submodels with other configs (images)."""
+    from transformers import PreTrainedModel
+
     for name, part in module.named_children():
         if isinstance(part, nn.Embedding):
             if _POSITIONS.search(name) and "rel" not in name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from llm_env.lm.capabilities import padding_side, refusing, tells, trial, vocabulary_of, width_of
 from llm_env.lm.inputs import model_inputs, only_last, pad, pad_with_tokens, takes, without_cache
 from llm_env.lm.logprob_kernel import FusedLogProbs, runs_on
 from llm_env.lm.shared_prompt import PrefixSharingUnsupported, Rows, group_states
 from llm_env.lm.sharing import BatchShape, PrefixSharing, groups_of, sharing_mode, sharing_modes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORBIDDEN = -1e9  # logit of a forbidden token: probability exactly 0, and finite, so that 0 * log 0 in the entropy is 0
 CHUNK_BYTES = 2**28  # size of the float32 logits that are computed at a time

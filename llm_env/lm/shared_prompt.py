@@ -20,15 +20,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
 
 from llm_env.lm import flash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Rows = Sequence[Sequence[int]]
 
@@ -117,12 +119,18 @@ def attention(
     return rows.attend(module.layer_idx, query, key, value, softcap).transpose(1, 2), None  # type: ignore[arg-type]
 
 
-AttentionInterface.register(NAME, attention)
+@cache
+def register_attention() -> None:
+    """Register `attention` with transformers under `NAME`, once."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention)
 
 
 @contextmanager
 def attention_by(model: PreTrainedModel, rows: Attention | WindowProbe) -> Iterator[None]:
     """Context in which `rows` computes the model's attention."""
+    register_attention()
     parts = (getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}))
     configs = [model.config, *(part for part in parts if part is not None)]  # setting the first one sets all of them
     before, token = [config._attn_implementation for config in configs], _attending.set((model, rows))

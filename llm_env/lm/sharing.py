@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from weakref import WeakKeyDictionary
-
-from transformers import PreTrainedModel
 
 from llm_env.lm.capabilities import agree, describable, original_of, plain_outputs, tells, trial, trial_rows, width_of
 from llm_env.lm.shared_prompt import Rows, group_states, window_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAVES = 0.95  # share prompts if the estimated work drops below this fraction
 

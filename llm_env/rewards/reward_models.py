@@ -7,18 +7,20 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from llm_env.dialogue.chat import Messages, Prompt, encode_prompts
 from llm_env.lm.inputs import evaluation_mode, pad
 from llm_env.lm.positions import max_positions
 from llm_env.rewards.answers import completion_text
 from llm_env.tokenization import vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Template = str | Callable[[Any, Any], str]
 UNLIMITED = 10**9  # tokenizers without a length limit report a larger model_max_length
@@ -246,6 +248,8 @@ def _twin_that_skips(model: PreTrainedModel, pad_id: int) -> tuple[PreTrainedMod
 def _load_classifier(
     model: str | Path | PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | str | None
 ) -> PreTrainedModel:
+    from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} must be a torch dtype or the name of one, such as 'bfloat16'")
@@ -270,6 +274,8 @@ def _load_classifier(
 
 
 def _load_tokenizer(model: Any, tokenizer: Any, truncation: str | None) -> Any:
+    from transformers import AutoTokenizer, PreTrainedModel
+
     if tokenizer is None:
         if isinstance(model, PreTrainedModel):
             raise ValueError("a model object brings no tokenizer; set tokenizer= to a path, a hub id or a tokenizer")

@@ -12,8 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from transformers.utils import get_json_schema
-
 from llm_env.arguments import check_int, check_seconds
 from llm_env.dialogue.text_env import Transition
 from llm_env.rewards.calls import time_out_message, wait_for
@@ -204,6 +202,8 @@ def _with_id(call: ToolCall, number: int) -> ToolCall:
 
 
 def _schema(tool: Any) -> dict[str, Any]:
+    from transformers.utils import get_json_schema
+
     name = getattr(tool, "__name__", None)
     if not callable(tool) or name is None:
         raise TypeError(f"tools has a {type(tool).__name__}, {tool!r}; it must be a function with type hints and a docstring")
