@@ -582,3 +582,46 @@ def test_games_of_textarena(env_id):
 def test_games_of_textarena_for_one(env_id):
     pytest.importorskip("textarena")
     green(partial(TextArenaEnv, env_id), ["[up]", "[3]", "[A B]", "[right]"], n=4)
+
+
+def test_an_environment_of_openenv():
+    """A subclass of the real `Environment` with its pydantic actions; the field beside `metadata` is the turn."""
+    types = pytest.importorskip("openenv.core.env_server.types")
+    interfaces = pytest.importorskip("openenv.core.env_server.interfaces")
+
+    class RealSay(types.Action):
+        text: str
+
+    class RealSaid(types.Observation):
+        message: str
+
+    class RealEcho(interfaces.Environment):
+        def reset(self, seed=None, episode_id=None, **kwargs):
+            self.word, self.turns = "ab"[(seed or 0) % 2], 0
+            return RealSaid(message=f"say {self.word}")
+
+        def step(self, action, timeout_s=None, **kwargs):
+            self.turns += 1
+            right = action.text == self.word
+            return RealSaid(message=f"you said {action.text}", reward=float(right), done=self.turns == 2)
+
+        @property
+        def state(self):
+            return types.State(episode_id=None, step_count=self.turns)
+
+    env = OpenEnvEnv(RealEcho, action_cls=RealSay)
+    assert env.reset(seed=1) == ("say b", {})
+    assert env.step("b") == ("you said b", 1.0, False, False, {}) and env.step("a")[1:3] == (0.0, True)
+    green(partial(OpenEnvEnv, RealEcho, action_cls=RealSay), ["a", "b"])
+
+
+def test_an_environment_of_skyrl():
+    """SkyRL's GSM8K in several turns: 1 for the right answer, 0.2 / max_turns for a wrong one in the right form."""
+    kind = pytest.importorskip("skyrl_gym.envs.gsm8k.multi_turn_env").GSM8kMultiTurnEnv
+    rows = [{"prompt": f"2*{n}=", "reward_spec": {"ground_truth": str(2 * n)}, "max_turns": 2} for n in range(2, 10)]
+    env = SkyRLEnv(kind, rows)
+    assert env.reset(seed=1)[0] == "2*3="
+    text, reward, terminated, *_ = env.step("#### 7")
+    assert "final numeric answer" in text and (reward, terminated) == (pytest.approx(0.1), False)
+    assert env.step("#### 6")[1:3] == (1.0, True)
+    green(partial(SkyRLEnv, kind, rows), ["#### 4", "#### 18", "no"])
