@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,8 +231,8 @@ def test_bad_arguments_get_the_apis_message(case, folder, capsys):
 
 
 def test_debug_shows_the_traceback(folder):
-    done = run("train", "addition", "groupsize=3", "--debug", folder=folder)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "did you mean group_size?" in done.stderr
+    with pytest.raises(TypeError, match="did you mean group_size"):
+        main(["train", "addition", "groupsize=3", "--debug"])
     done = run("train", "addition", "groupsize=3", folder=folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
 
@@ -243,6 +244,23 @@ def test_errors_of_a_users_file_are_not_hidden(folder):
     (folder / "needs.py").write_text("import no_such_package\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         main(["check-env", "needs:Echo", "--debug"])
+
+
+def test_the_manuals_commands_run(folder, capsys):
+    """Those of the manual, in order, with short trainings and small checks."""
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 10 and all(command.startswith("llm-env ") for command in commands)
+    (folder / "games.py").write_text(USERS.replace("Echo", "GuessNumber"))
+    (folder / "rewards.py").write_text("def short(completions, **kwargs):\n    return [-len(c) / 8 for c in completions]\n")
+    (folder / "questions.jsonl").write_text((folder / "rows.jsonl").read_text())
+    shutil.copytree(llm_env.PUPIL, folder / "model")
+    for command in commands:
+        words = re.sub(r"--timesteps \d+", "", command).replace("n_envs=256", "n_envs=16").split()[1:]
+        short = {"train": ["--timesteps", "10"], "evaluate": ["-n", "4"]}.get(words[0], ["-n", "2"])
+        assert main([*words, *short]) == 0, (command, capsys.readouterr())
+    error = re.search(r"\$ llm-env (.*)\n(llm-env train: .*)\n", page)
+    assert refused(capsys, *error[1].split()) == error[2]
 
 
 # --- training and evaluation -------------------------------------------------------------------------------------------
