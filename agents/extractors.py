@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class TokenEmbeddingExtractor(BaseFeaturesExtractor):
     """Features extractor that embeds tokens, for Stable-Baselines3's own agents on a text env.
 
-    SB3's default extractors pass token ids on as plain numbers, from which an agent learns little. Use it as follows:
+    SB3's default extractors pass token ids on as plain numbers, from which an agent learns little. Use it as follows::
 
         stable_baselines3.PPO(
             "MultiInputPolicy", env, policy_kwargs={"features_extractor_class": TokenEmbeddingExtractor}

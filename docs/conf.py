@@ -1,6 +1,6 @@
 """Sphinx configuration of the manual: `sphinx-build -W --keep-going -b html docs docs/_build`."""
 
-import tomllib
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -9,7 +9,7 @@ from latex2mathml.converter import convert
 project = "llm-env"
 author = "The llm-env authors"
 copyright = "2026, the llm-env authors"
-release = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+release = re.search(r'^version = "(.*)"$', (Path(__file__).parents[1] / "pyproject.toml").read_text(), re.MULTILINE)[1]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]

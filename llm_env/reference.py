@@ -241,7 +241,7 @@ class KLController:
 
 
 class AdaptiveKLController(KLController):
-    """A coefficient that steers the KL to a target: beta *= 1 + clip(KL/target - 1, -0.2, 0.2) * n/horizon.
+    """A coefficient that steers the KL to a target: `beta *= 1 + clip(KL/target - 1, -0.2, 0.2) * n/horizon`.
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2. The input is a KL, not a KL reward.
 

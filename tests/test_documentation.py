@@ -85,7 +85,8 @@ def rows_of(page, title):
 
 
 @pytest.mark.parametrize(
-    "page, title", [("coming_from_trl", "GRPOConfig"), ("coming_from_trl", "PPOConfig"), ("coming_from_sb3", "Arguments of PPO")]
+    "page, title",
+    [("coming_from_trl", "GRPOConfig"), ("coming_from_trl", "PPOConfig"), ("coming_from_sb3", "Arguments of PPO")],
 )
 def test_arguments_in_the_tables_exist(page, title):
     rows = rows_of(page, title)
@@ -117,7 +118,9 @@ def test_all_arguments_of_sb3s_ppo_are_in_the_table():
 
 def test_the_tables_agree_with_the_suggestions_of_error_messages():
     """A name that a constructor suggests for one of TRL's is also the one in the table."""
-    table = {name: ours for theirs, ours, *_ in rows_of("coming_from_trl", "GRPOConfig") for name in re.findall(r"`(\w+)`", theirs)}
+    table = {
+        name: ours for theirs, ours, *_ in rows_of("coming_from_trl", "GRPOConfig") for name in re.findall(r"`(\w+)`", theirs)
+    }
     checked = 0
     for ours, others in OTHER_NAMES.items():
         for other in others:

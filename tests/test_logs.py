@@ -1,4 +1,4 @@
-"""What is logged, where it comes from, and that the README's table explains all of it."""
+"""What is logged, where it comes from, and that the manual's table explains all of it."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from tests.probes import always_a, make_env, named
 from tests.rollouts import collect
 from tests.test_agents import AGENTS, TOKENIZER, Recorder, make_agent
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 COMMON = {
     "rollout/ep_rew_mean", "rollout/ep_len_mean", "rollout/success_rate", "rollout/reward_std", "rollout/truncated",
     "rollout/reward/always_a", "rollout/reward/named", "time/fps", "train/loss", "train/policy_gradient_loss",
@@ -60,7 +60,7 @@ def test_tensorboard_has_scalars_and_samples(name, tmp_path):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_readme_explains_every_key(name):
-    documented = set(re.findall(r"`((?:rollout|train|time)/[a-z_/<>]+)`", README.read_text()))
+    documented = set(re.findall(r"`((?:rollout|train|time)/[a-z_/<>]+)`", PAGE.read_text()))
     logged = []
     agent = run(name)
     agent.set_logger(Recorder(logged))

@@ -855,7 +855,7 @@ def test_results_have_messages_and_formats_have_a_default():
         ToolFormat().parse("")
 
 
-# --- the README's client of a server ----------------------------------------------------------------------------------------
+# --- the manual's client of a server ----------------------------------------------------------------------------------------
 
 
 def test_the_readme_asks_a_server_in_the_context_of_training(monkeypatch):
@@ -865,8 +865,8 @@ def test_the_readme_asks_a_server_in_the_context_of_training(monkeypatch):
     import urllib.request
     from pathlib import Path
 
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = [each for each in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def converse" in each]
+    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text()
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def converse" in each]
     names = {}
     exec(block, names)
     from tests.test_turns import Talk

@@ -3,15 +3,15 @@
     pip install -c constraints.txt -e ".[extra,bench]"
     python examples/benchmarks/multiturn.py
 
-The game is a class for TRL's `environment_factory`, `Guess`: a number from 1 to 4, one tool, hints, and a reward for few
-guesses. TRL plays it as it is, and this package plays it through `llm_env.adapters.TRLEnv`. Both use the same chat template
-(Qwen2.5's, from TRL), model, prompts in the same order, groups, limits, loss and optimizer, on one CPU thread in float32. The script first
-checks that both build the same tokens of an episode. The model has random weights at first; both sides start from the same copy
-that was trained on random play by supervision, since it has never seen a tool call.
+The game is a class for TRL's `environment_factory`, `Repeat`: one tool, whose answers are numbers from 1 to 4, and a reward for
+each number that the next call repeats. TRL plays it as it is, and this package plays it through `llm_env.adapters.TRLEnv`. Both
+use the same chat template (Qwen2.5's, from TRL), model, prompts in the same order, groups, limits, loss and optimizer, on one
+CPU thread in float32. The script first checks that both build the same tokens of an episode. Both sides start from the same
+copy of a model that was trained by supervision on play in which 55% of the calls are right, since it has never seen a call. In
+such play, all turns are calls.
 
 1. Learning: the reward by episodes and by seconds, three seeds.
-2. Seconds of a training step by the number of turns, with a larger model. Every episode has all its turns: only calls are
-   allowed.
+2. Seconds of a training step by the number of turns, with a larger model.
 
 The sides take turns, so that other load on the machine affects both. The script writes `multiturn.md`, `multiturn.json` and
 `multiturn.png` to `outputs/benchmarks`. The files in this folder were made with the command above.
@@ -48,44 +48,46 @@ from llm_env import TextGenerationEnv
 from llm_env.adapters import TRLEnv
 
 SIDES = ("here", "TRL")
-LARGEST = 4
-CALL = '<tool_call>\n{"name": "guess", "arguments": {"number": N}}\n</tool_call>'
+LARGEST, GAMES = 4, 64
+RIGHT = 0.4  # share of calls in the supervised play that are right on purpose; others are drawn
+CALL = '<tool_call>\n{"name": "say", "arguments": {"number": N}}\n</tool_call>'
 END = "<|im_end|>"
-QUESTION = "Find the number."
+QUESTION = "Repeat the number."
 
 
-class Guess:
-    """A number is to be found; a class for TRL's `environment_factory`."""
+class Repeat:
+    """Numbers are to be repeated; a class for TRL's `environment_factory`."""
 
-    guesses = 3
+    turns = 4
 
     def reset(self, number: int, **columns: Any) -> None:
-        """Hide a number."""
-        self.number, self.taken, self.is_found = number, 0, False
+        """Start with a number, which the first answer tells."""
+        self.draw, self.number, self.taken, self.right = random.Random(number), 0, 0, 0
 
-    def guess(self, number: int) -> str:
-        """Guess the number.
+    def say(self, number: int) -> str:
+        """Say the number of the last answer.
 
         Args:
-            number: The guess.
+            number: The number.
 
         Returns:
-            A hint.
+            The next number.
         """
-        if self.is_found or self.taken == self.guesses:
+        if self.taken == self.turns:
             return "over"
+        self.right += self.taken > 0 and number == self.number
         self.taken += 1
-        self.is_found = number == self.number
-        return "right" if self.is_found else "higher" if number < self.number else "lower"
+        self.number = self.draw.randint(1, LARGEST)
+        return str(self.number)
 
     def get_reward(self) -> float:
-        """Pay the more, the fewer guesses were needed."""
-        return 1.0 - (self.taken - 1) / self.guesses if self.is_found else 0.0
+        """Return the share of answers that were repeated."""
+        return self.right / (self.turns - 1)
 
 
-def guess_class(guesses: int) -> type[Guess]:
-    """Return the game with a number of guesses."""
-    return type("Guess", (Guess,), {"guesses": guesses})
+def game_class(turns: int) -> type[Repeat]:
+    """Return the game with a number of turns."""
+    return type("Repeat", (Repeat,), {"turns": turns})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -93,13 +95,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
     split = pre_tokenizers.Split(Regex(r"<\|?\w+\|?>|</\w+>|\w+|\s+|[^\w\s]"), behavior="isolated")
     special = ["<|endoftext|>", "<|im_start|>", END]
-    tools = TRLEnv(Guess, [{"prompt": QUESTION, "number": 1}], "hermes").tools.schemas
+    tools = TRLEnv(Repeat, [{"prompt": QUESTION, "number": 1}], "hermes").tools.schemas
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), unk_token="?")
     chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": CALL}]
-    chat += [{"role": "tool", "name": "guess", "content": hint} for hint in ("higher", "lower", "right", "over", "{'error': '")]
+    chat += [{"role": "tool", "name": "say", "content": hint} for hint in ("1", "over", "{'error': '")]
     text = bare.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True, chat_template=template)
-    words = [word for word, _ in split.pre_tokenize_str(text + "done 0123456789")]
-    pieces = dict.fromkeys([*special, "?", *words, *map(str, range(1, LARGEST + 1)), "done"])
+    words = [word for word, _ in split.pre_tokenize_str(text + "0123456789")]
+    pieces = dict.fromkeys([*special, "?", *words, *map(str, range(1, LARGEST + 1))])
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="?"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Fuse()
@@ -115,9 +117,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = make_tokenizer()
-HINTS = ("higher", "lower", "right", "over")
+HINTS = (*map(str, range(1, LARGEST + 1)), "over")
 CALL_IDS = {n: TOKENIZER(CALL.replace("N", str(n)) + END)["input_ids"] for n in range(1, LARGEST + 1)}
-DONE_IDS = TOKENIZER("done" + END)["input_ids"]
 TURN = len(CALL_IDS[1])
 
 
@@ -127,22 +128,22 @@ class Setting:
 
     Attributes:
         model: both sides train copies of it.
-        turns: number of guesses; TRL's `max_tool_calling_iterations`. One more turn may follow them.
+        turns: number of calls that count; TRL's `max_tool_calling_iterations`. One more turn may follow them.
         batch: episodes of a rollout, which is used for one optimizer step.
         learning_rate: of AdamW.
-        group_size: episodes of a number.
+        group_size: episodes of a game.
     """
 
     model: LlamaForCausalLM
     turns: int
     batch: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     group_size: int = 8
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The dataset: every number once."""
-        return [{"prompt": [{"role": "user", "content": QUESTION}], "number": n} for n in range(1, LARGEST + 1)]
+        """The dataset: the seeds of the games."""
+        return [{"prompt": [{"role": "user", "content": QUESTION}], "number": n} for n in range(GAMES)]
 
     @property
     def max_episode_tokens(self) -> int:
@@ -154,9 +155,9 @@ def make_env(setting: Setting) -> TextGenerationEnv:
     """Return this package's env of the game. As in TRL, a turn may be as long as the episode."""
     limits = {"max_new_tokens": setting.max_episode_tokens, "max_episode_tokens": setting.max_episode_tokens}
     return TextGenerationEnv.from_text_env(
-        partial(TRLEnv, guess_class(setting.turns), setting.rows, "hermes"),
+        partial(TRLEnv, game_class(setting.turns), setting.rows, "hermes"),
         TOKENIZER,
-        num_tasks=LARGEST,
+        num_tasks=GAMES,
         max_turns=setting.turns + 1,
         max_prompt_tokens=512,
         turn_limit="truncate",
@@ -167,7 +168,7 @@ def make_env(setting: Setting) -> TextGenerationEnv:
 def trl_trainer(setting: Setting, rows: list[dict[str, Any]], rollouts: int, seed: int, folder: str) -> Any:
     """Return TRL's trainer of a copy of the model."""
     limits = {"max_new_tokens": setting.max_episode_tokens}
-    task = Task("Guess", "", limits, setting.group_size, setting.batch, setting.learning_rate, 0.0, 0, 0.0)
+    task = Task("Repeat", "", limits, setting.group_size, setting.batch, setting.learning_rate, 0.0, 0, 0.0)
     arguments = trl_settings(task, rollouts, seed, folder)
     arguments.max_tool_calling_iterations, arguments.model_init_kwargs = setting.turns, None
     trainer = trl.GRPOTrainer(
@@ -176,7 +177,7 @@ def trl_trainer(setting: Setting, rows: list[dict[str, Any]], rollouts: int, see
         arguments,
         Dataset.from_list(rows),
         processing_class=copy.deepcopy(TOKENIZER),
-        environment_factory=guess_class(setting.turns),
+        environment_factory=game_class(setting.turns),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -196,7 +197,7 @@ def read_tokens() -> tuple[list[int], dict[str, list[int]]]:
     question = setting.rows[0]["prompt"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(setting, setting.rows, 1, 0, folder)
-    answers = {hint: trainer._get_tool_suffix_ids([{"role": "tool", "name": "guess", "content": hint}]) for hint in HINTS}
+    answers = {hint: trainer._get_tool_suffix_ids([{"role": "tool", "name": "say", "content": hint}]) for hint in HINTS}
     rendering = {"tools": trainer.tools, "add_generation_prompt": True, "chat_template": trainer.chat_template}
     prompt = TOKENIZER.apply_chat_template(question, return_dict=False, **rendering)
     return prompt, answers
@@ -210,27 +211,28 @@ ANSWERS.update(answers)
 def check_tokens(setting: Setting) -> None:
     """Raise unless this package builds the prompt and the answers that TRL builds."""
     venv = make_env(setting).unwrapped.vectorize(1)
-    venv.reset(options={"index": [2]})  # the number 3
-    turns = [CALL_IDS[1], CALL_IDS[4], CALL_IDS[3]]
-    written = [venv.step_responses([turn]).observations[0].tolist() for turn in turns]
-    if venv.episodes.prompt(0).tolist() != PROMPT or written != [ANSWERS[hint] for hint in ("higher", "lower", "right")]:
+    venv.reset(options={"index": [2]})
+    written = [venv.step_responses([CALL_IDS[n]]).observations[0].tolist() for n in (1, 4)]
+    game = game_class(setting.turns)()
+    game.reset(2)
+    said = [game.say(n) for n in (1, 4)]
+    if venv.episodes.prompt(0).tolist() != PROMPT or written != [ANSWERS[word] for word in said]:
         raise RuntimeError("the two sides build different tokens")
 
 
-def warm_up(model: LlamaForCausalLM, turns: int, stops: bool, steps: int) -> LlamaForCausalLM:
-    """Train on random play by supervision.
+def warm_up(model: LlamaForCausalLM, turns: int, steps: int) -> LlamaForCausalLM:
+    """Train by supervision on play that is often wrong.
 
     Args:
         model: trained in place.
-        turns: number of guesses.
-        stops: whether play ends with "done" after the number was found. Otherwise all turns are calls.
+        turns: number of turns.
         steps: optimizer steps, with 16 episodes each.
     """
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
-        rows = [random_play(draw, turns, stops) for _ in range(16)]
+        rows = [random_play(draw, turns) for _ in range(16)]
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [TOKENIZER.pad_token_id] * (longest - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
@@ -243,18 +245,16 @@ def warm_up(model: LlamaForCausalLM, turns: int, stops: bool, steps: int) -> Lla
     return model
 
 
-def random_play(draw: random.Random, turns: int, stops: bool) -> tuple[list[int], list[int]]:
-    """Return the ids of an episode of random guesses, and labels: -100 for what the model does not write."""
-    game = guess_class(turns)()
-    game.reset(draw.randint(1, LARGEST))
+def random_play(draw: random.Random, turns: int) -> tuple[list[int], list[int]]:
+    """Return the ids of an episode whose calls are often wrong, and labels: -100 for what the model does not write."""
+    game = game_class(turns)()
+    game.reset(draw.randrange(1_000_000))
     ids, labels = list(PROMPT), [-100] * len(PROMPT)
     for turn in range(turns + 1):
-        guess = draw.randint(1, LARGEST)
-        written = DONE_IDS if stops and (game.is_found or turn == turns) else CALL_IDS[guess]
-        answer = ANSWERS[game.guess(guess)] if written is not DONE_IDS and turn < turns else []
+        is_right = game.number and draw.random() < RIGHT
+        number = game.number if is_right else draw.randint(1, LARGEST)
+        written, answer = CALL_IDS[number], ANSWERS[game.say(number)] if turn < turns else []
         ids, labels = [*ids, *written, *answer], [*labels, *written, *[-100] * len(answer)]
-        if written is DONE_IDS:
-            break
     return ids, labels
 
 
@@ -306,7 +306,7 @@ def compare(setting: Setting, rollouts: int, seeds: int) -> dict[str, list[Run]]
         runs["here"].append(train_here(setting, rollouts, seed))
         runs["TRL"].append(train_trl(setting, runs["here"][-1].rows, seed))
         ends = ", ".join(f"{side} {np.mean(runs[side][-1].rewards[-5:]):.3f}" for side in SIDES)
-        print(f"{setting.turns} guesses, seed {seed}: reward at the end {ends}", flush=True)
+        print(f"{setting.turns + 1} turns, seed {seed}: reward at the end {ends}", flush=True)
     return runs
 
 
@@ -319,7 +319,7 @@ def measure_steps(hidden: int, layers: int, turns: list[int], steps: int, warm_u
     """Measure a training step of both sides for several numbers of turns; all turns are calls."""
     results = []
     for n in turns:
-        model = warm_up(make_model(hidden, layers), n, stops=False, steps=warm_up_steps)
+        model = warm_up(make_model(hidden, layers), n, steps=warm_up_steps)
         runs = compare(Setting(model, n, learning_rate=1e-6), steps + 1, 1)
         entry = {"turns": n + 1, "parameters": sum(p.numel() for p in model.parameters())}
         for side in SIDES:
@@ -334,11 +334,11 @@ def report(data: dict[str, Any]) -> str:
     """Format the results as Markdown."""
     learning, steps = data["learning"], data["steps"]
     lines = [f"# A game of several turns, here and in TRL\n\n{data['versions']}; one CPU thread, float32.\n"]
+    setting = f"{learning['calls'] + 1} turns, {learning['batch']} episodes a rollout in groups of {learning['group_size']}"
     lines.append(
-        f"## Learning\n\nA number from 1 to {LARGEST}, {learning['guesses']} guesses, {learning['batch']} episodes a rollout "
-        f"in groups of {learning['group_size']}, learning rate {learning['learning_rate']:g}; a model of "
-        f"{learning['parameters']:,} parameters that was trained on random play first. Mean ± standard deviation over "
-        f"{learning['seeds']} seeds. The best strategy is paid 0.594.\n"
+        f"## Learning\n\n{setting}, learning rate {learning['learning_rate']:g}; a model of {learning['parameters']:,} "
+        "parameters that was trained by supervision first, on play in which 55% of the calls are right. Mean ± standard "
+        f"deviation over {learning['seeds']} seeds.\n"
     )
     lines += ["| | here | TRL |", "| --- | --- | --- |"]
     for i, name in enumerate(("first", "second", "third", "last")):
@@ -349,7 +349,7 @@ def report(data: dict[str, Any]) -> str:
         lines.append(f"| {name}, total | {np.median(totals['here']):.0f} | {np.median(totals['TRL']):.0f} |")
     lines.append(
         f"\n## Seconds of a training step\n\n{data['batch']} episodes in groups of 8 after a prompt of {len(PROMPT)} tokens, "
-        f"{TURN} tokens a turn and {len(ANSWERS['higher'])} tokens an answer, in all episodes; a model of "
+        f"{TURN} tokens a turn and {len(ANSWERS['1'])} tokens an answer, in all episodes; a model of "
         f"{steps[0]['parameters']:,} parameters; median of {data['repetitions']} steps.\n"
     )
     lines += ["| turns | here | TRL | ratio | ratio of CPU seconds |", "| ---: | ---: | ---: | ---: | ---: |"]
@@ -398,7 +398,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    setting = Setting(warm_up(make_model(64, 2), 4, stops=True, steps=5 if args.small else 250), 4)
+    setting = Setting(warm_up(make_model(64, 2), 4, steps=5 if args.small else 600), 4)
     check_tokens(setting)
     train_trl(setting, setting.rows, 0)  # imports and lazy initialization
     runs = compare(setting, args.rollouts, args.seeds)
@@ -411,7 +411,7 @@ def main() -> None:
         }
         for side in SIDES
     }
-    learning |= {"guesses": setting.turns, "batch": setting.batch, "group_size": setting.group_size, "seeds": args.seeds}
+    learning |= {"calls": setting.turns, "batch": setting.batch, "group_size": setting.group_size, "seeds": args.seeds}
     learning |= {"learning_rate": setting.learning_rate, "parameters": sum(p.numel() for p in setting.model.parameters())}
     hidden, layers, warm_up_steps = (64, 2, 5) if args.small else (256, 8, 60)
     steps = measure_steps(hidden, layers, [n - 1 for n in args.turns], args.steps, warm_up_steps)
