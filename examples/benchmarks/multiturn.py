@@ -3,12 +3,11 @@
     pip install -c constraints.txt -e ".[extra,bench]"
     python examples/benchmarks/multiturn.py
 
-The game is a class for TRL's `environment_factory`, `Repeat`: one tool, whose answers are numbers from 1 to 4, and a reward for
-each number that the next call repeats. TRL plays it as it is, and this package plays it through `llm_env.adapters.TRLEnv`. Both
-use the same chat template (Qwen2.5's, from TRL), model, prompts in the same order, groups, limits, loss and optimizer, on one
-CPU thread in float32. The script first checks that both build the same tokens of an episode. Both sides start from the same
-copy of a model that was trained by supervision on play in which 55% of the calls are right, since it has never seen a call. In
-such play, all turns are calls.
+The game is a class for TRL's `environment_factory`, `Collect`: a tool takes one to four coins in each of four turns, and the
+reward is the share of the coins. It is easy, since it is for comparing trainers. TRL plays it as it is, and this package plays
+it through `llm_env.adapters.TRLEnv`. Both use the same chat template (Qwen2.5's, from TRL), model, groups, limits, loss and
+optimizer, on one CPU thread in float32. The script first checks that both build the same tokens of an episode. Both sides start
+from the same copy of a model that was trained by supervision on random calls, since it has never seen one.
 
 1. Learning: the reward by episodes and by seconds, three seeds.
 2. Seconds of a training step by the number of turns, with a larger model.
@@ -49,45 +48,43 @@ from llm_env.adapters import TRLEnv
 
 SIDES = ("here", "TRL")
 LARGEST, GAMES = 4, 64
-RIGHT = 0.4  # share of calls in the supervised play that are right on purpose; others are drawn
-CALL = '<tool_call>\n{"name": "say", "arguments": {"number": N}}\n</tool_call>'
+CALL = '<tool_call>\n{"name": "take", "arguments": {"number": N}}\n</tool_call>'
 END = "<|im_end|>"
-QUESTION = "Repeat the number."
+QUESTION = "Take the coins."
 
 
-class Repeat:
-    """Numbers are to be repeated; a class for TRL's `environment_factory`."""
+class Collect:
+    """Coins are collected, up to four a turn; a class for TRL's `environment_factory`."""
 
     turns = 4
 
     def reset(self, number: int, **columns: Any) -> None:
-        """Start with a number, which the first answer tells."""
-        self.draw, self.number, self.taken, self.right = random.Random(number), 0, 0, 0
+        """Begin without coins; the number of the game has no effect."""
+        self.taken = self.coins = 0
 
-    def say(self, number: int) -> str:
-        """Say the number of the last answer.
+    def take(self, number: int) -> str:
+        """Take coins.
 
         Args:
-            number: The number.
+            number: How many.
 
         Returns:
-            The next number.
+            The coins that were taken.
         """
         if self.taken == self.turns:
             return "over"
-        self.right += self.taken > 0 and number == self.number
-        self.taken += 1
-        self.number = self.draw.randint(1, LARGEST)
-        return str(self.number)
+        coins = min(max(number, 0), LARGEST)
+        self.taken, self.coins = self.taken + 1, self.coins + coins
+        return str(coins)
 
     def get_reward(self) -> float:
-        """Return the share of answers that were repeated."""
-        return self.right / (self.turns - 1)
+        """Return the share of all coins that was taken."""
+        return self.coins / (LARGEST * self.turns)
 
 
-def game_class(turns: int) -> type[Repeat]:
+def game_class(turns: int) -> type[Collect]:
     """Return the game with a number of turns."""
-    return type("Repeat", (Repeat,), {"turns": turns})
+    return type("Collect", (Collect,), {"turns": turns})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -95,10 +92,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
     split = pre_tokenizers.Split(Regex(r"<\|?\w+\|?>|</\w+>|\w+|\s+|[^\w\s]"), behavior="isolated")
     special = ["<|endoftext|>", "<|im_start|>", END]
-    tools = TRLEnv(Repeat, [{"prompt": QUESTION, "number": 1}], "hermes").tools.schemas
+    tools = TRLEnv(Collect, [{"prompt": QUESTION, "number": 1}], "hermes").tools.schemas
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), unk_token="?")
     chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": CALL}]
-    chat += [{"role": "tool", "name": "say", "content": hint} for hint in ("1", "over", "{'error': '")]
+    chat += [{"role": "tool", "name": "take", "content": hint} for hint in ("1", "over", "{'error': '")]
     text = bare.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True, chat_template=template)
     words = [word for word, _ in split.pre_tokenize_str(text + "0123456789")]
     pieces = dict.fromkeys([*special, "?", *words, *map(str, range(1, LARGEST + 1))])
@@ -168,7 +165,7 @@ def make_env(setting: Setting) -> TextGenerationEnv:
 def trl_trainer(setting: Setting, rows: list[dict[str, Any]], rollouts: int, seed: int, folder: str) -> Any:
     """Return TRL's trainer of a copy of the model."""
     limits = {"max_new_tokens": setting.max_episode_tokens}
-    task = Task("Repeat", "", limits, setting.group_size, setting.batch, setting.learning_rate, 0.0, 0, 0.0)
+    task = Task("Collect", "", limits, setting.group_size, setting.batch, setting.learning_rate, 0.0, 0, 0.0)
     arguments = trl_settings(task, rollouts, seed, folder)
     arguments.max_tool_calling_iterations, arguments.model_init_kwargs = setting.turns, None
     trainer = trl.GRPOTrainer(
@@ -197,7 +194,7 @@ def read_tokens() -> tuple[list[int], dict[str, list[int]]]:
     question = setting.rows[0]["prompt"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(setting, setting.rows, 1, 0, folder)
-    answers = {hint: trainer._get_tool_suffix_ids([{"role": "tool", "name": "say", "content": hint}]) for hint in HINTS}
+    answers = {hint: trainer._get_tool_suffix_ids([{"role": "tool", "name": "take", "content": hint}]) for hint in HINTS}
     rendering = {"tools": trainer.tools, "add_generation_prompt": True, "chat_template": trainer.chat_template}
     prompt = TOKENIZER.apply_chat_template(question, return_dict=False, **rendering)
     return prompt, answers
@@ -215,13 +212,13 @@ def check_tokens(setting: Setting) -> None:
     written = [venv.step_responses([CALL_IDS[n]]).observations[0].tolist() for n in (1, 4)]
     game = game_class(setting.turns)()
     game.reset(2)
-    said = [game.say(n) for n in (1, 4)]
+    said = [game.take(n) for n in (1, 4)]
     if venv.episodes.prompt(0).tolist() != PROMPT or written != [ANSWERS[word] for word in said]:
         raise RuntimeError("the two sides build different tokens")
 
 
 def warm_up(model: LlamaForCausalLM, turns: int, steps: int) -> LlamaForCausalLM:
-    """Train by supervision on play that is often wrong.
+    """Train by supervision on random calls.
 
     Args:
         model: trained in place.
@@ -246,14 +243,13 @@ def warm_up(model: LlamaForCausalLM, turns: int, steps: int) -> LlamaForCausalLM
 
 
 def random_play(draw: random.Random, turns: int) -> tuple[list[int], list[int]]:
-    """Return the ids of an episode whose calls are often wrong, and labels: -100 for what the model does not write."""
+    """Return the ids of an episode of random calls, and labels: -100 for what the model does not write."""
     game = game_class(turns)()
     game.reset(draw.randrange(1_000_000))
     ids, labels = list(PROMPT), [-100] * len(PROMPT)
     for turn in range(turns + 1):
-        is_right = game.number and draw.random() < RIGHT
-        number = game.number if is_right else draw.randint(1, LARGEST)
-        written, answer = CALL_IDS[number], ANSWERS[game.say(number)] if turn < turns else []
+        number = draw.randint(1, LARGEST)
+        written, answer = CALL_IDS[number], ANSWERS[game.take(number)] if turn < turns else []
         ids, labels = [*ids, *written, *answer], [*labels, *written, *[-100] * len(answer)]
     return ids, labels
 
@@ -337,7 +333,7 @@ def report(data: dict[str, Any]) -> str:
     setting = f"{learning['calls'] + 1} turns, {learning['batch']} episodes a rollout in groups of {learning['group_size']}"
     lines.append(
         f"## Learning\n\n{setting}, learning rate {learning['learning_rate']:g}; a model of {learning['parameters']:,} "
-        "parameters that was trained by supervision first, on play in which 55% of the calls are right. Mean ± standard "
+        "parameters that was trained on random calls by supervision first, which are paid 0.625. Mean ± standard "
         f"deviation over {learning['seeds']} seeds.\n"
     )
     lines += ["| | here | TRL |", "| --- | --- | --- |"]
@@ -389,7 +385,7 @@ def main() -> None:
     """Parse the command line, train, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the learning curves (default 3)")
-    parser.add_argument("--rollouts", type=int, default=60, help="rollouts of a learning curve (default 60)")
+    parser.add_argument("--rollouts", type=int, default=25, help="rollouts of a learning curve (default 25)")
     parser.add_argument("--steps", type=int, default=3, help="training steps that are timed (default 3)")
     parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8], help="turns of the episodes that are timed")
     parser.add_argument("--small", action="store_true", help="a tiny model and little training, to try the script")
@@ -398,7 +394,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    setting = Setting(warm_up(make_model(64, 2), 4, steps=5 if args.small else 600), 4)
+    setting = Setting(warm_up(make_model(64, 2), 4, steps=5 if args.small else 300), 4)
     check_tokens(setting)
     train_trl(setting, setting.rows, 0)  # imports and lazy initialization
     runs = compare(setting, args.rollouts, args.seeds)
